@@ -1,0 +1,359 @@
+#!/usr/bin/env bash
+# Installs what the build and the tests need, into build/tools:
+#
+#   bin/        containerd ctr containerd-shim-runc-v2 runc nerdctl registry
+#   cni/bin/    bridge host-local loopback portmap firewall tuning
+#   criu/       a CRIU new enough for today's kernels, with its own libraries
+#   lint/       golangci-lint gofumpt
+#
+# usage: install.sh [TARGET...]   host go criu runc containerd cni registry nerdctl lint
+# Without a target: all but lint. Every tool is built only when it is missing or its
+# version in versions.env changed, under another name first, so that an interrupted
+# run leaves the old tool or none, never half of one. Logs: build/logs.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+CRAC_BUILD=${CRAC_BUILD:-$root/build}
+CRAC_PROG=tools
+# shellcheck source=integration/tools/lib.sh
+. "$here/lib.sh"
+# shellcheck source=integration/tools/versions.env
+. "$here/versions.env"
+
+tools=$CRAC_BUILD/tools
+stamps=$tools/.stamps
+umask 022
+mkdir -p "$tools/bin" "$stamps" "$CRAC_LOGS"
+
+# The newest Go wins over an older one that comes first on PATH.
+[ ! -x /usr/local/go/bin/go ] || PATH=$PATH:/usr/local/go/bin
+export PATH GOWORK=off
+
+# One run at a time; a second one waits and then finds the work done.
+exec 9>"$tools/.lock"
+if ! flock -n 9; then
+  say "another run is at work on $tools: waiting for it"
+  flock 9
+fi
+
+# Left by a run that was killed: nobody else can be using it while we hold the lock.
+find "$tools" -maxdepth 1 -name '.tmp.*' -exec chmod -R u+w {} + -exec rm -rf {} +
+tmp=$(mktemp -d "$tools/.tmp.XXXXXX")
+cleanup() {
+  stop_child
+  chmod -R u+w "$tmp" 2>/dev/null || true
+  rm -rf "$tmp"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# fresh NAME KEY FILE...: the stamp of NAME says KEY and every FILE is there.
+fresh() {
+  local name=$1 key=$2 f
+  shift 2
+  [ "$(cat "$stamps/$name" 2>/dev/null)" = "$key" ] || return 1
+  for f in "$@"; do
+    [ -x "$f" ] || return 1
+  done
+}
+
+stamp() {
+  printf '%s\n' "$2" >"$stamps/.$1.new"
+  mv "$stamps/.$1.new" "$stamps/$1"
+}
+
+# key VERSION FUNCTION...: what a tool depends on: its version and its recipe.
+key() {
+  local version=$1
+  shift
+  printf '%s %s' "$version" "$(declare -f "$@" | sha256sum | cut -c1-16)"
+}
+
+install_host() {
+  # For cgo (nsenter, seccomp), for CRIU's prefix, and for what the tests call.
+  debian_packages gcc libc6-dev make pkg-config libseccomp-dev ca-certificates \
+    iproute2 iptables procps util-linux zstd patchelf mmdebstrap
+}
+
+install_go() {
+  local have
+  command -v go >/dev/null ||
+    die "Go is not installed: install Go $GO_MIN or newer so that 'go' is on PATH or in /usr/local/go/bin"
+  have=$(cd "$root" && go env GOVERSION 2>/dev/null || true)
+  have=${have#go}
+  [ -n "$have" ] ||
+    die "$(command -v go) does not run here: $(cd "$root" && go version 2>&1 | tail -n1); install Go $GO_MIN or newer"
+  have_version "$GO_MIN" "${have%% *}" ||
+    die "Go $have is too old: install Go $GO_MIN or newer (or unset GOTOOLCHAIN, which lets Go 1.21 and newer fetch it)"
+}
+
+# source_of MODULE VERSION DIR: a writable copy of a module's source, checked
+# against the checksum database by the go command, to be built with that module's
+# own go.mod and go.sum: the dependencies are those that its authors released.
+source_of() {
+  local dir
+  dir=$(cd "$tmp" && go mod download -json "$1@$2" | sed -n 's/^\t"Dir": "\(.*\)",*$/\1/p')
+  [ -d "$dir" ] || {
+    echo "go mod download $1@$2 gave no source directory"
+    return 1
+  }
+  rm -rf "$3"
+  cp -r "$dir" "$3"
+  chmod -R u+w "$3"
+  rm -rf "$3/vendor"
+}
+
+# put DIR FILE...: moves finished binaries into place, each atomically.
+put() {
+  local dir=$1 f
+  shift
+  mkdir -p "$dir"
+  for f in "$@"; do
+    chmod 0755 "$f"
+    mv "$f" "$dir/"
+  done
+}
+
+build_containerd() {
+  local src=$tmp/containerd
+  source_of github.com/containerd/containerd/v2 "$CONTAINERD_VERSION" "$src"
+  cd "$src"
+  mkdir out
+  CGO_ENABLED=0 go build -trimpath -tags 'no_btrfs no_devmapper no_zfs' \
+    -ldflags "-s -w -X github.com/containerd/containerd/v2/version.Version=$CONTAINERD_VERSION" \
+    -o out/ ./cmd/containerd ./cmd/ctr ./cmd/containerd-shim-runc-v2
+  put "$tools/bin" out/*
+}
+
+build_runc() {
+  local src=$tmp/runc
+  source_of github.com/opencontainers/runc "$RUNC_VERSION" "$src"
+  cd "$src"
+  CGO_ENABLED=1 go build -trimpath -tags 'seccomp urfave_cli_no_docs' -ldflags '-s -w' -o runc .
+  put "$tools/bin" runc
+}
+
+build_nerdctl() {
+  local src=$tmp/nerdctl
+  source_of github.com/containerd/nerdctl/v2 "$NERDCTL_VERSION" "$src"
+  cd "$src"
+  # nerdctl's go.mod replaces its test framework with a directory that the module
+  # proxy does not carry; its commands need no more of it than this interface.
+  mkdir -p mod/tigron/tig
+  printf 'module github.com/containerd/nerdctl/mod/tigron\n\ngo 1.24\n' >mod/tigron/go.mod
+  cat >mod/tigron/tig/t.go <<'GO'
+// Package tig stands in for the test framework's handle.
+package tig
+
+// T is the part of testing.T that nerdctl's packages name.
+type T interface {
+	Helper()
+	FailNow()
+	Log(args ...any)
+	Name() string
+	TempDir() string
+}
+GO
+  CGO_ENABLED=0 go build -trimpath \
+    -ldflags "-s -w -X github.com/containerd/nerdctl/v2/pkg/version.Version=$NERDCTL_VERSION" \
+    -o nerdctl ./cmd/nerdctl
+  put "$tools/bin" nerdctl
+}
+
+build_registry() {
+  local src=$tmp/registry
+  source_of github.com/distribution/distribution/v3 "$REGISTRY_VERSION" "$src"
+  cd "$src"
+  # The drivers of cloud storage are most of the build and no test stores there.
+  sed -i -E '/storage\/driver\/(azure|gcs|s3-aws|middleware\/cloudfront)"/d' cmd/registry/main.go
+  CGO_ENABLED=0 go build -trimpath \
+    -ldflags "-s -w -X github.com/distribution/distribution/v3/version.version=$REGISTRY_VERSION" \
+    -o out/registry ./cmd/registry
+  put "$tools/bin" out/registry
+}
+
+build_cni() {
+  local src=$tmp/cni
+  source_of github.com/containernetworking/plugins "$CNI_PLUGINS_VERSION" "$src"
+  cd "$src"
+  mkdir out
+  CGO_ENABLED=0 go build -trimpath \
+    -ldflags "-s -w -X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=$CNI_PLUGINS_VERSION" \
+    -o out/ ./plugins/main/bridge ./plugins/main/loopback ./plugins/ipam/host-local \
+    ./plugins/meta/portmap ./plugins/meta/firewall ./plugins/meta/tuning
+  put "$tools/cni/bin" out/*
+}
+
+build_lint() {
+  mkdir -p "$tmp/lint"
+  cd "$tmp/lint"
+  GOBIN=$tmp/lint CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' "mvdan.cc/gofumpt@$GOFUMPT_VERSION"
+  GOBIN=$tmp/lint CGO_ENABLED=0 go install -trimpath -ldflags "-s -w -X main.version=${GOLANGCI_LINT_VERSION#v}" \
+    "github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$GOLANGCI_LINT_VERSION"
+  put "$tools/lint" gofumpt golangci-lint
+}
+
+# criu_version BINARY: its version, or nothing when it does not run.
+criu_version() {
+  "$1" --version 2>/dev/null | sed -n 's/^Version: *//p'
+}
+
+# criu_patch DIR: makes DIR/bin/criu use the loader and libraries beside it. Both
+# are absolute paths, so this is done again when the checkout has moved.
+criu_patch() {
+  local dir=$1 loader
+  loader=$(find "$dir/lib" -maxdepth 1 -name 'ld-linux*.so*' | head -n1)
+  [ -n "$loader" ] || {
+    echo "no dynamic loader in $dir/lib"
+    return 1
+  }
+  cp "$dir/bin/criu" "$tmp/criu.patched"
+  # DT_RPATH, unlike DT_RUNPATH, also serves the libraries' own dependencies.
+  patchelf --set-interpreter "$loader" --force-rpath --set-rpath "$dir/lib" "$tmp/criu.patched"
+  mv "$tmp/criu.patched" "$dir/bin/criu"
+}
+
+# build_criu: takes CRIU and its libraries, down to libc, from the oldest suite
+# that is new enough, into a prefix; the host's own packages stay as they are.
+build_criu() {
+  local suite apt=$tmp/apt new=$tmp/criu deb candidate='' tried=''
+  for suite in ${CRIU_SUITES//,/ }; do
+    rm -rf "$apt"
+    mkdir -p "$apt"
+    if ! private_apt "$apt" "$suite"; then
+      tried="$tried $suite (no valid package lists)"
+      continue
+    fi
+    candidate=$(apt-cache "${APT_PRIVATE[@]}" policy criu | sed -n 's/^ *Candidate: *//p')
+    if [ -n "$candidate" ] && [ "$candidate" != '(none)' ] && have_version "$CRIU_MIN" "$candidate"; then
+      break
+    fi
+    tried="$tried $suite (${candidate:-none})"
+    candidate=
+  done
+  [ -n "$candidate" ] || {
+    echo "no Debian suite has CRIU >= $CRIU_MIN; tried:$tried"
+    return 1
+  }
+  echo "CRIU $candidate from $suite"
+  apt-get "${APT_PRIVATE[@]}" -y --download-only install criu
+  for deb in "$apt"/cache/archives/*.deb; do
+    dpkg -x "$deb" "$tmp/criu.root"
+  done
+  mkdir -p "$new/bin" "$new/lib" "$new/doc"
+  cp "$tmp/criu.root"/usr/sbin/criu "$new/bin/criu"
+  # Suites before the /usr merge keep some libraries in /lib.
+  find "$tmp/criu.root" -path '*/lib/*-linux-*/*' -name '*.so*' -prune \
+    ! -path '*/gconv/*' ! -path '*/audit/*' -exec cp -a -t "$new/lib" {} +
+  find "$tmp/criu.root" -maxdepth 3 -name 'ld-linux*.so*' -type f -exec cp -an -t "$new/lib" {} +
+  (cd "$apt/cache/archives" && ls -1 -- *.deb) >"$new/doc/packages"
+  rm -rf "$tools/criu"
+  mv "$new" "$tools/criu"
+  criu_patch "$tools/criu"
+}
+
+# criu_works DIR: the kernel check, then a real dump and restore. In a pid
+# namespace of its own: the restored id cannot be taken, and nothing survives.
+criu_works() {
+  local criu=$1
+  "$criu" check
+  mkdir -p "$tmp/selftest"
+  unshare --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
+    criu=$1 dir=$2
+    # Files opened outside this mount namespace are nothing that CRIU can find.
+    for fd in /proc/self/fd/*; do
+      fd=${fd##*/}
+      [ "$fd" -le 2 ] || eval "exec $fd>&-"
+    done
+    setsid sleep 1000 </dev/null >/dev/null 2>&1 &
+    pid=$!
+    # Until setsid has run the process shares our session, which CRIU refuses.
+    for _ in $(seq 50); do
+      [ "$(cut -d" " -f6 "/proc/$pid/stat")" = "$pid" ] && [ "$(cat /proc/$pid/comm)" = sleep ] && break
+      sleep 0.1
+    done
+    "$criu" dump -t "$pid" -D "$dir" -v4 -o dump.log || { tail -n 20 "$dir/dump.log"; exit 1; }
+    wait "$pid" || true
+    [ ! -e "/proc/$pid" ] || { echo "the process $pid outlived its dump"; exit 1; }
+    "$criu" restore -d -D "$dir" -v4 -o restore.log || { tail -n 20 "$dir/restore.log"; exit 1; }
+    [ "$(cat "/proc/$pid/comm")" = sleep ] || { echo "the restored process $pid is not there"; exit 1; }
+    kill -KILL "$pid"
+    echo "dump and restore work"
+  ' selftest "$criu" "$tmp/selftest"
+  rm -rf "$tmp/selftest"
+}
+
+install_criu() {
+  local host want bin=$tools/criu/bin/criu
+  host=$(command -v criu || true)
+  # A host's own CRIU is used when it is new enough: it was made for this host.
+  if [ -n "$host" ] && have_version "$CRIU_MIN" "$(criu_version "$host")"; then
+    want="host $host $(criu_version "$host")"
+    fresh criu "$want" "$bin" && return 0
+    rm -rf "$tools/criu"
+    mkdir -p "$tools/criu/bin"
+    ln -s "$host" "$bin"
+  else
+    want=$(key "$CRIU_MIN $CRIU_SUITES" build_criu criu_patch)
+    if fresh criu "$want $tools" "$bin"; then
+      return 0
+    fi
+    if [ "$(sed "s|^\($want\) .*|\1|" "$stamps/criu" 2>/dev/null)" = "$want" ] && [ -f "$bin" ]; then
+      logged criu "criu: the checkout moved, setting its library paths anew" criu_patch "$tools/criu" ||
+        die "criu: cannot patch $bin: see $CRAC_LOGS/criu.log"
+    else
+      rm -f "$stamps/criu"
+      logged criu "criu: from Debian, into build/tools/criu" build_criu ||
+        die "criu: not installed: see $CRAC_LOGS/criu.log"
+    fi
+    want="$want $tools"
+  fi
+  logged criu-selftest "criu $(criu_version "$bin"): checking it on this kernel" criu_works "$bin" ||
+    die "criu: it does not work on this machine: see $CRAC_LOGS/criu-selftest.log"
+  stamp criu "$want"
+}
+
+# install_built NAME VERSION FUNCTION FILE...
+install_built() {
+  local name=$1 version=$2 fn=$3 want
+  shift 3
+  want=$(key "$version" "$fn" source_of)
+  fresh "$name" "$want" "$@" && return 0
+  rm -f "$stamps/$name"
+  logged "$name" "$name $version: building" "$fn" ||
+    die "$name: not built: see $CRAC_LOGS/$name.log"
+  stamp "$name" "$want"
+}
+
+install_one() {
+  local b=$tools/bin c=$tools/cni/bin
+  case $1 in
+  host) install_host ;;
+  go) install_go ;;
+  criu) install_criu ;;
+  containerd)
+    install_built containerd "$CONTAINERD_VERSION" build_containerd \
+      "$b/containerd" "$b/ctr" "$b/containerd-shim-runc-v2"
+    ;;
+  runc) install_built runc "$RUNC_VERSION" build_runc "$b/runc" ;;
+  nerdctl) install_built nerdctl "$NERDCTL_VERSION" build_nerdctl "$b/nerdctl" ;;
+  registry) install_built registry "$REGISTRY_VERSION" build_registry "$b/registry" ;;
+  cni)
+    install_built cni "$CNI_PLUGINS_VERSION" build_cni \
+      "$c/bridge" "$c/loopback" "$c/host-local" "$c/portmap" "$c/firewall" "$c/tuning"
+    ;;
+  lint)
+    debian_packages shellcheck
+    install_built lint "$GOLANGCI_LINT_VERSION $GOFUMPT_VERSION" build_lint \
+      "$tools/lint/golangci-lint" "$tools/lint/gofumpt"
+    ;;
+  *) die "unknown target '$1': the targets are host go criu runc containerd cni registry nerdctl lint" ;;
+  esac
+}
+
+[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry nerdctl
+for target in "$@"; do
+  install_one "$target"
+done
