@@ -1,0 +1,177 @@
+package images
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// MinimumCRIU is the oldest CRIU that works on current kernels: older ones do
+// not know their vDSO.
+const MinimumCRIU = 40100
+
+// Codes of the reasons why a checkpoint is not restored.
+const (
+	CodeNoCRIU        = "no-criu"
+	CodeCRIUTooOld    = "criu-too-old"
+	CodeArchitecture  = "architecture"
+	CodePageSize      = "page-size"
+	CodeCPUFeatures   = "cpu-features"
+	CodeCgroupVersion = "cgroup-version"
+	CodeArgs          = "args"
+	CodeUser          = "user"
+	CodeTerminal      = "terminal"
+	CodeNamespaces    = "namespaces"
+	CodeMounts        = "mounts"
+)
+
+// Request is what a create request asks for, as far as a restored workload
+// cannot be given it afterwards.
+type Request struct {
+	Args           []string
+	Cwd            string
+	UID, GID       uint32
+	AdditionalGids []uint32
+	Terminal       bool
+	// Namespaces and the ID mappings are compared when Namespaces is not nil.
+	Namespaces  []string
+	UIDMappings []oci.IDMapping
+	GIDMappings []oci.IDMapping
+	Mounts      []oci.Mount
+}
+
+// RequestOf reads a request from its container's facts: see oci.ContainerOf and
+// oci.MountsOf.
+func RequestOf(c oci.Container, mounts []oci.Mount) Request {
+	namespaces := c.Namespaces
+	if namespaces == nil {
+		namespaces = []string{}
+	}
+	return Request{
+		Args: c.Args, Cwd: c.Cwd, UID: c.UID, GID: c.GID, AdditionalGids: c.AdditionalGids, Terminal: c.Terminal,
+		Namespaces: namespaces, UIDMappings: c.UIDMappings, GIDMappings: c.GIDMappings, Mounts: mounts,
+	}
+}
+
+// Reason tells why a checkpoint cannot be restored here or for this request: a
+// code for programs, and for people what the dump needs, what there is, and
+// the way out.
+type Reason struct {
+	Code string
+	Text string
+}
+
+func (r Reason) String() string { return r.Text }
+
+// Gate compares what a checkpoint needs with the host and with the request. No
+// reason means that a restore may be tried. It never trusts the image with
+// more than a refusal.
+func Gate(m *oci.Manifest, h Host, r Request) []Reason {
+	return append(gateHost(m, h), gateRequest(m, r)...)
+}
+
+func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
+	add := func(code, format string, a ...any) {
+		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
+	}
+	need := max(m.CRIU.Minimum, MinimumCRIU)
+	switch {
+	case h.CRIU == 0:
+		add(CodeNoCRIU, "the checkpoint needs CRIU %s or newer and this host has none; install it, or name its binary in CRAC_CRIU (see cracctl doctor)",
+			oci.VersionString(need))
+	case h.CRIU < need:
+		add(CodeCRIUTooOld, "the checkpoint needs CRIU %s or newer and this host has %s; install a newer one, or name its binary in CRAC_CRIU (see cracctl doctor)",
+			oci.VersionString(need), oci.VersionString(h.CRIU))
+	}
+	if m.Platform.OS != h.OS || m.Platform.Architecture != h.Architecture {
+		add(CodeArchitecture, "the checkpoint was made on %s/%s and this host is %s/%s; make one on this architecture",
+			m.Platform.OS, m.Platform.Architecture, h.OS, h.Architecture)
+		// The rest of the machine differs with it.
+		return reasons
+	}
+	if m.Host.PageSize != h.PageSize {
+		add(CodePageSize, "the checkpoint was made with memory pages of %d bytes and this host's kernel has %d; make one on a host with this page size",
+			m.Host.PageSize, h.PageSize)
+	}
+	var missing []string
+	for _, f := range m.Host.CPU.Features {
+		if !slices.Contains(h.CPU.Features, f) {
+			missing = append(missing, f)
+		}
+	}
+	if len(missing) > 0 {
+		add(CodeCPUFeatures, "the checkpoint was made on a CPU (%s) with features that this host's (%s) lacks: %s; make one on the oldest CPU it is to run on",
+			orUnknown(m.Host.CPU.Model), orUnknown(h.CPU.Model), strings.Join(missing, " "))
+	}
+	if m.Host.CgroupVersion != h.CgroupVersion {
+		add(CodeCgroupVersion, "the checkpoint was made under cgroup v%d and this host has v%d; make one on a host with v%d",
+			m.Host.CgroupVersion, h.CgroupVersion, h.CgroupVersion)
+	}
+	return reasons
+}
+
+func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
+	add := func(code, format string, a ...any) {
+		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
+	}
+	c := m.Container
+	if !slices.Equal(c.Args, r.Args) {
+		add(CodeArgs, "the checkpoint runs %q and the request asks for %q; leave the command out to restore it", c.Args, r.Args)
+	}
+	if c.UID != r.UID || c.GID != r.GID || !sameSet(c.AdditionalGids, r.AdditionalGids) {
+		add(CodeUser, "the checkpoint runs as %s and the request asks for %s; ask for the same user to restore it",
+			user(c.UID, c.GID, c.AdditionalGids), user(r.UID, r.GID, r.AdditionalGids))
+	}
+	if c.Terminal != r.Terminal {
+		with := map[bool]string{true: "with a terminal", false: "without a terminal"}
+		add(CodeTerminal, "the checkpoint was made %s and the request is %s; ask for the same to restore it", with[c.Terminal], with[r.Terminal])
+	}
+	if r.Namespaces != nil {
+		switch {
+		case !sameSet(c.Namespaces, r.Namespaces):
+			add(CodeNamespaces, "the checkpoint has namespaces of its own for %s and the request for %s; ask for the same to restore it",
+				orNone(c.Namespaces), orNone(r.Namespaces))
+		case !slices.Equal(c.UIDMappings, r.UIDMappings) || !slices.Equal(c.GIDMappings, r.GIDMappings):
+			add(CodeNamespaces, "the checkpoint's user namespace has other ID mappings than the request's; ask for the same to restore it")
+		}
+	}
+	var missing []string
+	for _, need := range m.Mounts {
+		if !slices.ContainsFunc(r.Mounts, func(have oci.Mount) bool { return have.Destination == need.Destination }) {
+			missing = append(missing, need.Destination)
+		}
+	}
+	if len(missing) > 0 {
+		add(CodeMounts, "the checkpoint needs mounts that the request lacks: %s; add them to restore it", strings.Join(missing, ", "))
+	}
+	return reasons
+}
+
+func sameSet[T interface{ ~string | ~uint32 }](a, b []T) bool {
+	a, b = slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b))
+	return slices.Equal(slices.Compact(a), slices.Compact(b))
+}
+
+func user(uid, gid uint32, more []uint32) string {
+	s := fmt.Sprintf("user %d, group %d", uid, gid)
+	if len(more) > 0 {
+		s += fmt.Sprintf(" and %d", more)
+	}
+	return s
+}
+
+func orUnknown(s string) string {
+	if s == "" {
+		return "unknown"
+	}
+	return s
+}
+
+func orNone(s []string) string {
+	if len(s) == 0 {
+		return "nothing"
+	}
+	return strings.Join(s, ", ")
+}

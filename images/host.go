@@ -1,0 +1,114 @@
+package images
+
+import (
+	"bufio"
+	"os"
+	goruntime "runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// Host is what a machine offers to a restore.
+type Host struct {
+	OS           string
+	Architecture string
+	Kernel       string
+	PageSize     int
+	// CgroupVersion is 2 for the unified hierarchy, else 1.
+	CgroupVersion int
+	CPU           oci.CPU
+	// CRIU is the version found, as oci.CRIU gives it; 0 when there is none.
+	CRIU int
+}
+
+// ThisHost describes the machine it runs on. criuVersion is what FindCRIU said.
+func ThisHost(criuVersion int) Host {
+	h := Host{
+		OS:            goruntime.GOOS,
+		Architecture:  goruntime.GOARCH,
+		PageSize:      os.Getpagesize(),
+		CgroupVersion: 1,
+		CPU:           cpu("/proc/cpuinfo"),
+		CRIU:          criuVersion,
+	}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err == nil {
+		h.Kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs("/sys/fs/cgroup", &st); err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
+		h.CgroupVersion = 2
+	}
+	return h
+}
+
+// Describe fills what a manifest says about the machine of the dump. minimum is
+// the oldest CRIU that can read what this one writes.
+func (h Host) Describe(m *oci.Manifest, minimum int) {
+	m.Version = oci.Version
+	m.Platform = oci.Platform{OS: h.OS, Architecture: h.Architecture}
+	m.Host = oci.Host{Kernel: h.Kernel, PageSize: h.PageSize, CgroupVersion: h.CgroupVersion, CPU: h.CPU}
+	m.CRIU = oci.CRIU{Version: h.CRIU, Minimum: minimum}
+}
+
+// cpu reads the first processor's block only: the kernel makes the file up as it
+// is read, which takes long on a machine with many processors.
+func cpu(path string) oci.CPU {
+	var c oci.CPU
+	f, err := os.Open(path)
+	if err != nil {
+		return c
+	}
+	defer f.Close()
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		key, value, ok := strings.Cut(s.Text(), ":")
+		if !ok {
+			break // the empty line between two processors
+		}
+		value = strings.TrimSpace(value)
+		switch strings.TrimSpace(key) {
+		case "vendor_id", "CPU implementer":
+			c.Vendor = value
+		case "model name", "CPU part":
+			c.Model = value
+		case "flags", "Features":
+			for _, name := range strings.Fields(value) {
+				if isCodeFeature(name) {
+					c.Features = append(c.Features, name)
+				}
+			}
+		}
+	}
+	slices.Sort(c.Features)
+	c.Features = slices.Compact(c.Features)
+	return c
+}
+
+// isCodeFeature tells the CPU features by which a program, a C library or a
+// just-in-time compiler chooses its code, or that change the register state in
+// a dump. The kernel lists many more (power, virtualisation, mitigations) that
+// a workload cannot use; comparing those would refuse restores for nothing.
+func isCodeFeature(name string) bool {
+	if goruntime.GOARCH == "arm64" {
+		// All that is listed there is for user space.
+		return name != "cpuid" && name != "evtstrm"
+	}
+	if strings.HasPrefix(name, "avx") || strings.HasPrefix(name, "amx_") {
+		return true
+	}
+	switch name {
+	case "cx8", "cmov", "mmx", "mmxext", "fxsr", "fxsr_opt", "sse", "sse2", "pni", "ssse3", "sse4_1", "sse4_2", "sse4a",
+		"misalignsse", "3dnow", "3dnowext", "3dnowprefetch", "cx16", "lahf_lm", "popcnt", "abm", "bmi1", "bmi2", "movbe",
+		"f16c", "fma", "fma4", "xop", "tbm", "lwp", "aes", "vaes", "pclmulqdq", "vpclmulqdq", "sha_ni", "sha512", "sm3", "sm4",
+		"gfni", "adx", "rdrand", "rdseed", "rdpid", "rdtscp", "fsgsbase", "clflush", "clflushopt", "clwb", "clzero", "cldemote",
+		"movdiri", "movdir64b", "serialize", "waitpkg", "rtm", "hle", "erms", "fsrm", "pku", "ospke", "user_shstk",
+		"xsave", "xsavec", "xsaveopt", "xgetbv1", "tsx", "tsxldtrk", "enqcmd", "uintr":
+		return true
+	}
+	return false
+}

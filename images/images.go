@@ -1,0 +1,57 @@
+// Package images moves a checkpoint directory into a content store and back,
+// verified.
+//
+// This package is the light half that the shim links: it finds a checkpoint in
+// a container's root file system, tells whether this host and this request fit
+// it, verifies it, and writes the layer that holds one. images/build, which
+// talks to containerd, is the other half. Like oci, it does no work at program
+// start.
+package images
+
+import (
+	"errors"
+	"path/filepath"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+var (
+	// ErrDamaged is wrapped by errors about a checkpoint that is not whole or
+	// not what its manifest says.
+	ErrDamaged = errors.New("damaged checkpoint")
+	// ErrCovered is wrapped when layers were put above a checkpoint layer:
+	// files and memory no longer agree.
+	ErrCovered = errors.New("checkpoint below other layers")
+	// ErrNoCRIU is wrapped when no CRIU was found.
+	ErrNoCRIU = errors.New("no CRIU found")
+	// ErrNotDump is wrapped when a directory does not hold a CRIU dump that can
+	// be packed.
+	ErrNotDump = errors.New("not a complete dump")
+)
+
+// Mount mirrors containerd's types.Mount.
+type Mount struct {
+	Type    string
+	Source  string
+	Target  string
+	Options []string
+}
+
+// Checkpoint is a checkpoint that a root file system brings along.
+type Checkpoint struct {
+	// Dir is .crac/v1 on disk.
+	Dir string
+	// Layer is the layer's or the root file system's directory that holds Dir.
+	Layer string
+	// Manifest is decoded and valid; nothing it lists was looked at yet.
+	Manifest *oci.Manifest
+	// Visible tells that the container would see /.crac in the mounts that Find
+	// returned, so that it must be masked.
+	Visible bool
+}
+
+// CRIUDir is where the dump is.
+func (c *Checkpoint) CRIUDir() string { return filepath.Join(c.Dir, oci.CRIUDirName) }
+
+// SpecPath is where the runtime spec of the dumped container is.
+func (c *Checkpoint) SpecPath() string { return filepath.Join(c.Dir, oci.SpecName) }

@@ -1,0 +1,84 @@
+package oci
+
+import (
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Annotations of a checkpoint image's manifest, and of an index that lists it.
+// The org.criu.checkpoint.* names are those that checkpointctl defines and
+// other tools read.
+const (
+	AnnotationEngine        = "org.criu.checkpoint.engine.name"
+	AnnotationContainer     = "org.criu.checkpoint.container.name"
+	AnnotationRootfsImage   = "org.criu.checkpoint.rootfsImageName"
+	AnnotationRootfsSha     = "org.criu.checkpoint.rootfsImageSha"
+	AnnotationRuntime       = "org.criu.checkpoint.runtime.name"
+	AnnotationCRIUVersion   = "org.criu.checkpoint.criu.version"
+	AnnotationHostArch      = "org.criu.checkpoint.host.arch"
+	AnnotationHostKernel    = "org.criu.checkpoint.host.kernel"
+	AnnotationCgroupVersion = "org.criu.checkpoint.cgroup.version"
+
+	AnnotationVersion        = ImagePrefix + "version"
+	AnnotationBaseName       = ImagePrefix + "base.name"
+	AnnotationBaseDigest     = ImagePrefix + "base.digest"
+	AnnotationCPUVendor      = ImagePrefix + "cpu.vendor"
+	AnnotationCPUModel       = ImagePrefix + "cpu.model"
+	AnnotationCPUFeatures    = ImagePrefix + "cpu.features"
+	AnnotationPageSize       = ImagePrefix + "page-size"
+	AnnotationCRIUMinimum    = ImagePrefix + "criu.minimum"
+	AnnotationTCPEstablished = ImagePrefix + "tcp-established"
+	AnnotationDumpBytes      = ImagePrefix + "dump-bytes"
+
+	// The OCI image specification's own.
+	annotationCreated    = "org.opencontainers.image.created"
+	annotationBaseName   = "org.opencontainers.image.base.name"
+	annotationBaseDigest = "org.opencontainers.image.base.digest"
+)
+
+// RuntimeName is the name that containerd's clients give to select the runtime.
+const RuntimeName = "io.containerd.crac.v2"
+
+// Annotations are the facts of a manifest that a tool or a scheduler wants to
+// know before it fetches a layer. Facts that are not known have no annotation.
+func Annotations(m *Manifest) map[string]string {
+	var bytes int64
+	for _, f := range m.Files {
+		bytes += f.Size
+	}
+	all := map[string]string{
+		AnnotationEngine:        "containerd",
+		AnnotationContainer:     m.Container.ID,
+		AnnotationRootfsImage:   m.Base.Name,
+		AnnotationRootfsSha:     strings.TrimPrefix(m.Base.Digest, "sha256:"),
+		AnnotationRuntime:       RuntimeName,
+		AnnotationCRIUVersion:   VersionString(m.CRIU.Version),
+		AnnotationHostArch:      m.Platform.Architecture,
+		AnnotationHostKernel:    m.Host.Kernel,
+		AnnotationCgroupVersion: "v" + strconv.Itoa(m.Host.CgroupVersion),
+
+		AnnotationVersion:     m.Version,
+		AnnotationBaseName:    m.Base.Name,
+		AnnotationBaseDigest:  m.Base.Digest,
+		AnnotationCPUVendor:   m.Host.CPU.Vendor,
+		AnnotationCPUModel:    m.Host.CPU.Model,
+		AnnotationCPUFeatures: strings.Join(m.Host.CPU.Features, ","),
+		AnnotationPageSize:    strconv.Itoa(m.Host.PageSize),
+		AnnotationCRIUMinimum: VersionString(m.CRIU.Minimum),
+		AnnotationDumpBytes:   strconv.FormatInt(bytes, 10),
+
+		annotationCreated:    m.Created.UTC().Format(time.RFC3339),
+		annotationBaseName:   m.Base.Name,
+		annotationBaseDigest: m.Base.Digest,
+	}
+	if m.TCPEstablished {
+		all[AnnotationTCPEstablished] = "true"
+	}
+	for k, v := range all {
+		if v == "" {
+			delete(all, k)
+		}
+	}
+	return all
+}

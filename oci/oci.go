@@ -1,0 +1,59 @@
+// Package oci defines what is written down: the checkpoint image's format and
+// the annotations that steer the runtime.
+//
+// It holds pure functions over readers and maps; no disk, no network. The shim
+// re-executes itself as a container's init, so this package does no work at
+// program start: no compiled patterns, no filled maps.
+package oci
+
+// The checkpoint layer, as paths relative to a root file system:
+//
+//	.crac/v1/criu/*.img       the dump, with libcontainer's descriptors.json
+//	.crac/v1/manifest.json    what it is and what it needs: Manifest
+//	.crac/v1/spec.json        the runtime spec it was dumped under
+const (
+	// Root is the layer's only entry at the top.
+	Root = ".crac"
+	// Dir is where version 1 of the format lives.
+	Dir = ".crac/v1"
+	// ManifestName, SpecName and CRIUDirName are entries of Dir.
+	ManifestName = "manifest.json"
+	SpecName     = "spec.json"
+	CRIUDirName  = "criu"
+	// DescriptorsName is libcontainer's record of the container's stdio; a
+	// restore needs it beside CRIU's own files.
+	DescriptorsName = "descriptors.json"
+)
+
+// Version is the format's version, written by this code. A reader accepts any
+// version with the same major number.
+const Version = "1"
+
+// MediaType is the type of manifest.json, for tools that hand it around alone.
+const MediaType = "application/vnd.crac.checkpoint.manifest.v1+json"
+
+// Annotation keys. Options (options.go) share AnnotationPrefix with two
+// reserved groups, which are facts written by the builder and never options:
+// everything below ImagePrefix, on manifests and indexes, and LayerAnnotation,
+// on a layer's descriptor.
+const (
+	AnnotationPrefix = "io.containerd.crac."
+	ImagePrefix      = AnnotationPrefix + "image."
+
+	// LayerAnnotation marks a layer's descriptor with what the layer is.
+	LayerAnnotation = AnnotationPrefix + "layer"
+	// LayerCheckpoint is LayerAnnotation's value for a checkpoint layer.
+	LayerCheckpoint = "checkpoint"
+)
+
+// CheckpointOptionsType is the type URL of CheckpointOptions when it travels as
+// a task request's options.
+const CheckpointOptionsType = "io.containerd.crac.v1.CheckpointOptions"
+
+// CheckpointOptions is what `cracctl checkpoint` asks of the shim, as JSON.
+type CheckpointOptions struct {
+	// Ref names the image to make.
+	Ref string `json:"ref"`
+	// Exit stops the container after the dump.
+	Exit bool `json:"exit"`
+}

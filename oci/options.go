@@ -1,0 +1,225 @@
+package oci
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// RestoreMode says what a start does with a checkpoint.
+type RestoreMode string
+
+// MemoryMode says how a restored workload gets its memory.
+type MemoryMode string
+
+// TCPMode says what happens to established TCP connections.
+type TCPMode string
+
+// HooksMode says whether participants are told, and whether there must be one.
+type HooksMode string
+
+// The options' values. The zero value of each type behaves as its default.
+const (
+	RestoreAuto    RestoreMode = "auto"    // warm if possible, else cold with a reason; the default
+	RestoreRequire RestoreMode = "require" // warm or an error
+	RestoreNever   RestoreMode = "never"   // cold
+
+	MemoryAuto  MemoryMode = "auto" // the default
+	MemoryLazy  MemoryMode = "lazy"
+	MemoryEager MemoryMode = "eager"
+
+	// TCPError refuses to dump established connections. It is the default
+	// because the other two change what a peer sees, and only the operator
+	// knows whether that is right.
+	TCPError       TCPMode = "error"
+	TCPClose       TCPMode = "close"
+	TCPEstablished TCPMode = "established"
+
+	HooksOptional HooksMode = "optional" // the default
+	HooksOff      HooksMode = "off"
+	HooksRequired HooksMode = "required"
+
+	CheckpointAllowNone     = "none" // the default
+	CheckpointAllowWorkload = "workload"
+
+	// FDPolicyError refuses to dump what CRIU cannot carry. The values are
+	// those of CRaC's resource policies.
+	FDPolicyError  = "error" // the default
+	FDPolicyIgnore = "ignore"
+	FDPolicyClose  = "close"
+	FDPolicyReopen = "reopen"
+)
+
+// DefaultHookTimeout is how long one notification may take.
+const DefaultHookTimeout = 10 * time.Second
+
+// Options is what a container's annotations and environment ask of the runtime.
+type Options struct {
+	Restore         RestoreMode
+	Memory          MemoryMode
+	TCP             TCPMode
+	CheckpointImage string
+	CheckpointExit  bool
+	Hooks           HooksMode
+	HookTimeout     time.Duration
+
+	HookBeforeCheckpoint string
+	HookAfterRestore     string
+	HookAfterResume      string
+
+	CheckpointAllow string
+	FDPolicy        string
+}
+
+// option is one known key: how its value is read and, when this version cannot
+// honour some values, which.
+type option struct {
+	key         string
+	values      string // for messages
+	set         func(*Options, string) error
+	unsupported func(*Options) bool
+}
+
+// knownOptions is a function, not a variable, to keep program start free of it.
+func knownOptions() []option {
+	return []option{
+		enum("restore", func(o *Options) *RestoreMode { return &o.Restore }, nil, RestoreAuto, RestoreRequire, RestoreNever),
+		enum("memory", func(o *Options) *MemoryMode { return &o.Memory },
+			func(v MemoryMode) bool { return v == MemoryLazy }, MemoryAuto, MemoryLazy, MemoryEager),
+		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPError, TCPClose, TCPEstablished),
+		text("checkpoint.image", "an image name", func(o *Options) *string { return &o.CheckpointImage }, nil),
+		{key: "checkpoint.exit", values: "true, false", set: func(o *Options, v string) (err error) {
+			o.CheckpointExit, err = strconv.ParseBool(v)
+			return err
+		}},
+		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks },
+			func(v HooksMode) bool { return v == HooksRequired }, HooksOptional, HooksOff, HooksRequired),
+		{key: "hook.timeout", values: "a duration such as 10s, longer than 0", set: func(o *Options, v string) error {
+			d, err := time.ParseDuration(v)
+			if err == nil && d <= 0 {
+				err = fmt.Errorf("not longer than 0")
+			}
+			if err == nil {
+				o.HookTimeout = d
+			}
+			return err
+		}, unsupported: func(o *Options) bool { return o.HookTimeout != 0 && o.HookTimeout != DefaultHookTimeout }},
+		text("hook.before-checkpoint", "a command, URL or signal", func(o *Options) *string { return &o.HookBeforeCheckpoint }, notEmpty),
+		text("hook.after-restore", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterRestore }, notEmpty),
+		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }, notEmpty),
+		enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
+			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload),
+		enum("fd-policy", func(o *Options) *string { return &o.FDPolicy },
+			func(v string) bool { return v != "" && v != FDPolicyError }, FDPolicyError, FDPolicyIgnore, FDPolicyClose, FDPolicyReopen),
+	}
+}
+
+func notEmpty(v string) bool { return v != "" }
+
+func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bool, values ...T) option {
+	names := make([]string, len(values))
+	for i, v := range values {
+		names[i] = string(v)
+	}
+	o := option{key: key, values: strings.Join(names, ", "), set: func(o *Options, v string) error {
+		if !slices.Contains(values, T(v)) {
+			return fmt.Errorf("unknown value")
+		}
+		*field(o) = T(v)
+		return nil
+	}}
+	if unsupported != nil {
+		o.unsupported = func(o *Options) bool { return unsupported(*field(o)) }
+	}
+	return o
+}
+
+func text(key, values string, field func(*Options) *string, unsupported func(string) bool) option {
+	o := option{key: key, values: values, set: func(o *Options, v string) error {
+		if strings.TrimSpace(v) == "" {
+			return fmt.Errorf("empty")
+		}
+		*field(o) = v
+		return nil
+	}}
+	if unsupported != nil {
+		o.unsupported = func(o *Options) bool { return unsupported(*field(o)) }
+	}
+	return o
+}
+
+// envName is the environment variable that carries an option:
+// hook.before-checkpoint → CRAC_HOOK_BEFORE_CHECKPOINT.
+func envName(key string) string {
+	return "CRAC_" + strings.ToUpper(strings.NewReplacer(".", "_", "-", "_").Replace(key))
+}
+
+// ParseOptions reads the options of a container: its annotations, and the
+// CRAC_* variables of its environment for what the annotations do not say.
+//
+// An annotation below AnnotationPrefix that is neither an option nor reserved
+// is an error: a mistyped option must not pass for a default. An unknown CRAC_*
+// variable is not, because a workload may use the prefix for itself.
+func ParseOptions(annotations map[string]string, env []string) (Options, error) {
+	o := Options{
+		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPError,
+		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
+		CheckpointAllow: CheckpointAllowNone, FDPolicy: FDPolicyError,
+	}
+	known := knownOptions()
+
+	for _, key := range slices.Sorted(maps.Keys(annotations)) {
+		name, ours := strings.CutPrefix(key, AnnotationPrefix)
+		if !ours || key == LayerAnnotation || strings.HasPrefix(key, ImagePrefix) {
+			continue
+		}
+		if !slices.ContainsFunc(known, func(k option) bool { return k.key == name }) {
+			keys := make([]string, len(known))
+			for i, k := range known {
+				keys[i] = AnnotationPrefix + k.key
+			}
+			return Options{}, fmt.Errorf("annotation %q is no option of this runtime; known are %s", key, strings.Join(keys, ", "))
+		}
+	}
+
+	for _, k := range known {
+		source := "annotation " + AnnotationPrefix + k.key
+		value, ok := annotations[AnnotationPrefix+k.key]
+		if !ok {
+			source = "environment variable " + envName(k.key)
+			value, ok = lookup(env, envName(k.key))
+		}
+		if !ok {
+			continue
+		}
+		if err := k.set(&o, value); err != nil {
+			return Options{}, fmt.Errorf("%s has the value %q (%w); possible: %s", source, value, err, k.values)
+		}
+	}
+	return o, nil
+}
+
+// lookup finds a variable as a process would: the last one counts.
+func lookup(env []string, name string) (string, bool) {
+	for _, e := range slices.Backward(env) {
+		if v, ok := strings.CutPrefix(e, name+"="); ok {
+			return v, true
+		}
+	}
+	return "", false
+}
+
+// Unsupported names the options, with their values, that are valid but that
+// this version cannot honour.
+func (o Options) Unsupported() []string {
+	var names []string
+	for _, k := range knownOptions() {
+		if k.unsupported != nil && k.unsupported(&o) {
+			names = append(names, AnnotationPrefix+k.key)
+		}
+	}
+	return names
+}
