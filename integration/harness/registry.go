@@ -1,0 +1,78 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// RegistryServer is a private image registry on a port of the loopback interface.
+type RegistryServer struct {
+	Host string // host:port, the first part of a reference
+	Dir  string
+	proc *process
+}
+
+// StartRegistry starts a registry whose data lie in dir/registry. containerd's clients talk
+// plain http to the loopback address by themselves.
+func (d *Daemon) StartRegistry(ctx context.Context) (*RegistryServer, error) {
+	bin, err := d.Tools.path(Registry)
+	if err != nil {
+		return nil, err
+	}
+	dir := d.path("registry")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	// The registry cannot tell which port it was given, so a free one is chosen here; another
+	// program may take it in between, hence the attempts.
+	for range 5 {
+		var l net.Listener
+		if l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			return nil, err
+		}
+		r := &RegistryServer{Host: l.Addr().String(), Dir: dir}
+		_ = l.Close()
+		conf := fmt.Sprintf(`version: 0.1
+log: {level: warn}
+storage: {filesystem: {rootdirectory: %q}, delete: {enabled: true}, maintenance: {uploadpurging: {enabled: false}}}
+http: {addr: %q}
+`, filepath.Join(dir, "data"), r.Host)
+		file := filepath.Join(dir, "config.yml")
+		if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+			return nil, err
+		}
+		cmd := d.Command(context.Background(), bin, "serve", file)
+		// Tracing is on unless it is told otherwise, and would look for a collector.
+		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=none")
+		if r.proc, err = startProcess(cmd, d.path("registry.log")); err != nil {
+			return nil, err
+		}
+		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err = r.proc.waitFor(wait, func(ctx context.Context) error {
+			resp, err := get(ctx, "http://"+r.Host+"/v2/")
+			if err != nil {
+				return err
+			}
+			_ = resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
+				return fmt.Errorf("status %s", resp.Status)
+			}
+			return nil
+		})
+		cancel()
+		if err == nil {
+			d.registries = append(d.registries, r)
+			return r, nil
+		}
+		_ = r.proc.stop(time.Second)
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, fmt.Errorf("start the registry: %w (its log: %s)", err, tail(d.readLog("registry.log"), 2000))
+}
