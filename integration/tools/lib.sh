@@ -24,15 +24,24 @@ have_version() {
 }
 
 # logged NAME TEXT COMMAND...: runs COMMAND with its output in build/logs/NAME.log,
-# says TEXT at the start and that it is still going every 30 s, and on failure
-# shows the end of the log and returns COMMAND's status.
+# says TEXT at the start and that it is still going every 30 s; when it fails, shows
+# the end of the log and ends the program. Call it as a plain statement, never after
+# || or in an if: bash would then ignore set -e inside COMMAND, and a function whose
+# third line failed would carry on with its fourth.
 logged() {
-  local name="$1" text="$2" log pid rc=0 began=$SECONDS next
+  local log="$CRAC_LOGS/$1.log"
+  try_logged "$@"
+  [ "$CRAC_STATUS" -eq 0 ] || die "$2: failed with status $CRAC_STATUS: see $log"
+}
+
+# try_logged NAME TEXT COMMAND...: the same, but leaves the status in CRAC_STATUS.
+try_logged() {
+  local name="$1" text="$2" log pid next began=$SECONDS
   shift 2
   mkdir -p "$CRAC_LOGS"
   log="$CRAC_LOGS/$name.log"
   say "$text"
-  # fd 9 is the lock of install.sh: a daemonised child must not keep it.
+  # fd 9 is the caller's lock: a daemonised child must not keep it.
   ("$@") >"$log" 2>&1 </dev/null 9>&- &
   pid=$!
   CRAC_CHILD=$pid
@@ -44,13 +53,13 @@ logged() {
       next=$((SECONDS + 30))
     fi
   done
-  wait "$pid" || rc=$?
+  CRAC_STATUS=0
+  wait "$pid" || CRAC_STATUS=$?
   CRAC_CHILD=
-  if [ "$rc" -ne 0 ]; then
-    say "$text: failed (status $rc); the end of $log:"
+  if [ "$CRAC_STATUS" -ne 0 ]; then
+    say "$text: status $CRAC_STATUS; the end of $log:"
     tail -n 20 "$log" | sed 's/^/    /' >&2
   fi
-  return "$rc"
 }
 
 # stop_child: ends the command that logged is running, with its children.
@@ -85,16 +94,14 @@ debian_packages() {
   local how=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=600)
   # A known candidate may still be gone from the mirror: so fresh lists are the
   # second try, not the first.
-  if apt-cache show "${missing[@]}" >/dev/null 2>&1 &&
-    logged apt-install "Debian packages: ${missing[*]}" \
-      "${how[@]}" install --no-install-recommends "${missing[@]}"; then
-    return 0
+  if apt-cache show "${missing[@]}" >/dev/null 2>&1; then
+    try_logged apt-install "Debian packages: ${missing[*]}" \
+      "${how[@]}" install --no-install-recommends "${missing[@]}"
+    [ "$CRAC_STATUS" -ne 0 ] || return 0
   fi
-  logged apt-update "Debian package lists" "${how[@]}" update ||
-    die "apt-get update failed: see $CRAC_LOGS/apt-update.log; check the machine's apt sources and network"
+  logged apt-update "Debian package lists" "${how[@]}" update
   logged apt-install "Debian packages: ${missing[*]}" \
-    "${how[@]}" install --no-install-recommends "${missing[@]}" ||
-    die "cannot install ${missing[*]}: see $CRAC_LOGS/apt-install.log"
+    "${how[@]}" install --no-install-recommends "${missing[@]}"
 }
 
 # debian_mirror: prints the URI of the Debian mirror that this machine's apt
@@ -160,9 +167,10 @@ private_apt() {
   )
   [ -f "$keyring" ] || die "$keyring is missing: apt-get install debian-archive-keyring"
   printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$mirror" "$suite" >"$dir/sources.list"
+  # Callers may run this in an if, where set -e is off: so every step is asked.
   apt-get "${APT_PRIVATE[@]}" --error-on=any update && return 0
   (cd "$dir" && apt-get -o APT::Sandbox::User=root download debian-archive-keyring) || return 1
-  dpkg -x "$dir"/debian-archive-keyring_*.deb "$dir/keyring"
+  dpkg -x "$dir"/debian-archive-keyring_*.deb "$dir/keyring" || return 1
   keyring="$dir/keyring$keyring"
   # Newer keyring packages ship ASCII-armoured .pgp files beside or instead.
   [ -f "$keyring" ] || keyring="${keyring%.gpg}.pgp"
