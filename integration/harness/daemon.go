@@ -365,3 +365,6 @@ func waitGone(grace time.Duration, list func() ([]string, error)) ([]string, err
 		time.Sleep(wait)
 	}
 }
+
+// FIFODir is where clients of the daemon should make their FIFOs, so that none stays in /run.
+func (d *Daemon) FIFODir() string { return d.path("fifo") }

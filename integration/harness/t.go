@@ -69,3 +69,12 @@ func (t *T) Eventually(what string, cond func() bool) {
 		}
 	}
 }
+
+// Context is the test's: Daemon.Context gives one with the namespace, and so does T.Ctx.
+func (t *T) Context() context.Context { return t.Ctx }
+
+// Log logs to the test; Daemon.Log is containerd's.
+func (t *T) Log(args ...any) {
+	t.Helper()
+	t.TB.Log(args...)
+}

@@ -1,0 +1,220 @@
+// Package integration proves the runtime against real containerd, CRIU, registry and clients.
+package integration
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/crac-shim/crac/integration/harness"
+)
+
+const (
+	cracRuntime = "io.containerd.crac.v2"
+	runcRuntime = "io.containerd.runc.v2"
+)
+
+// testRuntime is what the tests of the task API run on. $CRAC_TEST_RUNTIME names another one:
+// on containerd's own shim they check the tests.
+var testRuntime = cracRuntime
+
+// shared is the one containerd of all tests. A test that needs a daemon with something special
+// starts its own.
+var shared *harness.Daemon
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == loggerArg {
+		runLogger()
+		return
+	}
+	flag.Parse()
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) (code int) {
+	fail := func(format string, args ...any) {
+		fmt.Fprintf(os.Stderr, "FAIL: "+format+"\n", args...)
+		code = 1
+	}
+	need := []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc}
+	if r := os.Getenv("CRAC_TEST_RUNTIME"); r != "" {
+		testRuntime = r
+		if r != cracRuntime {
+			need = need[1:]
+		}
+	}
+	ctx := context.Background()
+	before, err := harness.TakeHostSnapshot()
+	if err != nil {
+		fail("%v", err)
+		return
+	}
+	if shared, err = harness.StartContainerd(ctx, harness.Options{Need: need, Debug: os.Getenv("CRAC_DEBUG") != ""}); err != nil {
+		fail("%v", err)
+		return
+	}
+	// go test kills a process that takes too long, and nobody would clean up after it.
+	if limit := flag.Lookup("test.timeout"); limit != nil {
+		if d, err := time.ParseDuration(limit.Value.String()); err == nil && d > 0 {
+			time.AfterFunc(d*9/10, func() { abandon("the tests take too long") })
+		}
+	}
+	sigs := make(chan os.Signal, 1)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM)
+	go func() { abandon((<-sigs).String()) }()
+
+	code = m.Run()
+	log := shared.Log()
+	if err := shared.Stop(ctx); err != nil {
+		fail("%v", err)
+	}
+	if path := os.Getenv("CRAC_LOG"); path != "" {
+		if err := os.WriteFile(path, []byte(log), 0o600); err != nil {
+			fail("%v", err)
+		}
+	}
+	after, err := harness.TakeHostSnapshot()
+	if err != nil {
+		fail("%v", err)
+		return
+	}
+	// On a machine that only runs these tests, nothing new may be there at all. Elsewhere it may be
+	// somebody else's: the daemon and each test look after their own parts.
+	for _, n := range after.NewSince(before) {
+		if os.Getenv("CRAC_VM") != "" || os.Getenv("CRAC_QUIET_HOST") != "" {
+			fail("the host has something new after the tests: %s", n)
+		} else {
+			fmt.Fprintf(os.Stderr, "new on the host since the tests began (set CRAC_QUIET_HOST=1 to make this an error): %s\n", n)
+		}
+	}
+	return code
+}
+
+func abandon(reason string) {
+	fmt.Fprintf(os.Stderr, "FAIL: %s: stopping\n", reason)
+	if err := shared.Stop(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	os.Exit(1)
+}
+
+// setup gives a test the shared daemon. What the test may take is bounded.
+func setup(tb testing.TB) *harness.T {
+	tb.Helper()
+	t := shared.For(tb, 3*time.Minute)
+	mark := len(shared.Log())
+	tb.Cleanup(func() {
+		if !tb.Failed() {
+			return
+		}
+		var lines []string
+		for line := range strings.SplitSeq(shared.Log()[mark:], "\n") {
+			if os.Getenv("CRAC_DEBUG") != "" || !strings.Contains(line, "level=debug") {
+				lines = append(lines, line)
+			}
+		}
+		if len(lines) > 60 {
+			lines = append([]string{"…"}, lines[len(lines)-60:]...)
+		}
+		tb.Logf("containerd's log during this test:\n%s", strings.Join(lines, "\n"))
+	})
+	return t
+}
+
+// needImage imports an image, which has to be there.
+func needImage(t *harness.T, name string) {
+	t.Helper()
+	if _, err := t.ImportImage(t.Ctx, name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// newID returns an id that nothing else on the host has in its name.
+func newID(tb testing.TB) string {
+	b := make([]byte, 4)
+	if _, err := rand.Read(b); err != nil {
+		tb.Fatal(err)
+	}
+	name := strings.ToLower(filepath.Base(strings.TrimPrefix(tb.Name(), "Test")))
+	name = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return -1
+	}, name)
+	return fmt.Sprintf("%.20s-%s", name, hex.EncodeToString(b))
+}
+
+func onlyCrac(tb testing.TB) {
+	tb.Helper()
+	if testRuntime != cracRuntime {
+		tb.Skipf("this is about %s; the tests run on %s", cracRuntime, testRuntime)
+	}
+}
+
+// TestHarnessSeesLeaks is the proof of the proof: a daemon that is stopped names what was left.
+func TestHarnessSeesLeaks(tb *testing.T) {
+	tb.Parallel()
+	ctx := context.Background()
+	d, err := harness.StartContainerd(ctx, harness.Options{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	stopped := false
+	defer func() {
+		if !stopped {
+			_ = d.Stop(ctx)
+		}
+	}()
+	dir, err := d.Path("mnt")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+		tb.Fatal(err)
+	}
+	roots, err := harness.CgroupRoots()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cgroup := filepath.Join(roots[0], d.Namespace, "leak")
+	if err := os.MkdirAll(cgroup, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	temp := filepath.Join(d.Dir, "tmp", "leaked-file")
+	if err := os.WriteFile(temp, nil, 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	sleeper := exec.Command("sleep", "1234")
+	sleeper.Env = append(os.Environ(), "CRAC_HARNESS="+d.Dir)
+	if err := sleeper.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	go func() { _ = sleeper.Wait() }()
+
+	err = d.Stop(ctx)
+	stopped = true
+	for _, want := range []string{"mount " + dir, "cgroup " + cgroup, temp, "sleep 1234"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			tb.Errorf("Stop does not report the leak of %q: %v", want, err)
+		}
+	}
+	for _, gone := range []string{cgroup, temp} {
+		if _, err := os.Stat(gone); err == nil {
+			tb.Errorf("%s is still there after Stop", gone)
+		}
+	}
+	if m, err := harness.Mounts(dir); err != nil || len(m) > 0 {
+		tb.Errorf("%s is still mounted after Stop (%v)", dir, err)
+	}
+}
