@@ -1,0 +1,271 @@
+// Package build makes a checkpoint image of a dump in containerd's content store:
+// the base image's layers, one layer of the container's own changes, and the
+// checkpoint layer on top.
+//
+// Nothing gets the image's name before everything it refers to is stored. All
+// content is held by a lease until then; when a build fails, containerd collects
+// it and no name has changed.
+package build
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+// Request is what to build from: one line of JSON on the standard input of
+// `cracctl build-image`.
+type Request struct {
+	// Address and Namespace are containerd's. Build itself does not use them:
+	// they are in the client it is given.
+	Address   string `json:"address"`
+	Namespace string `json:"namespace"`
+	// Container is the ID of the container that was dumped.
+	Container string `json:"container"`
+	// Ref names the image to make. An existing name is moved.
+	Ref string `json:"ref"`
+	// DumpDir is CRIU's directory, SpecPath the runtime spec of the dump.
+	DumpDir  string `json:"dumpDir"`
+	SpecPath string `json:"specPath"`
+	// Manifest is complete but for Files and Base.
+	Manifest oci.Manifest `json:"manifest"`
+	// Frozen is when the container was frozen for the dump. With it, the image's
+	// label LabelFrozen says how long it was until it could run again.
+	Frozen time.Time `json:"frozen,omitzero"`
+	// Compression of the new layers: zstd (the default) or gzip.
+	Compression string `json:"compression,omitempty"`
+}
+
+// Events of a build.
+const (
+	// EventDiffed: the container's changes are taken; it may run again.
+	EventDiffed = "diffed"
+	// EventProgress: Done of Total bytes of the dump are packed.
+	EventProgress = "progress"
+	// EventWarning: the image will be made, but Error should be known.
+	EventWarning = "warning"
+	// EventDone: the image is there.
+	EventDone = "done"
+	// EventError: it is not, and why.
+	EventError = "error"
+)
+
+// Event is what a build tells: one line of JSON on the standard output of
+// `cracctl build-image`.
+type Event struct {
+	Event string `json:"event"`
+	// Name, Digest and Size are the image's; Size counts all that a registry
+	// stores for it.
+	Name   string `json:"name,omitempty"`
+	Digest string `json:"digest,omitempty"`
+	Size   int64  `json:"size,omitempty"`
+	// LayerSize is the checkpoint layer's size as stored, DumpSize what it is
+	// when unpacked, ChangesSize the stored size of the layer of changes.
+	LayerSize   int64 `json:"layerSize,omitempty"`
+	DumpSize    int64 `json:"dumpSize,omitempty"`
+	ChangesSize int64 `json:"changesSize,omitempty"`
+	// Done and Total are bytes of the dump.
+	Done  int64  `json:"done,omitempty"`
+	Total int64  `json:"total,omitempty"`
+	Error string `json:"error,omitempty"`
+}
+
+// LabelFrozen is a label of the image's record in containerd, which is not
+// published with the image: how long the container stood still.
+const LabelFrozen = oci.ImagePrefix + "frozen"
+
+// IngestRef is the name under which the checkpoint layer of a container is
+// written to the content store. It is also the lock: two builds of one
+// container cannot run at the same time.
+func IngestRef(container string) string { return "crac-checkpoint-" + container }
+
+// leaseTime bounds how long content of a build is held whose builder died.
+const leaseTime = 6 * time.Hour
+
+// services are what a build uses of containerd.
+type services struct {
+	containers containers.Store
+	images     coreimages.Store
+	content    content.Store
+	leases     leases.Manager
+	diff       diff.Comparer
+	snapshots  func(name string) snapshots.Snapshotter
+	platform   platforms.MatchComparer
+}
+
+// Build makes the checkpoint image that r asks for and returns its manifest's
+// descriptor. ctx must carry the namespace. The container must stay frozen
+// until emit was called with EventDiffed; it is called from one goroutine.
+func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
+	return build(ctx, services{
+		containers: client.ContainerService(),
+		images:     client.ImageService(),
+		content:    client.ContentStore(),
+		leases:     client.LeasesService(),
+		diff:       client.DiffService(),
+		snapshots:  client.SnapshotService,
+		platform:   platforms.Default(),
+	}, r, emit)
+}
+
+func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocispec.Descriptor, err error) {
+	none := ocispec.Descriptor{}
+	comp, err := newCompression(r.Compression)
+	if err != nil {
+		return none, err
+	}
+	if err := checkRef(r.Ref); err != nil {
+		return none, err
+	}
+	spec, err := readSpec(r.SpecPath)
+	if err != nil {
+		return none, err
+	}
+	total := int64(0)
+	files, err := images.DumpFiles(r.DumpDir)
+	if err != nil {
+		return none, err
+	}
+	for _, f := range files {
+		total += f.Size
+	}
+
+	ctx, release, err := withLease(ctx, s.leases)
+	if err != nil {
+		return none, err
+	}
+	defer func() {
+		if rerr := release(); rerr != nil && err == nil {
+			// The image is there; the lease only keeps content that it
+			// refers to anyway, until it expires.
+			emit(Event{Event: EventWarning, Error: rerr.Error()})
+		}
+	}()
+
+	c, err := s.containers.Get(ctx, r.Container)
+	if err != nil {
+		return none, fmt.Errorf("find container %s: %w", r.Container, err)
+	}
+	if c.Image == "" || c.SnapshotKey == "" {
+		return none, fmt.Errorf("container %s was not made from an image, so there is none to put a checkpoint on; make a plain checkpoint (ctr tasks checkpoint --image-path)", c.ID)
+	}
+	sn := s.snapshots(c.Snapshotter)
+	info, err := sn.Stat(ctx, c.SnapshotKey)
+	if err != nil {
+		return none, fmt.Errorf("find the root file system of container %s: %w", c.ID, err)
+	}
+	base, err := loadBase(ctx, s, c.Image, info.Parent)
+	if err != nil {
+		return none, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+
+	changes, err := takeChanges(ctx, s, sn, c, info, comp)
+	if err != nil {
+		return none, fmt.Errorf("take the changes of container %s: %w", c.ID, err)
+	}
+	emit(Event{Event: EventDiffed, ChangesSize: changes.size()})
+	labels := make(map[string]string)
+	if !r.Frozen.IsZero() {
+		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
+	}
+
+	if missing := base.missing(ctx, s.content); missing != "" {
+		emit(Event{Event: EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
+			missing, c.Image)})
+	}
+
+	m := r.Manifest
+	m.Base = base.identity()
+	dump, err := writeDump(ctx, s.content, r, spec, &m, comp, total, emit)
+	if err != nil {
+		return none, fmt.Errorf("pack the dump of container %s: %w", c.ID, err)
+	}
+
+	target, size, err := writeImage(ctx, s.content, base, changes, dump, &m)
+	if err != nil {
+		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
+	}
+	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target, Labels: labels}); err != nil {
+		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
+	}
+	emit(Event{
+		Event: EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
+		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: changes.size(),
+	})
+	return target, nil
+}
+
+// checkRef refuses what cannot be a name anywhere. containerd itself takes any
+// string.
+func checkRef(ref string) error {
+	if ref == "" || len(ref) > 255+129 {
+		return fmt.Errorf("image name %q is empty or too long", ref)
+	}
+	for _, c := range ref {
+		if c <= ' ' || c >= 0x7f {
+			return fmt.Errorf("image name %q holds a character that no image name can", ref)
+		}
+	}
+	return nil
+}
+
+func readSpec(path string) ([]byte, error) {
+	spec, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the container's runtime spec: %w", err)
+	}
+	if !json.Valid(spec) {
+		return nil, fmt.Errorf("the container's runtime spec %s is not JSON", path)
+	}
+	return spec, nil
+}
+
+// withLease holds what ctx stores from now on. release gives it up, also when
+// ctx was cancelled.
+func withLease(ctx context.Context, lm leases.Manager) (_ context.Context, release func() error, _ error) {
+	l, err := lm.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime))
+	if err != nil {
+		return nil, nil, fmt.Errorf("get a lease: %w", err)
+	}
+	return leases.WithLease(ctx, l.ID), func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		defer cancel()
+		if err := lm.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("give up lease %s: %w; it expires in %s", l.ID, err, leaseTime)
+		}
+		return nil
+	}, nil
+}
+
+// name gives the image its name, or moves the name to it.
+func name(ctx context.Context, store coreimages.Store, img coreimages.Image) error {
+	// Somebody may remove the name between the two calls.
+	for range 3 {
+		_, err := store.Create(ctx, img)
+		if err == nil || !errdefs.IsAlreadyExists(err) {
+			return err
+		}
+		_, err = store.Update(ctx, img, "target", "labels."+LabelFrozen)
+		if err == nil || !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return errors.New("the name keeps being made and removed by others")
+}

@@ -1,0 +1,245 @@
+package build
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/labels"
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+// compression is how new layers are stored.
+type compression struct {
+	mediaType string
+	writer    func(io.Writer) (io.WriteCloser, error)
+}
+
+func newCompression(name string) (compression, error) {
+	switch name {
+	case "", "zstd":
+		return compression{ocispec.MediaTypeImageLayerZstd, func(w io.Writer) (io.WriteCloser, error) {
+			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
+		}}, nil
+	case "gzip":
+		return compression{ocispec.MediaTypeImageLayerGzip, func(w io.Writer) (io.WriteCloser, error) {
+			return gzip.NewWriterLevel(w, gzip.BestSpeed)
+		}}, nil
+	}
+	return compression{}, fmt.Errorf("unknown compression %q; known are zstd and gzip", name)
+}
+
+// newLayer is a layer that a build made; the zero value is no layer.
+type newLayer struct {
+	desc   ocispec.Descriptor
+	diffID digest.Digest
+}
+
+func (l newLayer) size() int64 { return l.desc.Size }
+
+// writeLayer stores what write produces, compressed, in one pass.
+func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (_ newLayer, err error) {
+	cw, err := cs.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: comp.mediaType}))
+	if err != nil {
+		if errdefs.IsUnavailable(err) {
+			return newLayer{}, fmt.Errorf("another build of the same container is running; wait for it: %w", err)
+		}
+		return newLayer{}, err
+	}
+	defer func() {
+		cerr := cw.Close()
+		if err == nil {
+			err = cerr
+			return
+		}
+		// A failed build leaves nothing, also not for a resume.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		if aerr := cs.Abort(ctx, ref); aerr != nil && !errdefs.IsNotFound(aerr) {
+			err = errors.Join(err, fmt.Errorf("remove the unfinished layer: %w", aerr))
+		}
+	}()
+	// A builder that was killed may have left a beginning.
+	if err := cw.Truncate(0); err != nil {
+		return newLayer{}, err
+	}
+
+	diffID := digest.SHA256.Digester()
+	z, err := comp.writer(cw)
+	if err != nil {
+		return newLayer{}, err
+	}
+	if err := write(&ctxWriter{ctx, io.MultiWriter(z, diffID.Hash())}); err != nil {
+		z.Close()
+		return newLayer{}, err
+	}
+	if err := z.Close(); err != nil {
+		return newLayer{}, err
+	}
+	l := newLayer{diffID: diffID.Digest()}
+	dgst := cw.Digest()
+	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
+	if err := cw.Commit(ctx, 0, dgst, content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
+		return newLayer{}, err
+	}
+	info, err := cs.Info(ctx, dgst)
+	if err != nil {
+		return newLayer{}, err
+	}
+	if info.Labels[labels.LabelUncompressed] == "" {
+		// The content was there before, from somebody who did not say.
+		if _, err := cs.Update(ctx, content.Info{Digest: dgst, Labels: uncompressed}, "labels."+labels.LabelUncompressed); err != nil {
+			return newLayer{}, err
+		}
+	}
+	l.desc = ocispec.Descriptor{MediaType: comp.mediaType, Digest: dgst, Size: info.Size}
+	return l, nil
+}
+
+// ctxWriter makes a long copy stop when its context ends.
+type ctxWriter struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (w *ctxWriter) Write(p []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return w.w.Write(p)
+}
+
+// writeDump stores the checkpoint layer and fills m.Files.
+func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, comp compression, total int64, emit func(Event)) (newLayer, error) {
+	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
+		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m)
+	})
+	l.desc.Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
+	return l, err
+}
+
+// progress reports how much was written, a few times a second.
+type progress struct {
+	w           io.Writer
+	done, total int64
+	last        time.Time
+	emit        func(Event)
+}
+
+func (p *progress) Write(b []byte) (int, error) {
+	n, err := p.w.Write(b)
+	p.done += int64(n)
+	if now := time.Now(); now.Sub(p.last) > 200*time.Millisecond {
+		p.last = now
+		// The tar's headers are not part of the dump.
+		p.emit(Event{Event: EventProgress, Done: min(p.done, p.total), Total: p.total})
+	}
+	return n, err
+}
+
+// writeImage stores configuration and manifest. It returns the manifest's
+// descriptor and the size of all that it refers to.
+func writeImage(ctx context.Context, cs content.Store, b *base, changes, dump newLayer, m *oci.Manifest) (ocispec.Descriptor, int64, error) {
+	none := ocispec.Descriptor{}
+	layers, diffIDs, history := b.layers(), b.diffIDs, b.history
+	created := m.Created
+	add := func(l newLayer, by string) {
+		layers = append(layers, l.desc)
+		diffIDs = append(diffIDs, l.diffID)
+		if layersOf(history)+1 == len(diffIDs) {
+			history = append(history, ocispec.History{Created: &created, CreatedBy: by})
+		}
+	}
+	if changes.diffID != "" {
+		add(changes, createdByChanges)
+	}
+	add(dump, createdByCheckpoint)
+
+	config := make(map[string]json.RawMessage, len(b.config))
+	for k, v := range b.config {
+		config[k] = v
+	}
+	delete(config, "history")
+	for k, v := range map[string]any{
+		"created": created,
+		"rootfs":  ocispec.RootFS{Type: "layers", DiffIDs: diffIDs},
+		"history": history,
+	} {
+		if k == "history" && len(history) == 0 {
+			continue
+		}
+		data, err := json.Marshal(v)
+		if err != nil {
+			return none, 0, err
+		}
+		config[k] = data
+	}
+	configData, err := json.Marshal(config)
+	if err != nil {
+		return none, 0, err
+	}
+	configDesc, err := writeBlob(ctx, cs, ocispec.MediaTypeImageConfig, configData, nil)
+	if err != nil {
+		return none, 0, err
+	}
+
+	manifest := ocispec.Manifest{
+		Versioned:   specs.Versioned{SchemaVersion: 2},
+		MediaType:   ocispec.MediaTypeImageManifest,
+		Config:      configDesc,
+		Layers:      layers,
+		Annotations: b.annotations(m),
+	}
+	manifestData, err := json.MarshalIndent(manifest, "", "  ")
+	if err != nil {
+		return none, 0, err
+	}
+	// What the manifest refers to is kept as long as the manifest is.
+	gc := make(map[string]string)
+	size := int64(len(manifestData))
+	keys := make(map[string]int)
+	for _, child := range append([]ocispec.Descriptor{configDesc}, layers...) {
+		size += child.Size
+		for _, key := range coreimages.ChildGCLabels(child) {
+			i := keys[key]
+			keys[key]++
+			if i > 0 || strings.HasSuffix(key, ".") {
+				key = fmt.Sprintf("%s%d", key, i)
+			}
+			gc[key] = child.Digest.String()
+		}
+	}
+	desc, err := writeBlob(ctx, cs, ocispec.MediaTypeImageManifest, manifestData, gc)
+	if err != nil {
+		return none, 0, err
+	}
+	return desc, size, nil
+}
+
+func writeBlob(ctx context.Context, cs content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	ref := "crac-" + desc.Digest.String()
+	var opts []content.Opt
+	if len(gc) > 0 {
+		opts = append(opts, content.WithLabels(gc))
+	}
+	if err := content.WriteBlob(ctx, cs, ref, bytes.NewReader(data), desc, opts...); err != nil {
+		return desc, err
+	}
+	return desc, nil
+}

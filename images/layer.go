@@ -1,0 +1,139 @@
+package images
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// DumpFiles lists the files of a dump directory that a restore needs, sorted,
+// with their sizes and without digests. Logs and statistics are left out.
+//
+// The directory may have been made by a workload's runtime moments ago, but it
+// is read as carefully as a pulled one: only regular files are taken.
+func DumpFiles(dir string) ([]oci.File, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the dump: %w", err)
+	}
+	var files []oci.File
+	for _, e := range entries {
+		if e.Name() == "parent" {
+			return nil, fmt.Errorf("%w: %s continues an earlier dump (it has a link named parent); a checkpoint image holds whole dumps only", ErrNotDump, dir)
+		}
+		if !isImage(e.Name()) {
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			return nil, fmt.Errorf("read the dump: %w", err)
+		}
+		if !info.Mode().IsRegular() || !oci.ValidFileName(e.Name()) {
+			return nil, fmt.Errorf("%w: %s is not a regular file with a plain name", ErrNotDump, filepath.Join(dir, e.Name()))
+		}
+		files = append(files, oci.File{Name: e.Name(), Size: info.Size()})
+	}
+	// CRIU writes its inventory last.
+	if !slices.ContainsFunc(files, func(f oci.File) bool { return f.Name == "inventory.img" }) {
+		return nil, fmt.Errorf("%w: %s has no inventory.img; the dump failed or is still being written", ErrNotDump, dir)
+	}
+	return files, nil
+}
+
+// WriteLayer writes the checkpoint layer, an uncompressed tar, in one pass and
+// constant memory. m.Files are replaced by what DumpFiles finds, with the
+// digests of what was written. The same input gives the same bytes: fixed
+// times and owners, entries sorted by name, which also puts the manifest after
+// the files it describes.
+//
+// spec is the runtime spec of the dumped container.
+func WriteLayer(w io.Writer, dumpDir string, spec []byte, m *oci.Manifest) error {
+	files, err := DumpFiles(dumpDir)
+	if err != nil {
+		return err
+	}
+	l := &layerWriter{tw: tar.NewWriter(w), buf: make([]byte, 1<<20)}
+	for _, dir := range []string{oci.Root, oci.Dir, oci.Dir + "/" + oci.CRIUDirName} {
+		if err := l.header(tar.TypeDir, dir+"/", 0o700, 0); err != nil {
+			return err
+		}
+	}
+	for i, f := range files {
+		digest, err := l.copyFile(filepath.Join(dumpDir, f.Name), oci.Dir+"/"+oci.CRIUDirName+"/"+f.Name, f.Size)
+		if err != nil {
+			return fmt.Errorf("pack %s of the dump: %w", f.Name, err)
+		}
+		files[i].Digest = digest
+	}
+	m.Files = files
+	data, err := m.Encode()
+	if err != nil {
+		return err
+	}
+	if err := l.write(oci.Dir+"/"+oci.ManifestName, int64(len(data)), bytes.NewReader(data)); err != nil {
+		return err
+	}
+	if err := l.write(oci.Dir+"/"+oci.SpecName, int64(len(spec)), bytes.NewReader(spec)); err != nil {
+		return err
+	}
+	return l.tw.Close()
+}
+
+type layerWriter struct {
+	tw  *tar.Writer
+	buf []byte
+}
+
+func (l *layerWriter) header(typ byte, name string, mode, size int64) error {
+	return l.tw.WriteHeader(&tar.Header{Typeflag: typ, Name: name, Mode: mode, Size: size, ModTime: time.Unix(0, 0)})
+}
+
+func (l *layerWriter) write(name string, size int64, r io.Reader) error {
+	if err := l.header(tar.TypeReg, name, 0o600, size); err != nil {
+		return err
+	}
+	n, err := io.CopyBuffer(onlyWriter{l.tw}, r, l.buf)
+	if err != nil {
+		return err
+	}
+	if n != size {
+		return fmt.Errorf("has %d bytes instead of %d: it changed while it was packed", n, size)
+	}
+	return nil
+}
+
+func (l *layerWriter) copyFile(path, name string, size int64) (digest string, err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !st.Mode().IsRegular() {
+		return "", errors.New("is not a regular file")
+	}
+	h := sha256.New()
+	// A reader with nothing but Read: io.Copy must not find a way around buf.
+	if err := l.write(name, size, io.TeeReader(f, h)); err != nil {
+		return "", err
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// onlyWriter hides tar.Writer's ReadFrom, which would not use the buffer given.
+type onlyWriter struct{ io.Writer }
