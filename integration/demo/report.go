@@ -7,7 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"text/tabwriter"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/crac-shim/crac/oci"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -84,61 +85,70 @@ func (r *Report) save(file string) error {
 	return os.Rename(tmp, file)
 }
 
+// line is one line of the tables: a heading has no value.
+type line struct{ label, value, note string }
+
 // print writes the tables that a person reads.
 func (r *Report) print(out io.Writer) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format+"\n", args...) }
-
-	row("")
-	row("TIME TO THE FIRST HTTP 200 OF A JSP\t\t")
-	row("  cold start\t%s\tfrom the application's image", ms(r.ColdMS))
-	row("  warm start\t%s\tfrom the checkpoint image, %s", ms(r.WarmMS), times(r.Ratio))
+	lines := []line{
+		{label: "Time to the first HTTP 200 of a JSP"},
+		{"cold start", ms(r.ColdMS), "the application's image"},
+		{"warm start", ms(r.WarmMS), times(r.Ratio) + ": the checkpoint image"},
+	}
 	for i, c := range r.ClonesMS {
-		row("  clone %d of %d\t%s\tat the same time", i+2, len(r.ClonesMS)+1, ms(c))
+		lines = append(lines, line{fmt.Sprintf("clone %d", i+2), ms(c), "of the same image, both at the same time"})
 	}
-	row("  checkpoint image under runc\t%s\tcold: any runtime can run it", ms(r.ColdUnderRuncMS))
-	row("")
-	row("SIZES (as the registry keeps them)\t\t")
-	row("  application's image\t%s\t", mib(r.BaseImageBytes))
-	row("  checkpoint image\t%s\t", mib(r.ImageBytes))
-	row("  its checkpoint layer\t%s\t%s of dump, compressed", mib(r.CheckpointLayerBytes), mib(r.DumpBytes))
-	row("")
-	row("WHAT WAS CHECKED\t\t")
-	row("  the session and the counters are there\t%s\t", yes(r.StateOK))
-	row("  the file that the application wrote is there\t%s\t", yes(r.FileOK))
-	row("  clones have own hostname, address, state\t%s\t", yes(r.ClonesOK))
-	row("  the dump is not visible inside\t%s\t", yes(r.DumpHiddenOK))
-	row("  the same image starts cold under runc\t%s\t", yes(r.ColdUnderRuncOK))
-	row("")
-	row("WHERE THE TIME WENT\t\t")
+	lines = append(
+		lines,
+		line{"checkpoint image under runc", ms(r.ColdUnderRuncMS), "a cold start: any runtime can run it"},
+		line{label: "Sizes, as the registry keeps them"},
+		line{"application's image", mib(r.BaseImageBytes), ""},
+		line{"checkpoint image", mib(r.ImageBytes), ""},
+		line{"of it the checkpoint layer", mib(r.CheckpointLayerBytes), strings.TrimSpace(mib(r.DumpBytes)) + " before compression"},
+		line{label: "What was checked"},
+		line{"session and counters are there", yes(r.StateOK), ""},
+		line{"the application's file is there", yes(r.FileOK), ""},
+		line{"clones have own hostname, address and state", yes(r.ClonesOK), ""},
+		line{"the dump is not visible inside", yes(r.DumpHiddenOK), ""},
+		line{"the same image starts cold under runc", yes(r.ColdUnderRuncOK), ""},
+		line{label: "Where the time went"},
+	)
 	for _, s := range r.Steps {
-		row("  %s\t%s\t", s.Name, ms(s.MS))
+		lines = append(lines, line{s.Name, ms(s.MS), ""})
 	}
-	if err := w.Flush(); err != nil {
-		return err
+	width := 0
+	for _, l := range lines {
+		width = max(width, utf8.RuneCountInString(l.label))
+	}
+	var b strings.Builder
+	for _, l := range lines {
+		if l.value == "" {
+			fmt.Fprintf(&b, "\n%s\n", l.label)
+			continue
+		}
+		b.WriteString(strings.TrimRight(fmt.Sprintf("  %-*s  %12s  %s", width, l.label, l.value, l.note), " ") + "\n")
 	}
 	for _, p := range r.Problems {
-		if _, err := fmt.Fprintf(out, "\nPROBLEM: %s\n", p); err != nil {
-			return err
-		}
+		fmt.Fprintf(&b, "\nPROBLEM: %s\n", p)
 	}
-	return nil
+	_, err := io.WriteString(out, b.String())
+	return err
 }
 
-// Numbers are right-aligned by their own width: a table mixes words and numbers in a column.
+const unknown = "-"
 
 func ms(v float64) string {
 	if v == 0 {
-		return fmt.Sprintf("%10s", "-")
+		return unknown
 	}
-	return fmt.Sprintf("%7.0f ms", v)
+	return fmt.Sprintf("%.0f ms", v)
 }
 
 func mib(n int64) string {
 	if n == 0 {
-		return fmt.Sprintf("%10s", "-")
+		return unknown
 	}
-	return fmt.Sprintf("%6.1f MiB", float64(n)/(1<<20))
+	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
 }
 
 func times(ratio float64) string {
@@ -154,7 +164,7 @@ func times(ratio float64) string {
 
 func yes(ok bool) string {
 	if ok {
-		return fmt.Sprintf("%10s", "yes")
+		return "yes"
 	}
-	return fmt.Sprintf("%10s", "NO")
+	return "NO"
 }

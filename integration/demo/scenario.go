@@ -113,7 +113,7 @@ func (s *scenario) cold(ctx context.Context) (err error) {
 		// With this annotation a stock client's checkpoint becomes an image.
 		annotations: []string{oci.AnnotationPrefix + "checkpoint.image=" + s.checkpoint},
 	}
-	if err := s.step(ctx, "cold start: ctr run → first 200", s.original); err != nil {
+	if err := s.step(ctx, "cold start: ctr run to first 200", s.original); err != nil {
 		return err
 	}
 	s.report.ColdMS = milliseconds(s.original.took)
@@ -145,7 +145,7 @@ func (s *scenario) warmItUp(ctx context.Context) error {
 
 // makeCheckpoint and throughTheRegistry are step c.
 func (s *scenario) makeCheckpoint(ctx context.Context) error {
-	err := s.progress.do(ctx, "ctr tasks checkpoint --exit → image", func(ctx context.Context) error {
+	err := s.progress.do(ctx, "ctr tasks checkpoint --exit: dump and image", func(ctx context.Context) error {
 		_, err := s.d.Ctr(ctx, "tasks", "checkpoint", "--exit", s.original.id)
 		return err
 	})
@@ -216,7 +216,7 @@ func (s *scenario) removeAll(ctx context.Context) error {
 // warm is step d.
 func (s *scenario) warm(ctx context.Context) error {
 	c := s.clone(1)
-	if err := s.step(ctx, "warm start: ctr run → first 200", c); err != nil {
+	if err := s.step(ctx, "warm start: ctr run to first 200", c); err != nil {
 		return err
 	}
 	s.report.WarmMS = milliseconds(c.took)
@@ -255,7 +255,7 @@ func (s *scenario) clones(ctx context.Context) error {
 		wg.Wait()
 		return time.Since(begin), errors.Join(errs...)
 	}
-	if _, err := s.progress.timed(ctx, "two more clones at the same time → both 200", start); err != nil {
+	if _, err := s.progress.timed(ctx, "two more clones at the same time to first 200 of both", start); err != nil {
 		return err
 	}
 	before := len(s.report.Problems)
@@ -301,7 +301,7 @@ func (s *scenario) underRunc(ctx context.Context) error {
 		return err
 	}
 	c := &container{id: "under-runc", runtime: runc, image: s.checkpoint, browser: b}
-	if err := s.step(ctx, "the same image with runc's runtime → first 200", c); err != nil {
+	if err := s.step(ctx, "the same image under runc: ctr run to first 200", c); err != nil {
 		return err
 	}
 	s.report.ColdUnderRuncMS = milliseconds(c.took)
