@@ -81,7 +81,8 @@ bootstrap() {
   mirror=$(debian_mirror)
   eval "$(apt-config shell proxy Acquire::http::Proxy)"
   [ -z "$proxy" ] || export http_proxy=$proxy
-  local opts=()
+  # The result is thrown away when the machine stops half-way: no need to sync.
+  local opts=(--dpkgopt=force-unsafe-io)
   # What no program reads: documentation, translations, and the JIT compiler of
   # PostgreSQL, which is larger than everything else together.
   for no in /usr/share/{doc,man,info,locale,lintian,bug}/'*' '/usr/lib/llvm-*/*' \
@@ -89,18 +90,21 @@ bootstrap() {
     opts+=(--dpkgopt="path-exclude=$no")
   done
   # resolv.conf and hostname are copied from the builder: they are not the image's.
+  # In a mount namespace of its own: whatever becomes of mmdebstrap, its mounts go with it.
   # shellcheck disable=SC2016 # $1 is for the shell that runs the hook
-  mmdebstrap --mode=root --format=directory "${opts[@]}" --aptopt='Acquire::Retries "3"' "$@" \
-    --customize-hook='rm -rf "$1"/etc/resolv.conf "$1"/etc/hostname "$1"/etc/apt/apt.conf.d/99mmdebstrap' \
+  unshare --mount --propagation private mmdebstrap --mode=root --format=directory "${opts[@]}" --aptopt='Acquire::Retries "3"' \
+    --customize-hook='rm -rf "$1"/etc/resolv.conf "$1"/etc/hostname "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap' \
     --customize-hook='rm -rf "$1"/var/log/* "$1"/var/cache/ldconfig/* "$1"/var/cache/debconf/*-old "$1"/var/lib/dpkg/*-old' \
     --customize-hook='rm -f "$1"/etc/passwd- "$1"/etc/group- "$1"/etc/shadow- "$1"/etc/gshadow-' \
-    --customize-hook=': >"$1"/etc/apt/sources.list' \
+    --customize-hook='rm -f "$1"/etc/apt/sources.list' "$@" \
     "$APPS_SUITE" "$dir" \
     "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $APPS_SUITE main"
 }
 
 build_base() {
-  bootstrap "$tmp/base" --variant=essential
+  # Alternatives link manual pages into here, and packages fail without it.
+  # shellcheck disable=SC2016
+  bootstrap "$tmp/base" --variant=essential --setup-hook='mkdir -p "$1"/usr/share/man/man1'
   mkdir -p "$tmp/base/var/log"
   ociimage layer -root "$tmp/base" -out "$tmp/base.layer"
   sweep "$cache/base"
@@ -180,10 +184,22 @@ for f in "$here"/*/config.json; do
 done
 
 [ "$#" -gt 0 ] || set -- "${all[@]}"
-common="$(inputs ociimage) $(sha256sum <"$here/build.sh" | cut -c1-32) $APPS_SUITE"
+# recipe FUNCTION...: one hash over this file's part in an image.
+recipe() {
+  printf '%s %s %s' "$(inputs ociimage)" "$(declare -f "$@" | sha256sum | cut -c1-32)" "$APPS_SUITE"
+}
+
+base_key=$(recipe bootstrap build_base)
+busybox_key=$(recipe build_busybox_layer)
+debian_key=$(recipe bootstrap build_base build_debian pack)
+go_key=$(recipe build_busybox_layer build_busybox build_go pack)
 for name in "$@"; do
   [ -f "$here/$name/config.json" ] || die "no application '$name': there are ${all[*]}"
-  want="$common $(inputs "$name")"
+  if [ -f "$here/$name/packages" ]; then
+    want="$debian_key $(inputs "$name")"
+  else
+    want="$go_key $(inputs "$name")"
+  fi
   if [ -f "$images/$name.tar" ] && [ "$(cat "$cache/image-$name.key" 2>/dev/null)" = "$want" ]; then
     continue
   fi
@@ -193,12 +209,11 @@ for name in "$@"; do
     "$root/integration/tools/install.sh" host go
     logged ociimage "ociimage: building" env CGO_ENABLED=0 go build -C "$root" -trimpath -o "$tmp/ociimage" ./integration/apps/ociimage
   fi
-  # The recipes of shared layers are in this file and in ociimage.
   if [ -f "$here/$name/packages" ]; then
-    layer base "$common" build_base
+    layer base "$base_key" build_base
     how=(build_debian "$name")
   else
-    layer busybox "$common" build_busybox_layer
+    layer busybox "$busybox_key" build_busybox_layer
     how=(build_busybox)
     [ ! -f "$here/$name/main.go" ] || how=(build_go "$name")
   fi

@@ -81,7 +81,7 @@ install_go() {
   local have
   command -v go >/dev/null ||
     die "Go is not installed: install Go $GO_MIN or newer so that 'go' is on PATH or in /usr/local/go/bin"
-  have=$(cd "$root" && go env GOVERSION 2>/dev/null || true)
+  have=$(go env -C "$root" GOVERSION 2>/dev/null || true)
   have=${have#go}
   [ -n "$have" ] ||
     die "$(command -v go) does not run here: $(cd "$root" && go version 2>&1 | tail -n1); install Go $GO_MIN or newer"
@@ -260,6 +260,7 @@ criu_works() {
   local criu=$1
   "$criu" check
   mkdir -p "$tmp/selftest"
+  # shellcheck disable=SC2016 # the inner shell expands it
   unshare --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
     criu=$1 dir=$2
     # Files opened outside this mount namespace are nothing that CRIU can find.

@@ -76,6 +76,7 @@ stop_child() {
 # descendants PID: the ids of all processes below PID.
 descendants() {
   local kid
+  # shellcheck disable=SC2013 # the files hold words
   for kid in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
     descendants "$kid"
     printf '%s ' "$kid"

@@ -1,0 +1,100 @@
+# crac: a containerd runtime that starts containers warm. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The steps share two cores and lock files: one after the other is faster.
+.NOTPARALLEL:
+
+include integration/tools/versions.env
+
+BUILD   := $(abspath build)
+PREFIX  ?= /usr/local
+DESTDIR ?=
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# Where Go is when it is not on PATH: as its own installation guide says.
+export PATH := $(PATH):/usr/local/go/bin
+
+GOTAGS  := seccomp
+LDFLAGS := -s -w -X main.version=$(VERSION)
+export CRAC_BUILD := $(BUILD)
+
+# The end-to-end tests need root, containerd and minutes; the rest are unit tests.
+UNIT = $$(go list -tags $(GOTAGS) ./... | grep -v '/integration$$')
+
+.PHONY: help
+help: ## say what the targets do
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: host
+host:
+	@integration/tools/install.sh host go
+
+.PHONY: build
+build: host ## the shim and cracctl, into build/bin
+	@mkdir -p $(BUILD)/bin
+	CGO_ENABLED=1 go build -trimpath -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2 ./cmd/cracctl
+
+.PHONY: tools
+tools: ## containerd, runc, nerdctl, registry, CNI plugins and CRIU, into build/tools
+	@integration/tools/install.sh
+
+.PHONY: images
+images: ## the test applications' images, into build/images (APPS="tomcat redis" for some)
+	@integration/apps/build.sh $(APPS)
+
+.PHONY: test
+test: test-unit test-e2e ## unit tests, then end-to-end tests
+
+.PHONY: test-unit
+test-unit: host ## unit tests with the race detector
+	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
+
+.PHONY: test-e2e
+test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and registry (root; RUN=regexp for some)
+	go test -tags '$(GOTAGS)' ./integration -count=1 -v -timeout 25m $(if $(RUN),-run '$(RUN)')
+
+.PHONY: test-vm
+test-vm: tools build images ## the end-to-end tests in a QEMU guest with cgroup v2 and another kernel
+	integration/vm/run.sh
+
+.PHONY: bench-start
+bench-start: tools build ## start-up time and memory beside containerd's runc shim
+	@integration/apps/build.sh busybox
+	go run -tags '$(GOTAGS)' ./integration/bench/start
+
+.PHONY: demo
+demo: tools build ## the whole story on Tomcat: cold, warm, checkpoint, push, pull, clones
+	@integration/apps/build.sh busybox tomcat
+	go run -tags '$(GOTAGS)' ./integration/demo
+
+.PHONY: doctor
+doctor: build ## what this machine can and cannot do, and how to fix it
+	@PATH=$(BUILD)/tools/criu/bin:$(BUILD)/tools/bin:$$PATH $(BUILD)/bin/cracctl doctor
+
+.PHONY: lint
+lint: host ## golangci-lint, gofumpt and shellcheck
+	@integration/tools/install.sh lint
+	$(BUILD)/tools/lint/golangci-lint run ./...
+	@bad=$$($(BUILD)/tools/lint/gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
+	  if [ -n "$$bad" ]; then printf 'not formatted as gofumpt does (make fmt):\n%s\n' "$$bad" >&2; exit 1; fi
+	shellcheck -x $$(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
+
+.PHONY: fmt
+fmt: ## format the Go source with gofumpt
+	@integration/tools/install.sh lint
+	$(BUILD)/tools/lint/gofumpt -w $$(git ls-files --cached --others --exclude-standard '*.go')
+
+.PHONY: install
+install: build ## the shim and cracctl, into $(DESTDIR)$(PREFIX)/bin, which is on containerd's PATH
+	install -D -m 0755 -t '$(DESTDIR)$(PREFIX)/bin' $(BUILD)/bin/containerd-shim-crac-v2 $(BUILD)/bin/cracctl
+
+.PHONY: uninstall
+uninstall: ## remove what install put there
+	rm -f '$(DESTDIR)$(PREFIX)/bin/containerd-shim-crac-v2' '$(DESTDIR)$(PREFIX)/bin/cracctl'
+
+.PHONY: clean
+clean: ## remove build/, tools and images included
+	@if grep -qF ' $(BUILD)/' /proc/self/mountinfo; then \
+	  echo "clean: something is still mounted below $(BUILD): end the run that uses it first" >&2; exit 1; fi
+	rm -rf --one-file-system '$(BUILD)'
