@@ -1,0 +1,68 @@
+// Command cracctl is the operator's tool: it tells what a host can do, and makes
+// checkpoint images.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	err := newCommand().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		if !errors.Is(err, errReported) {
+			fmt.Fprintln(os.Stderr, "cracctl:", err)
+		}
+		os.Exit(1)
+	}
+}
+
+// errReported ends a command that has already said what is wrong.
+var errReported = errors.New("reported")
+
+// target is which containerd, and which of its namespaces.
+type target struct {
+	address   string
+	namespace string
+}
+
+func newCommand() *cobra.Command {
+	var t target
+	root := &cobra.Command{
+		Use:   "cracctl",
+		Short: "Checkpoint containers into images that start warm",
+		Long: `cracctl makes checkpoint images of containers that run under the containerd
+runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.NoArgs,
+	}
+	// The names, variables and defaults are ctr's.
+	root.PersistentFlags().StringVarP(&t.address, "address", "a", env("CONTAINERD_ADDRESS", defaults.DefaultAddress),
+		"address of containerd's socket (CONTAINERD_ADDRESS)")
+	root.PersistentFlags().StringVarP(&t.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", "default"),
+		"namespace of containers and images (CONTAINERD_NAMESPACE)")
+	root.AddCommand(
+		newDoctor(&t),
+		newCheckpoint(&t),
+		newBuildImage(&t),
+		newVersion(),
+	)
+	return root
+}
+
+func env(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
