@@ -1,0 +1,51 @@
+// Command containerd-shim-crac-v2 is the containerd shim of the runtime
+// io.containerd.crac.v2. containerd starts it: `start` and `delete` are its
+// calls, -info tells what it can do, and without either it is the shim itself.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	cshim "github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+
+	"github.com/crac-shim/crac/shim"
+)
+
+func main() {
+	ctx := context.Background()
+	if done, err := shim.LegacyStart(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", shim.Name, err)
+		os.Exit(1)
+	} else if done {
+		return
+	}
+	registry.Register(&plugin.Registration{
+		Type:     plugins.TTRPCPlugin,
+		ID:       "task",
+		Requires: []plugin.Type{plugins.EventPlugin, plugins.InternalPlugin},
+		InitFn:   newService,
+	})
+	cshim.RunShim(ctx, shim.Manager{}, func(c *cshim.Config) {
+		// Both are the service's: see runtime.Subreaper.
+		c.NoReaper = true
+		c.NoSubreaper = true
+	})
+}
+
+func newService(ic *plugin.InitContext) (any, error) {
+	publisher, err := ic.GetByID(plugins.EventPlugin, "publisher")
+	if err != nil {
+		return nil, err
+	}
+	sd, err := ic.GetByID(plugins.InternalPlugin, "shutdown")
+	if err != nil {
+		return nil, err
+	}
+	return shim.NewService(ic.Context, ic.Properties[plugins.PropertyGRPCAddress], publisher.(cshim.Publisher), sd.(shutdown.Service))
+}

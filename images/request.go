@@ -1,0 +1,63 @@
+package images
+
+import (
+	"time"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// BuildRequest is what to build an image from: one line of JSON on the standard
+// input of `cracctl build-image`.
+type BuildRequest struct {
+	// Address and Namespace are containerd's.
+	Address   string `json:"address"`
+	Namespace string `json:"namespace"`
+	// Container is the ID of the container that was dumped.
+	Container string `json:"container"`
+	// Ref names the image to make. An existing name is moved.
+	Ref string `json:"ref"`
+	// DumpDir is CRIU's directory, SpecPath the runtime spec of the dump.
+	DumpDir  string `json:"dumpDir"`
+	SpecPath string `json:"specPath"`
+	// Manifest is complete but for Files and Base.
+	Manifest oci.Manifest `json:"manifest"`
+	// Frozen is when the container was frozen for the dump. With it, the image's
+	// record says how long it was until it could run again.
+	Frozen time.Time `json:"frozen,omitzero"`
+	// Compression of the new layers: zstd (the default) or gzip.
+	Compression string `json:"compression,omitempty"`
+}
+
+// Kinds of BuildEvent.
+const (
+	// EventDiffed: the container's changes are taken; it may run again.
+	EventDiffed = "diffed"
+	// EventProgress: Done of Total bytes of the dump are packed.
+	EventProgress = "progress"
+	// EventWarning: the image will be made, but Error should be known.
+	EventWarning = "warning"
+	// EventDone: the image is there.
+	EventDone = "done"
+	// EventError: it is not, and why.
+	EventError = "error"
+)
+
+// BuildEvent is what a build tells: one line of JSON on the standard output of
+// `cracctl build-image`.
+type BuildEvent struct {
+	Event string `json:"event"`
+	// Name, Digest and Size are the image's; Size counts all that a registry
+	// stores for it.
+	Name   string `json:"name,omitempty"`
+	Digest string `json:"digest,omitempty"`
+	Size   int64  `json:"size,omitempty"`
+	// LayerSize is the checkpoint layer's size as stored, DumpSize what it is
+	// when unpacked, ChangesSize the stored size of the layer of changes.
+	LayerSize   int64 `json:"layerSize,omitempty"`
+	DumpSize    int64 `json:"dumpSize,omitempty"`
+	ChangesSize int64 `json:"changesSize,omitempty"`
+	// Done and Total are bytes of the dump.
+	Done  int64  `json:"done,omitempty"`
+	Total int64  `json:"total,omitempty"`
+	Error string `json:"error,omitempty"`
+}

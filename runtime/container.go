@@ -1,0 +1,362 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Errors that callers tell apart.
+var (
+	// ErrNotRunning is returned when there is no process to act on.
+	ErrNotRunning = errors.New("container is not running")
+	// ErrExists is returned when the state directory has this container already.
+	ErrExists = errors.New("container already exists")
+)
+
+// Config is what a container is made from. ID, Bundle, Root and Reaper are
+// required.
+type Config struct {
+	ID     string
+	Bundle string // the directory with config.json; ours to write in
+	Root   string // libcontainer keeps its state in Root/ID
+	Rootfs string // overrides the spec's root.path unless empty
+
+	SystemdCgroup bool // cgroupsPath is slice:prefix:name, and systemd makes the cgroup
+	NoPivotRoot   bool
+	NoNewKeyring  bool
+
+	Reaper *Subreaper
+}
+
+// criuConfig is the file that CRIU is told to read.
+func (c Config) criuConfig() string { return filepath.Join(c.Bundle, "criu.conf") }
+
+// Container is one container. It is safe for concurrent use.
+type Container struct {
+	cfg  Config
+	spec *specs.Spec
+
+	// mu guards what follows, and orders the operations that change it.
+	mu      sync.Mutex
+	machine machine
+	config  *configs.Config
+	lc      *libcontainer.Container
+	init    *Process
+	held    *heldNamespaces // a restore's, until the container is deleted
+}
+
+// New makes a container and no process yet. Delete removes it. The spec is the
+// container's from now on.
+func New(cfg Config, spec *specs.Spec) (*Container, error) {
+	if err := anchor(spec, cfg.Bundle, cfg.Rootfs); err != nil {
+		return nil, err
+	}
+	if err := checkProcess(spec.Process); err != nil {
+		return nil, err
+	}
+	c := &Container{cfg: cfg, spec: spec, machine: machine{id: cfg.ID, state: Created}}
+	if err := c.make(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// make builds the libcontainer container from c.spec.
+func (c *Container) make() error {
+	config, err := newConfig(c.spec, c.cfg)
+	if err != nil {
+		return err
+	}
+	lc, err := libcontainer.Create(c.cfg.Root, c.cfg.ID, config)
+	if errors.Is(err, libcontainer.ErrExist) {
+		return fmt.Errorf("%w: %s in %s", ErrExists, c.cfg.ID, c.cfg.Root)
+	}
+	if err != nil {
+		return fmt.Errorf("create container %s: %w", c.cfg.ID, err)
+	}
+	c.config, c.lc = config, lc
+	return nil
+}
+
+// Spec is the OCI spec that the container was made from, with absolute paths.
+// It must not be changed.
+func (c *Container) Spec() *specs.Spec { return c.spec }
+
+// Bundle is the container's bundle directory.
+func (c *Container) Bundle() string { return c.cfg.Bundle }
+
+// State is where the container is in its life.
+func (c *Container) State() State {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	return c.machine.state
+}
+
+// refresh notices that the workload has ended. c.mu is held.
+func (c *Container) refresh() {
+	if c.init == nil || c.machine.state == Stopped {
+		return
+	}
+	select {
+	case <-c.init.Done():
+		c.machine.state = Stopped
+	default:
+	}
+}
+
+// Init is the container's first process; nil before Create, and before Start
+// in a restored container.
+func (c *Container) Init() *Process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.init
+}
+
+// SharesPIDs tells whether the container's processes live in a pid namespace
+// that is not the container's own, so that they outlive its init.
+func (c *Container) SharesPIDs() bool {
+	return !private(c.spec, specs.PIDNamespace)
+}
+
+// Create starts the container's init, which sets everything up and then waits
+// for Start.
+func (c *Container) Create(io Stdio) (*Process, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.create(io)
+}
+
+func (c *Container) create(io Stdio) (*Process, error) {
+	lp, err := newProcess(c.spec.Process, io)
+	if err != nil {
+		return nil, err
+	}
+	lp.Init = true
+	defer c.cfg.Reaper.Hold()()
+	if err := c.lc.Start(lp); err != nil {
+		return nil, fmt.Errorf("create container %s: %w", c.cfg.ID, err)
+	}
+	c.init, err = c.started(lp)
+	return c.init, err
+}
+
+// started makes a Process of what libcontainer has just started, and waits for
+// it. The subreaper is held.
+func (c *Container) started(lp *libcontainer.Process) (*Process, error) {
+	pid, err := lp.Pid()
+	if err != nil {
+		return nil, err
+	}
+	p := &Process{lp: lp, pid: pid, done: make(chan struct{})}
+	p.watch(c.cfg.Reaper)
+	return p, nil
+}
+
+// Start lets the workload of a created container run.
+func (c *Container) Start() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	if err := c.machine.can(Running); err != nil || c.init == nil {
+		return errors.Join(err, c.needInit())
+	}
+	if err := c.lc.Exec(); err != nil {
+		return fmt.Errorf("start container %s: %w", c.cfg.ID, err)
+	}
+	return c.machine.to(Running)
+}
+
+func (c *Container) needInit() error {
+	if c.init == nil {
+		return fmt.Errorf("container %s: %w", c.cfg.ID, ErrNotStarted)
+	}
+	return nil
+}
+
+// Exec starts another process in the running container.
+func (c *Container) Exec(p *specs.Process, io Stdio) (*Process, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	switch c.machine.state {
+	case Running, Created:
+		if err := c.needInit(); err != nil {
+			return nil, err
+		}
+	case Stopped:
+		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, ErrNotRunning)
+	default:
+		return nil, fmt.Errorf("exec in container %s: it is %s; resume it first", c.cfg.ID, c.machine.state)
+	}
+	lp, err := newProcess(p, io)
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
+	}
+	defer c.cfg.Reaper.Hold()()
+	if err := c.lc.Run(lp); err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
+	}
+	return c.started(lp)
+}
+
+// Signal sends a signal to the container's init, or to all of its processes.
+// SIGKILL reaches a paused container too. There being nobody to signal is
+// ErrNotRunning.
+func (c *Container) Signal(sig unix.Signal, all bool) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.init == nil {
+		return fmt.Errorf("signal container %s: %w", c.cfg.ID, ErrNotRunning)
+	}
+	if all {
+		if err := c.signalAll(sig); err != nil {
+			return fmt.Errorf("signal all of container %s: %w", c.cfg.ID, err)
+		}
+		if sig != unix.SIGKILL {
+			return nil
+		}
+	}
+	err := c.lc.Signal(sig)
+	if errors.Is(err, libcontainer.ErrNotRunning) || errors.Is(err, os.ErrProcessDone) {
+		if all {
+			return nil
+		}
+		return fmt.Errorf("signal container %s: %w", c.cfg.ID, ErrNotRunning)
+	}
+	return err
+}
+
+func (c *Container) signalAll(sig unix.Signal) error {
+	pids, err := c.lc.Processes()
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		if err := unix.Kill(pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("process %d: %w", pid, err)
+		}
+	}
+	return nil
+}
+
+// KillOrphans ends what outlived the init of a container that shares its pid
+// namespace.
+func (c *Container) KillOrphans() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.signalAll(unix.SIGKILL)
+}
+
+// Pids lists the processes in the container's cgroup, in this process's pid
+// namespace.
+func (c *Container) Pids() ([]int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.lc.Processes()
+}
+
+// Pause freezes the workload.
+func (c *Container) Pause() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	if c.machine.state == Paused {
+		return nil
+	}
+	if err := c.machine.can(Paused); err != nil {
+		return err
+	}
+	if err := c.lc.Pause(); err != nil {
+		return fmt.Errorf("pause container %s: %w", c.cfg.ID, err)
+	}
+	return c.machine.to(Paused)
+}
+
+// Resume ends a Pause.
+func (c *Container) Resume() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	if c.machine.state != Paused {
+		return &StateError{ID: c.cfg.ID, From: c.machine.state, To: Running}
+	}
+	if err := c.lc.Resume(); err != nil {
+		return fmt.Errorf("resume container %s: %w", c.cfg.ID, err)
+	}
+	return c.machine.to(Running)
+}
+
+// Delete removes the container. Its init must have ended, or never have been
+// started.
+func (c *Container) Delete() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	if c.init != nil && c.machine.state != Stopped {
+		if c.machine.state != Created {
+			return &StateError{ID: c.cfg.ID, From: c.machine.state, To: Stopped}
+		}
+		// Nothing of the workload has run: the init may go.
+		if err := c.lc.Signal(unix.SIGKILL); err == nil {
+			<-c.init.Done()
+		}
+	}
+	err := c.destroy()
+	c.held.release()
+	c.held = nil
+	c.machine.state = Stopped
+	return err
+}
+
+// destroy removes libcontainer's part. c.mu is held.
+func (c *Container) destroy() error {
+	defer c.cfg.Reaper.Hold()() // for the poststop hooks
+	if err := c.lc.Destroy(); err != nil {
+		return fmt.Errorf("delete container %s: %w", c.cfg.ID, err)
+	}
+	return nil
+}
+
+// discard removes libcontainer's part without running the poststop hooks, so
+// that the container can be made again on what its hooks have set up.
+func (c *Container) discard() error {
+	c.config.Hooks = nil
+	return c.destroy()
+}
+
+// runHooks runs the spec's hooks of these kinds, as libcontainer would, with
+// pid as the container's.
+func (c *Container) runHooks(ctx context.Context, pid int, status specs.ContainerState, names ...configs.HookName) error {
+	if c.config.Hooks == nil || !slices.ContainsFunc(names, func(n configs.HookName) bool { return c.config.HasHook(n) }) {
+		return nil
+	}
+	defer c.cfg.Reaper.Hold()()
+	state := &specs.State{
+		Version:     specs.Version,
+		ID:          c.cfg.ID,
+		Status:      status,
+		Pid:         pid,
+		Bundle:      c.cfg.Bundle,
+		Annotations: c.spec.Annotations,
+	}
+	for _, name := range names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := c.config.Hooks.Run(name, state); err != nil {
+			return fmt.Errorf("%s hook of container %s: %w", name, c.cfg.ID, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,259 @@
+package runtime
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// TCPMode says what a dump does about established TCP connections.
+type TCPMode int
+
+const (
+	// TCPClose leaves connections out of the dump: a clone finds them closed.
+	TCPClose TCPMode = iota
+	// TCPEstablished keeps them: a clone with the same address may go on.
+	TCPEstablished
+	// TCPError refuses to dump while there are any.
+	TCPError
+)
+
+// ghostLimit is the largest deleted but still open file that goes into a dump,
+// in bytes. CRIU's own limit, 1 MiB, is less than databases and JVMs keep.
+const ghostLimit = 1 << 30
+
+// CRIUOptions are what a dump and a restore have in common. The zero value
+// works.
+type CRIUOptions struct {
+	// WorkDir gets CRIU's log. Empty: the directory of the images.
+	WorkDir string
+	TCP     TCPMode
+	// ExternalUnixSockets allows connections to sockets outside the container.
+	ExternalUnixSockets bool
+	// ShellJob allows a controlling terminal from outside the container.
+	ShellJob bool
+	// EmptyNamespaces are not dumped, or restored empty. CRIU knows "network".
+	EmptyNamespaces []string
+	// ConfigFile is a CRIU configuration file of the user's (criu(8),
+	// CONFIGURATION FILES). What it says wins over everything here.
+	ConfigFile string
+	// LSMProfile is the AppArmor or SELinux profile to restore under.
+	LSMProfile string
+}
+
+// CRIUError is a dump or restore that CRIU gave up.
+type CRIUError struct {
+	Op   string   // "dump" or "restore"
+	Log  string   // path of CRIU's log
+	Last []string // the last lines of the log that tell of errors
+	Err  error
+}
+
+// Error implements error.
+func (e *CRIUError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "criu %s failed", e.Op)
+	if len(e.Last) > 0 {
+		fmt.Fprintf(&b, ": %s", strings.Join(e.Last, "; "))
+	} else {
+		fmt.Fprintf(&b, ": %v", e.Err)
+	}
+	fmt.Fprintf(&b, " (log: %s)", e.Log)
+	return b.String()
+}
+
+// Unwrap returns libcontainer's error.
+func (e *CRIUError) Unwrap() error { return e.Err }
+
+// maxLogErrors is how many of the log's error lines go into an error message.
+const maxLogErrors = 4
+
+func newCRIUError(op, log string, err error) *CRIUError {
+	return &CRIUError{Op: op, Log: log, Last: lastErrors(log), Err: err}
+}
+
+// lastErrors reads the last lines with an error from a CRIU log. They look like
+// "(00.012345)   1234: Error (criu/file.c:12): what went wrong".
+func lastErrors(path string) []string {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	var last []string
+	lines := bufio.NewScanner(f)
+	lines.Buffer(make([]byte, 0, 4096), 1<<20)
+	for lines.Scan() {
+		_, message, ok := strings.Cut(lines.Text(), "Error (")
+		if !ok {
+			continue
+		}
+		if last = append(last, "Error ("+message); len(last) > maxLogErrors {
+			last = last[1:]
+		}
+	}
+	return last
+}
+
+// options translates for libcontainer and writes the configuration file with
+// what libcontainer cannot say. pid is the process whose namespaces are external
+// to a dump; 0 in a restore.
+func (c *Container) criuOptions(dir string, o CRIUOptions, pid int) (*libcontainer.CriuOpts, error) {
+	if o.WorkDir == "" {
+		o.WorkDir = dir
+	}
+	emptyNS, err := emptyNamespaces(o.EmptyNamespaces)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.writeCRIUConfig(o, pid); err != nil {
+		return nil, err
+	}
+	return &libcontainer.CriuOpts{
+		ImagesDirectory:         dir,
+		WorkDirectory:           o.WorkDir,
+		TcpEstablished:          o.TCP == TCPEstablished,
+		ExternalUnixConnections: o.ExternalUnixSockets,
+		ShellJob:                o.ShellJob,
+		FileLocks:               true,
+		EmptyNs:                 emptyNS,
+		LsmProfile:              o.LSMProfile,
+		ManageCgroupsMode:       c.cgroupsMode(),
+		StatusFd:                -1,
+	}, nil
+}
+
+// cgroupsMode keeps CRIU's hands off cgroups that are ours to manage. Without a
+// cgroup namespace the restored processes are where CRIU itself was put, which
+// is the container's cgroup, and nothing needs doing; left to itself CRIU makes
+// every hierarchy anew in which the container has no cgroup of its own. With a
+// cgroup namespace CRIU must manage, or the clone would see the host's tree.
+func (c *Container) cgroupsMode() string {
+	if private(c.spec, specs.CgroupNamespace) {
+		return "soft"
+	}
+	return "ignore"
+}
+
+func emptyNamespaces(names []string) (mask uint32, err error) {
+	for _, name := range names {
+		if name != "network" {
+			return 0, fmt.Errorf("empty namespace %q: CRIU can leave only \"network\" empty", name)
+		}
+		mask |= unix.CLONE_NEWNET
+	}
+	return mask, nil
+}
+
+// writeCRIUConfig writes the file that the container's label names.
+func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "ghost-limit %d\n", ghostLimit)
+	if o.TCP == TCPClose {
+		b.WriteString("tcp-close\n")
+	}
+	if pid != 0 && c.externalNetwork() {
+		// A clone brings its own network namespace: the dump only marks the
+		// place. The name is the one that libcontainer inherits it by.
+		var st unix.Stat_t
+		if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &st); err != nil {
+			return fmt.Errorf("network namespace of process %d: %w", pid, err)
+		}
+		fmt.Fprintf(&b, "external net[%d]:extRootNetNS\n", st.Ino)
+	}
+	if o.ConfigFile != "" {
+		user, err := os.ReadFile(o.ConfigFile)
+		if err != nil {
+			return fmt.Errorf("CRIU configuration file (annotation %s): %w", criuConfigLabel, err)
+		}
+		b.Write(user)
+	}
+	return os.WriteFile(c.cfg.criuConfig(), []byte(b.String()), 0o600)
+}
+
+// externalNetwork tells whether the container has a network namespace that is
+// new, and no path that libcontainer would mark as external by itself. With a
+// user namespace the network namespace belongs to it, and CRIU has to make both.
+func (c *Container) externalNetwork() bool {
+	return private(c.spec, specs.NetworkNamespace) && !private(c.spec, specs.UserNamespace)
+}
+
+// Dump writes the workload's memory and kernel state into dir, which it makes
+// if need be. From a Running or Paused container it goes to Quiesced and back,
+// or to Stopped if exit is set. whileFrozen, unless nil, runs after the dump and
+// before the workload does: what it sees of the files agrees with the memory.
+//
+// On any error the container is as it was.
+func (c *Container) Dump(dir string, o CRIUOptions, exit bool, whileFrozen func() error) (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	came := c.machine.state
+	if came == Created {
+		return fmt.Errorf("checkpoint container %s: it was not started yet", c.cfg.ID)
+	}
+	if err := c.machine.to(Quiesced); err != nil {
+		return err
+	}
+	// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
+	// nothing runs between the dump and whileFrozen.
+	if came == Running {
+		if err := c.lc.Pause(); err != nil {
+			_ = c.machine.to(Running)
+			return fmt.Errorf("freeze container %s: %w", c.cfg.ID, err)
+		}
+	}
+	defer func() {
+		next := came
+		switch {
+		case c.stopped():
+			next = Stopped
+		case err == nil && exit:
+			if err = c.lc.Signal(unix.SIGKILL); err == nil {
+				<-c.init.Done()
+				next = Stopped
+			}
+		case came == Running:
+			err = errors.Join(err, c.lc.Resume())
+		}
+		_ = c.machine.to(next)
+	}()
+	opts, err := c.criuOptions(dir, o, c.init.Pid())
+	if err != nil {
+		return err
+	}
+	// Established connections outlive a killed process only if CRIU kills it
+	// while they are locked.
+	opts.LeaveRunning = !exit || o.TCP != TCPEstablished
+	if err := c.criuDump(opts); err != nil {
+		return err
+	}
+	if whileFrozen == nil {
+		return nil
+	}
+	return whileFrozen()
+}
+
+func (c *Container) stopped() bool {
+	select {
+	case <-c.init.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *Container) criuDump(opts *libcontainer.CriuOpts) error {
+	defer c.cfg.Reaper.Hold()()
+	if err := c.lc.Checkpoint(opts); err != nil {
+		return newCRIUError("dump", filepath.Join(opts.WorkDirectory, "dump.log"), err)
+	}
+	return nil
+}

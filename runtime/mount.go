@@ -1,0 +1,155 @@
+package runtime
+
+import (
+	"fmt"
+	"os"
+	goruntime "runtime"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// attachMount mounts m in the mount namespace of a running process. It is for
+// mounts that a dump does not have: libcontainer has made the mount point, as
+// it has for all mounts of the spec.
+func attachMount(pid int, m specs.Mount) error {
+	tree, err := detachedTree(m)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(tree)
+	return inMountNamespace(pid, func() error {
+		// The workload runs already and may have changed the path: whatever it
+		// put there, stay below its root.
+		root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+		target, err := unix.Openat2(int(root.Fd()), m.Destination, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		})
+		if err != nil {
+			return &os.PathError{Op: "openat2", Path: m.Destination, Err: err}
+		}
+		defer unix.Close(target)
+		err = unix.MoveMount(tree, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
+		return os.NewSyscallError("move_mount", err)
+	})
+}
+
+// mountAttributes are the mount options that mount_setattr(2) knows.
+var mountAttributes = map[string]uint64{
+	"ro":     unix.MOUNT_ATTR_RDONLY,
+	"nosuid": unix.MOUNT_ATTR_NOSUID,
+	"nodev":  unix.MOUNT_ATTR_NODEV,
+	"noexec": unix.MOUNT_ATTR_NOEXEC,
+}
+
+// mountDefaults are options that ask for what a new mount is anyway.
+var mountDefaults = []string{
+	"bind", "rbind", "rw", "suid", "dev", "exec", "relatime", "private", "rprivate", "defaults",
+}
+
+// detachedTree makes the mount m in no namespace at all, as a file descriptor.
+func detachedTree(m specs.Mount) (int, error) {
+	var attr unix.MountAttr
+	var data []string
+	for _, o := range m.Options {
+		if a, ok := mountAttributes[o]; ok {
+			attr.Attr_set |= a
+		} else if !slices.Contains(mountDefaults, o) {
+			data = append(data, o)
+		}
+	}
+	recursive := slices.Contains(m.Options, "rbind")
+	var fd int
+	var err error
+	if recursive || m.Type == "bind" || slices.Contains(m.Options, "bind") {
+		if len(data) > 0 {
+			return -1, fmt.Errorf("a restored container cannot be given a bind mount with option %q", data[0])
+		}
+		flags := uint(unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC)
+		if recursive {
+			flags |= unix.AT_RECURSIVE
+		}
+		if fd, err = unix.OpenTree(unix.AT_FDCWD, m.Source, flags); err != nil {
+			return -1, &os.PathError{Op: "open_tree", Path: m.Source, Err: err}
+		}
+	} else if fd, err = newMount(m.Type, m.Source, data); err != nil {
+		return -1, err
+	}
+	// A mount from the host must not carry the container's own mounts back.
+	attr.Propagation = unix.MS_PRIVATE
+	flags := uint(unix.AT_EMPTY_PATH)
+	if recursive {
+		flags |= unix.AT_RECURSIVE
+	}
+	if err := unix.MountSetattr(fd, "", flags, &attr); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("mount_setattr", err)
+	}
+	return fd, nil
+}
+
+// newMount mounts a new file system (fsopen(2), fsconfig(2), fsmount(2)).
+func newMount(fstype, source string, data []string) (int, error) {
+	ctx, err := unix.Fsopen(fstype, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen %s: %w", fstype, err)
+	}
+	defer unix.Close(ctx)
+	if source != "" {
+		if err := unix.FsconfigSetString(ctx, "source", source); err != nil {
+			return -1, fmt.Errorf("%s: source %q: %w", fstype, source, err)
+		}
+	}
+	for _, o := range data {
+		key, value, hasValue := strings.Cut(o, "=")
+		if hasValue {
+			err = unix.FsconfigSetString(ctx, key, value)
+		} else {
+			err = unix.FsconfigSetFlag(ctx, key)
+		}
+		if err != nil {
+			return -1, fmt.Errorf("%s: option %q: %w", fstype, o, err)
+		}
+	}
+	if err := unix.FsconfigCreate(ctx); err != nil {
+		return -1, fmt.Errorf("create %s: %w", fstype, err)
+	}
+	fd, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("fsmount", err)
+	}
+	return fd, nil
+}
+
+// inMountNamespace runs fn in the mount namespace of a process, with that
+// namespace's root.
+func inMountNamespace(pid int, fn func() error) error {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	result := make(chan error, 1)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine.
+		goruntime.LockOSThread()
+		// setns(2): a thread that shares its root with others cannot move.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			result <- os.NewSyscallError("unshare", err)
+			return
+		}
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+			result <- os.NewSyscallError("setns", err)
+			return
+		}
+		result <- fn()
+	}()
+	return <-result
+}

@@ -1,0 +1,150 @@
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// PrepareRestore does at Create what a restore needs: the namespaces that
+// clients set up before Start, and the hooks that expect to find them. It
+// returns a pid that stands for the container until Restore; 0 if nothing can.
+func (c *Container) PrepareRestore(ctx context.Context) (pid int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if private(c.spec, specs.UserNamespace) {
+		// A network namespace made here would belong to another user namespace
+		// than the workload's. CRIU makes both, and libcontainer runs the hooks
+		// when they are there.
+		return 0, nil
+	}
+	held, err := holdNamespaces(c.spec)
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err != nil {
+			held.release()
+		}
+	}()
+	if err := c.runHooks(ctx, held.pid(), specs.StateCreating, configs.Prestart, configs.CreateRuntime); err != nil {
+		return 0, err
+	}
+	held.apply(c.spec)
+	if err := c.remake(); err != nil {
+		return 0, err
+	}
+	c.held = held
+	return held.pid(), nil
+}
+
+// remake builds the libcontainer container anew from a spec that has changed,
+// without the hooks that have run.
+func (c *Container) remake() error {
+	if err := c.discard(); err != nil {
+		return err
+	}
+	if err := c.make(); err != nil {
+		return err
+	}
+	for _, done := range []configs.HookName{configs.Prestart, configs.CreateRuntime} {
+		delete(c.config.Hooks, done)
+	}
+	return nil
+}
+
+// Restore starts the workload from the dump in dir, after PrepareRestore. On an
+// error nothing of the workload has run, everything is undone and the container
+// is Created: Create and Start may start it cold.
+func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (_ *Process, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.machine.to(Quiesced); err != nil {
+		return nil, err
+	}
+	p, err := c.restore(dir, o, mounts, io)
+	if err != nil {
+		return nil, errors.Join(err, c.undoRestore())
+	}
+	return p, c.machine.to(Running)
+}
+
+func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
+	lp, err := newProcess(c.spec.Process, io)
+	if err != nil {
+		return nil, err
+	}
+	lp.Init = true
+	opts, err := c.criuOptions(dir, o, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer c.cfg.Reaper.Hold()()
+	if err := c.lc.Restore(lp, opts); err != nil {
+		return nil, newCRIUError("restore", filepath.Join(opts.WorkDirectory, "restore.log"), err)
+	}
+	// From here on there is a process.
+	p, err := c.started(lp)
+	if err != nil {
+		return nil, err
+	}
+	c.init = p
+	// libcontainer does not note the start time of what it has restored, and
+	// takes it for dead; the state that it has saved is right.
+	lc, err := libcontainer.Load(c.cfg.Root, c.cfg.ID)
+	if err != nil {
+		return nil, fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
+	}
+	c.lc = lc
+	c.held.retire()
+	for _, m := range mounts {
+		if err := attachMount(p.Pid(), m); err != nil {
+			return nil, fmt.Errorf("attach mount %s to restored container %s: %w", m.Destination, c.cfg.ID, err)
+		}
+	}
+	if c.config.HasHook(configs.Poststart) {
+		state, err := lc.OCIState()
+		if err != nil {
+			return nil, err
+		}
+		if err := c.config.Hooks.Run(configs.Poststart, state); err != nil {
+			return nil, fmt.Errorf("poststart hook of container %s: %w", c.cfg.ID, err)
+		}
+	}
+	return p, nil
+}
+
+// undoRestore leaves a container that can be created again. Its hooks have run
+// and its namespaces are held, so both stay.
+func (c *Container) undoRestore() error {
+	if c.init != nil {
+		if err := c.lc.Signal(unix.SIGKILL); err == nil {
+			<-c.init.Done()
+		}
+		c.init = nil
+	}
+	lc, err := c.lc, error(nil)
+	if loaded, lerr := libcontainer.Load(c.cfg.Root, c.cfg.ID); lerr == nil {
+		lc = loaded // knows of a process that died half-way
+		_ = lc.Signal(unix.SIGKILL)
+	}
+	c.lc = lc
+	if err = c.machine.to(Created); err != nil {
+		return err
+	}
+	if c.held == nil {
+		// No namespaces of ours: the hooks run again with the cold start, so
+		// let their counterparts run now.
+		if err := c.destroy(); err != nil {
+			return err
+		}
+		return c.make()
+	}
+	return c.remake()
+}

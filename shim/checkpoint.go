@@ -1,0 +1,329 @@
+package shim
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	eventstypes "github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
+)
+
+// builder is the program that packs an image. It is not part of the shim, which
+// would carry containerd's client in memory for as long as the container lives.
+const builder = "cracctl"
+
+// checkpointRequest is what a checkpoint call asks for, whoever makes it.
+type checkpointRequest struct {
+	dir  string // where the dump goes; empty: nowhere but into the image
+	ref  string // of the image to build; empty: none
+	exit bool
+	criu runtime.CRIUOptions
+}
+
+// checkpointOptions reads the options of a checkpoint call: runc's, ours, or
+// none, which is all that clients send to a runtime that they do not know.
+func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpointRequest, error) {
+	r := &checkpointRequest{
+		dir:  path,
+		ref:  c.options.CheckpointImage,
+		exit: c.options.CheckpointExit,
+		criu: runtime.CRIUOptions{
+			WorkDir:    c.criu.work,
+			TCP:        tcpMode(c.options.TCP),
+			ConfigFile: c.criu.config,
+			// What the other end of such a socket thinks is not our business,
+			// and a log socket must not stand in the way of a checkpoint.
+			ExternalUnixSockets: true,
+		},
+	}
+	if len(opts.GetValue()) == 0 {
+		return r, nil
+	}
+	if opts.TypeUrl == oci.CheckpointOptionsType {
+		var o oci.CheckpointOptions
+		if err := json.Unmarshal(opts.Value, &o); err != nil {
+			return nil, fmt.Errorf("checkpoint options: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		if o.Ref != "" {
+			r.ref = o.Ref
+		}
+		r.exit = r.exit || o.Exit
+		return r, nil
+	}
+	var o runcoptions.CheckpointOptions
+	if err := typeurl.UnmarshalTo(opts, &o); err != nil {
+		return nil, fmt.Errorf("checkpoint options of type %q are not known to this runtime; it takes runc's: %w", opts.TypeUrl, errdefs.ErrInvalidArgument)
+	}
+	r.exit = r.exit || o.Exit
+	r.criu.EmptyNamespaces = o.EmptyNamespaces
+	r.criu.ShellJob = o.Terminal
+	if o.OpenTcp {
+		r.criu.TCP = runtime.TCPEstablished
+	}
+	if o.WorkPath != "" {
+		r.criu.WorkDir = o.WorkPath
+	}
+	if r.dir == "" {
+		r.dir = o.ImagePath
+	}
+	if o.ParentPath != "" {
+		return nil, fmt.Errorf("checkpoint option ParentPath: this version makes full dumps only: %w", errdefs.ErrNotImplemented)
+	}
+	return r, nil
+}
+
+// checkpoint dumps a container and builds an image of it, if one is asked for.
+// A failure leaves the container as it was, and no image.
+func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.CheckpointTaskRequest) (err error) {
+	if !c.checkpointing.TryLock() {
+		return fmt.Errorf("another checkpoint is being made: %w", errdefs.ErrUnavailable)
+	}
+	defer c.checkpointing.Unlock()
+	r, err := c.checkpointOptions(call.Path, call.Options)
+	if err != nil {
+		return err
+	}
+	version, err := s.criu()
+	if err != nil {
+		return classified{err, errdefs.ErrFailedPrecondition}
+	}
+	if version < images.MinimumCRIU {
+		return fmt.Errorf("CRIU %s is too old, %s is needed; see `cracctl doctor`: %w", oci.VersionString(version), oci.VersionString(images.MinimumCRIU), errdefs.ErrFailedPrecondition)
+	}
+	if r.ref == "" && r.dir == "" {
+		return fmt.Errorf("neither a directory nor an image to put it in; set the annotation %scheckpoint.image: %w", oci.AnnotationPrefix, errdefs.ErrInvalidArgument)
+	}
+	if r.dir == "" {
+		// On disk, not in the bundle: that is in memory on most hosts.
+		if r.dir, err = os.MkdirTemp(c.work, "dump-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(r.dir)
+	} else if err := os.MkdirAll(r.dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(r.criu.WorkDir, 0o700); err != nil {
+		return err
+	}
+	manifest := c.manifest(version, r.criu.TCP)
+
+	var build *imageBuild
+	frozen := time.Now()
+	err = c.rt.Dump(r.dir, r.criu, r.exit, func() error {
+		if r.ref == "" {
+			return nil
+		}
+		var err error
+		if build, err = s.startBuild(c, r, manifest, frozen); err != nil {
+			return err
+		}
+		return build.untilDiffed()
+	})
+	thawed := time.Since(frozen)
+	if err != nil {
+		build.abort()
+		return err
+	}
+	if err := writeDumpManifest(r.dir, manifest); err != nil {
+		build.abort()
+		return err
+	}
+	done, err := build.wait()
+	if err != nil {
+		return fmt.Errorf("build image %s: %w", r.ref, err)
+	}
+	name := r.dir
+	if done != nil {
+		name = done.Name
+		s.events.sendFacts(CheckpointImageTopic, map[string]any{
+			"container_id": c.id,
+			"image":        done.Name,
+			"digest":       done.Digest,
+			"size":         done.Size,
+			"frozen_ms":    thawed.Milliseconds(),
+		})
+	}
+	s.events.send(&eventstypes.TaskCheckpointed{ContainerID: c.id, Checkpoint: name})
+	log.G(ctx).WithFields(log.Fields{"id": c.id, "checkpoint": name, "frozen_ms": thawed.Milliseconds()}).Info("checkpointed")
+	return nil
+}
+
+// manifest says what a dump of this container needs, but for its files.
+func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
+	spec := c.rt.Spec()
+	m := &oci.Manifest{
+		Created:        time.Now().UTC(),
+		Container:      oci.ContainerOf(spec),
+		Mounts:         oci.MountsOf(spec),
+		TCPEstablished: tcp == runtime.TCPEstablished,
+	}
+	images.ThisHost(criu).Describe(m, images.MinimumCRIU)
+	m.Container.ID = c.id
+	return m
+}
+
+// writeDumpManifest puts a manifest beside a dump that a client will keep, so
+// that a restore from it is gated like one from an image.
+func writeDumpManifest(dir string, m *oci.Manifest) error {
+	files, err := images.DumpFiles(dir)
+	if err != nil {
+		return err
+	}
+	full := *m
+	full.Files = files
+	data, err := full.Encode()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, manifestInDump), data, 0o600)
+}
+
+// imageBuild is a running builder.
+type imageBuild struct {
+	cmd    *exec.Cmd
+	wait_  func() error
+	events *bufio.Scanner
+	stderr *bytes.Buffer
+	done   *images.BuildEvent
+}
+
+// startBuild starts to build the image while the container is frozen.
+func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest, frozen time.Time) (*imageBuild, error) {
+	path, err := findBuilder()
+	if err != nil {
+		return nil, err
+	}
+	request, err := json.Marshal(images.BuildRequest{
+		Address:   s.containerd,
+		Namespace: s.namespace,
+		Container: c.id,
+		Ref:       r.ref,
+		DumpDir:   r.dir,
+		SpecPath:  filepath.Join(c.bundle, "config.json"),
+		Manifest:  *m,
+		Frozen:    frozen,
+	})
+	if err != nil {
+		return nil, err
+	}
+	b := &imageBuild{cmd: exec.Command(path, "build-image"), stderr: &bytes.Buffer{}}
+	b.cmd.Stdin = bytes.NewReader(append(request, '\n'))
+	b.cmd.Stderr = b.stderr
+	// It must not outlive a shim that is killed: nobody would hear of its image.
+	b.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	out, err := b.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if b.wait_, err = s.reaper.Start(b.cmd); err != nil {
+		return nil, fmt.Errorf("start %s: %w", path, err)
+	}
+	b.events = bufio.NewScanner(out)
+	b.events.Buffer(nil, 1<<20)
+	return b, nil
+}
+
+// findBuilder looks beside the shim first: the two belong together.
+func findBuilder() (string, error) {
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), builder)
+		if st, err := os.Stat(beside); err == nil && st.Mode().IsRegular() {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(builder)
+	if err != nil {
+		return "", fmt.Errorf("%s, which builds checkpoint images, is neither beside the shim nor in PATH; install it (`make install`): %w", builder, err)
+	}
+	return path, nil
+}
+
+// next reads one event. The end of the events is the end of the builder.
+func (b *imageBuild) next() (*images.BuildEvent, error) {
+	if !b.events.Scan() {
+		err := errors.Join(b.events.Err(), b.wait_())
+		if words := strings.TrimSpace(b.stderr.String()); words != "" {
+			return nil, errors.New(words)
+		}
+		if err == nil {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, fmt.Errorf("%s ended early: %w", builder, err)
+	}
+	var e images.BuildEvent
+	if err := json.Unmarshal(b.events.Bytes(), &e); err != nil {
+		return nil, fmt.Errorf("%s said %q: %w", builder, b.events.Text(), err)
+	}
+	switch e.Event {
+	case images.EventError:
+		_ = b.drain()
+		return nil, errors.New(e.Error)
+	case images.EventWarning:
+		log.L.Warn(e.Error)
+	case images.EventDone:
+		b.done = &e
+	}
+	return &e, nil
+}
+
+// untilDiffed waits until the container's changes are taken.
+func (b *imageBuild) untilDiffed() error {
+	for {
+		e, err := b.next()
+		if err != nil {
+			return fmt.Errorf("take the layer of changes: %w", err)
+		}
+		if e.Event == images.EventDiffed {
+			return nil
+		}
+	}
+}
+
+// wait waits for the image. It may be called on nil.
+func (b *imageBuild) wait() (*images.BuildEvent, error) {
+	if b == nil {
+		return nil, nil
+	}
+	for b.done == nil {
+		if _, err := b.next(); err != nil {
+			return nil, err
+		}
+	}
+	return b.done, b.drain()
+}
+
+// drain waits for the builder's end, whatever else it says.
+func (b *imageBuild) drain() error {
+	for b.events.Scan() {
+	}
+	return b.wait_()
+}
+
+// abort ends a build that is of no use any more. It may be called on nil.
+func (b *imageBuild) abort() {
+	if b == nil {
+		return
+	}
+	_ = b.cmd.Process.Kill()
+	_ = b.drain()
+}

@@ -1,0 +1,160 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"sync"
+
+	"github.com/containerd/console"
+	"golang.org/x/sys/unix"
+)
+
+// consoles waits for input on all terminals of this shim with one epoll. It
+// starts with the first terminal: most containers have none.
+var consoles = sync.OnceValues(func() (*console.Epoller, error) {
+	e, err := console.NewEpoller()
+	if err != nil {
+		return nil, err
+	}
+	go func() { _ = e.Wait() }()
+	return e, nil
+})
+
+// attachConsole receives the terminal's master, which the process's start has
+// sent, and copies between it and the client.
+func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {
+	master, err := receiveFile(p.console)
+	if err != nil {
+		return fmt.Errorf("receive the terminal: %w", err)
+	}
+	raw, err := console.ConsoleFromFile(master)
+	if err != nil {
+		master.Close()
+		return fmt.Errorf("terminal: %w", err)
+	}
+	// Output goes through untouched: "\n" must not become "\r\n" twice.
+	if err := console.ClearONLCR(raw.Fd()); err != nil {
+		master.Close()
+		return fmt.Errorf("terminal: %w", err)
+	}
+	epoller, err := consoles()
+	if err != nil {
+		master.Close()
+		return fmt.Errorf("epoll for terminals: %w", err)
+	}
+	cons, err := epoller.Add(raw)
+	if err != nil {
+		master.Close()
+		return fmt.Errorf("epoll for terminals: %w", err)
+	}
+	p.master = cons
+	if p.config.Stdin != "" {
+		in, err := p.openInput(p.config.Stdin)
+		if err != nil {
+			return err
+		}
+		go func() { _ = copyAll(cons, in) }()
+	}
+	sink, err := p.consoleSink(ctx, owner)
+	if err != nil {
+		return err
+	}
+	if sink != nil {
+		p.closers = append(p.closers, sink)
+	} else {
+		sink = nopCloser{io.Discard}
+	}
+	p.copies.Add(1)
+	go func() {
+		defer p.copies.Done()
+		_ = copyAll(sink, cons)
+		sink.Close() // a logging program waits for the end
+	}()
+	return nil
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+// consoleSink opens where a terminal's output goes.
+func (p *processIO) consoleSink(ctx context.Context, owner stdioOwner) (io.WriteCloser, error) {
+	if p.config.Stdout == "" {
+		return nil, nil
+	}
+	u, err := url.Parse(p.config.Stdout)
+	if err != nil {
+		return nil, fmt.Errorf("stdout %q: %w", p.config.Stdout, err)
+	}
+	switch u.Scheme {
+	case "", "fifo":
+		ctx, cancel := context.WithTimeout(ctx, openTimeout)
+		defer cancel()
+		return openOutput(ctx, p.config.Stdout)
+	case "file":
+		return os.OpenFile(u.Path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+	case "binary", "binary-v2":
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, err
+		}
+		defer r.Close()
+		// A terminal has no second stream; the program gets one that has ended.
+		er, ew, err := os.Pipe()
+		if err != nil {
+			w.Close()
+			return nil, err
+		}
+		ew.Close()
+		defer er.Close()
+		if p.logger, err = runLogger(u, owner, r, er); err != nil {
+			w.Close()
+			return nil, err
+		}
+		return w, nil
+	}
+	return nil, fmt.Errorf("stdout %q: unknown scheme %q; known are fifo, file, binary and binary-v2", p.config.Stdout, u.Scheme)
+}
+
+// hangUp ends the copying of a terminal whose process has ended: other
+// processes may hold it open.
+func (p *processIO) hangUp() {
+	if c, ok := p.master.(*console.EpollConsole); ok {
+		if epoller, err := consoles(); err == nil {
+			_ = c.Shutdown(epoller.CloseConsole)
+		}
+	}
+}
+
+// resize sets the terminal's size. Without a terminal there is nothing to do.
+func (p *processIO) resize(width, height uint16) error {
+	if p.master == nil {
+		return nil
+	}
+	return p.master.Resize(console.WinSize{Width: width, Height: height})
+}
+
+// receiveFile receives one open file over a unix socket (unix(7), SCM_RIGHTS).
+func receiveFile(socket *os.File) (*os.File, error) {
+	name := make([]byte, 4096)
+	oob := make([]byte, unix.CmsgSpace(4))
+	n, oobn, _, _, err := unix.Recvmsg(int(socket.Fd()), name, oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("recvmsg", err)
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err == nil && len(fds) > 0 {
+			return os.NewFile(uintptr(fds[0]), string(name[:n])), nil
+		}
+	}
+	return nil, errors.New("no file came with the message")
+}

@@ -1,0 +1,160 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
+)
+
+// container is one container of this shim, with its processes.
+type container struct {
+	id      string
+	bundle  string
+	rootfs  string // where the root file system is mounted; empty if it is not ours
+	work    string
+	options oci.Options
+	criu    criuPaths
+
+	rt   *runtime.Container
+	init *process
+
+	// warm is the restore that Start is to do; nil once done, or for a cold start.
+	warm *restore
+
+	// checkpointing lets one checkpoint at a time in.
+	checkpointing sync.Mutex
+
+	mu      sync.Mutex
+	execs   map[string]*process
+	ended   bool // the init has: no exec may start any more
+	running sync.WaitGroup
+}
+
+// process finds the init (an empty id) or an exec.
+func (c *container) process(id string) (*process, error) {
+	if id == "" {
+		return c.init, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p := c.execs[id]; p != nil {
+		return p, nil
+	}
+	return nil, errNoProcess(c.id, id)
+}
+
+func (c *container) addExec(p *process) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return fmt.Errorf("exec in container %s: %w", c.id, classified{runtime.ErrNotRunning, errdefs.ErrFailedPrecondition})
+	}
+	if _, ok := c.execs[p.id]; ok {
+		return fmt.Errorf("process %s of container %s: %w", p.id, c.id, errdefs.ErrAlreadyExists)
+	}
+	c.execs[p.id] = p
+	return nil
+}
+
+func (c *container) removeExec(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.execs, id)
+}
+
+// beginExec counts an exec in, so that the init's end is announced after its.
+func (c *container) beginExec() (release func(), err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return nil, fmt.Errorf("exec in container %s: its init has ended: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	c.running.Add(1)
+	return sync.OnceFunc(c.running.Done), nil
+}
+
+// endExecs lets no exec begin any more, and waits for those that have.
+func (c *container) endExecs() {
+	c.mu.Lock()
+	c.ended = true
+	c.mu.Unlock()
+	c.running.Wait()
+}
+
+func (c *container) execsByPid() map[int]string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pids := make(map[int]string, len(c.execs))
+	for id, p := range c.execs {
+		if pid := p.getPid(); pid != 0 {
+			pids[pid] = id
+		}
+	}
+	return pids
+}
+
+// status is the task API's word for the container's state.
+func (c *container) status() task.Status {
+	if _, ended := c.init.ended(); ended {
+		return task.Status_STOPPED
+	}
+	switch c.rt.State() {
+	case runtime.Created:
+		return task.Status_CREATED
+	case runtime.Running:
+		return task.Status_RUNNING
+	case runtime.Paused:
+		return task.Status_PAUSED
+	case runtime.Quiesced:
+		return task.Status_PAUSING
+	case runtime.Stopped:
+		// Its end is about to be announced: until then it is running, or a
+		// client would see it stopped without an exit status.
+		return task.Status_RUNNING
+	}
+	return task.Status_UNKNOWN
+}
+
+// delete removes all that the container has.
+func (c *container) delete(ctx context.Context) error {
+	if _, ended := c.init.ended(); !ended && c.rt.State() != runtime.Created {
+		return fmt.Errorf("delete container %s: it is %s; kill it first: %w", c.id, c.rt.State(), errdefs.ErrFailedPrecondition)
+	}
+	// First, because it ends the init of a container that was never started,
+	// which holds its streams open.
+	err := c.rt.Delete()
+	c.init.abandon(0)
+	c.init.closeIO()
+	for _, p := range c.takeExecs() {
+		p.closeIO()
+	}
+	return errors.Join(err, c.unmount(ctx))
+}
+
+func (c *container) takeExecs() map[string]*process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	execs := c.execs
+	c.execs = nil
+	return execs
+}
+
+func (c *container) unmount(ctx context.Context) error {
+	if c.rootfs == "" {
+		return nil
+	}
+	if err := mount.UnmountRecursive(c.rootfs, 0); err != nil {
+		log.G(ctx).WithError(err).WithField("id", c.id).Warn("failed to unmount the root file system")
+		return fmt.Errorf("unmount the root file system of container %s: %w", c.id, err)
+	}
+	return nil
+}

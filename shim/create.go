@@ -1,0 +1,293 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	eventstypes "github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
+)
+
+// create makes a container ready for Start: what is asked (oci), what there is
+// and whether it fits (images), and then the container itself (runtime).
+//
+// On an error nothing is left.
+func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
+	opts, err := runtimeOptions(r.Options)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := runtime.LoadSpec(r.Bundle)
+	if err != nil {
+		return nil, err
+	}
+	asked, err := askedOf(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := writeOptions(r.Bundle, opts); err != nil {
+		return nil, err
+	}
+	c := &container{
+		id:      r.ID,
+		bundle:  r.Bundle,
+		work:    workDir(r.Bundle),
+		options: asked,
+		execs:   make(map[string]*process),
+		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
+	}
+	c.criu = criuPaths{work: opts.CriuWorkPath, config: spec.Annotations[criuConfigAnnotation]}
+	if c.criu.work == "" {
+		c.criu.work = filepath.Join(c.work, "criu")
+	}
+	if err := s.reserve(c); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.mu.Lock()
+			delete(s.containers, c.id)
+			s.mu.Unlock()
+		}
+	}()
+
+	found := s.find(ctx, c, r, opts, spec)
+	if err := c.mountRootfs(found.mounts, r.Bundle); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.unmount(s.ctx))
+		}
+	}()
+	if found.warm == nil && found.why != nil {
+		if err := s.cold(c, found.why); err != nil {
+			return nil, err
+		}
+	}
+	if found.masked {
+		spec.Mounts = append(spec.Mounts, maskMount)
+	}
+	if found.path && found.warm != nil {
+		ownCgroup(spec, c.id)
+	}
+	c.rt, err = runtime.New(runtime.Config{
+		ID:            r.ID,
+		Bundle:        r.Bundle,
+		Root:          stateRoot(opts, s.namespace, r.Bundle),
+		Rootfs:        c.rootfs,
+		SystemdCgroup: opts.SystemdCgroup,
+		NoPivotRoot:   opts.NoPivotRoot,
+		NoNewKeyring:  opts.NoNewKeyring,
+		Reaper:        s.reaper,
+	}, spec)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.rt.Delete())
+		}
+	}()
+	owner := s.owner(c, "")
+	owner.uid, owner.gid = int(opts.IoUid), int(opts.IoGid)
+	io, err := newProcessIO(ctx, c.init.config, owner)
+	if err != nil {
+		return nil, err
+	}
+	c.init.io = io
+	defer func() {
+		if err != nil {
+			io.afterStart()
+			io.close()
+		}
+	}()
+	if c.warm = found.warm; c.warm != nil {
+		c.init.pid, err = c.rt.PrepareRestore(ctx)
+		return c, err
+	}
+	return c, s.createInit(ctx, c)
+}
+
+// reserve takes the container's id.
+func (s *service) reserve(c *container) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.containers[c.id]; ok {
+		return fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
+	}
+	s.containers[c.id] = c
+	return nil
+}
+
+// askedOf reads our annotations and environment.
+func askedOf(spec *specs.Spec) (oci.Options, error) {
+	var env []string
+	if spec.Process != nil {
+		env = spec.Process.Env
+	}
+	asked, err := oci.ParseOptions(spec.Annotations, env)
+	if err != nil {
+		return asked, classified{err, errdefs.ErrInvalidArgument}
+	}
+	if not := asked.Unsupported(); len(not) > 0 {
+		return asked, fmt.Errorf("this version of the runtime cannot do what is asked by %s; remove it: %w", strings.Join(not, ", "), errdefs.ErrNotImplemented)
+	}
+	return asked, nil
+}
+
+func (s *service) owner(c *container, exec string) stdioOwner {
+	id := c.id
+	if exec != "" {
+		id = exec
+	}
+	return stdioOwner{namespace: s.namespace, id: id, reaper: s.reaper}
+}
+
+// mountRootfs mounts the container's root file system in the bundle, unless the
+// spec names one that exists.
+func (c *container) mountRootfs(mounts []images.Mount, bundle string) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	c.rootfs = filepath.Join(bundle, "rootfs")
+	if err := os.Mkdir(c.rootfs, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	all := make([]mount.Mount, len(mounts))
+	for i, m := range mounts {
+		all[i] = mount.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
+	}
+	if err := mount.All(all, c.rootfs); err != nil {
+		return errors.Join(fmt.Errorf("mount the root file system: %w", err), mount.UnmountMounts(all, c.rootfs, 0))
+	}
+	return nil
+}
+
+// createInit starts the process that waits to become the workload.
+func (s *service) createInit(ctx context.Context, c *container) error {
+	proc, err := c.rt.Create(c.init.io.child)
+	if err != nil {
+		return err
+	}
+	c.init.io.afterStart()
+	c.init.started(proc)
+	if c.init.config.Terminal {
+		if err := c.init.io.attachConsole(ctx, s.owner(c, "")); err != nil {
+			return err
+		}
+	}
+	s.watchOOM(c)
+	return nil
+}
+
+// watchOOM announces when the kernel kills for want of memory. The watch ends
+// with the container's cgroup.
+func (s *service) watchOOM(c *container) {
+	oom, err := c.rt.OOM()
+	if err != nil {
+		log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("cannot watch for OOM kills")
+		return
+	}
+	go func() {
+		for range oom {
+			s.events.send(&eventstypes.TaskOOM{ContainerID: c.id})
+		}
+	}()
+}
+
+// startInit lets the workload run, from the dump if there is one.
+func (s *service) startInit(ctx context.Context, c *container) error {
+	if _, ended := c.init.ended(); ended {
+		return fmt.Errorf("start container %s: it was killed before: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	warm := c.warm
+	c.warm = nil
+	if warm == nil {
+		return c.rt.Start()
+	}
+	proc, err := s.restore(ctx, c, warm)
+	if err == nil {
+		s.watchInit(c, proc)
+		return nil
+	}
+	if err := s.cold(c, reasonOf(err, warm.required)); err != nil {
+		return err
+	}
+	if err := s.createInit(ctx, c); err != nil {
+		return err
+	}
+	if err := c.rt.Start(); err != nil {
+		return err
+	}
+	s.watchInit(c, c.init.running())
+	return nil
+}
+
+// killInit signals a container's init, or all of its processes.
+func (s *service) killInit(c *container, sig unix.Signal, all bool) error {
+	if c.init.running() == nil {
+		// It waits to be restored: nothing runs, and nothing ever will.
+		if _, ended := c.init.ended(); ended || (sig != unix.SIGKILL && sig != unix.SIGTERM) {
+			return fmt.Errorf("signal container %s: %w", c.id, runtime.ErrNotRunning)
+		}
+		s.exited(c, c.init, runtime.Exit{Status: 128 + int(sig), At: time.Now()})
+		return nil
+	}
+	return c.rt.Signal(sig, all)
+}
+
+// maskMount hides a dump that is part of the container's root file system.
+var maskMount = specs.Mount{
+	Destination: "/" + oci.Root,
+	Type:        "tmpfs",
+	Source:      "tmpfs",
+	Options:     []string{"ro", "nosuid", "nodev", "noexec", "size=4k", "mode=0"},
+}
+
+// ownCgroup gives a container that is restored from another's spec a cgroup of
+// its own: the other one may still be running in its.
+func ownCgroup(spec *specs.Spec, id string) {
+	path := spec.Linux.CgroupsPath
+	if path == "" {
+		return
+	}
+	if parts := strings.Split(path, ":"); len(parts) == 3 { // systemd's slice:prefix:name
+		parts[2] = id
+		spec.Linux.CgroupsPath = strings.Join(parts, ":")
+		return
+	}
+	spec.Linux.CgroupsPath = filepath.Join(filepath.Dir(path), id)
+}
+
+// mountsBeyond lists the mounts of the spec that the dump does not have: they
+// are attached after the restore.
+func mountsBeyond(spec *specs.Spec, m *oci.Manifest) []specs.Mount {
+	if m == nil {
+		return nil
+	}
+	var more []specs.Mount
+	for _, sm := range spec.Mounts {
+		dest := filepath.Clean("/" + sm.Destination)
+		if !slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return d.Destination == dest }) {
+			more = append(more, sm)
+		}
+	}
+	return more
+}
+

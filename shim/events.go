@@ -1,0 +1,122 @@
+package shim
+
+import (
+	"context"
+	"time"
+
+	eventstypes "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/v2/core/events"
+	cruntime "github.com/containerd/containerd/v2/core/runtime"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/structpb"
+)
+
+// ColdStartTopic is the topic of the event that tells why a container that has
+// a checkpoint was started cold. The event is a google.protobuf.Struct, which
+// every client can decode, with the string fields container_id, reason and, if
+// known, code.
+const ColdStartTopic = "/crac/cold-start"
+
+// CheckpointImageTopic is the topic of the event that tells of a checkpoint
+// image that was built: a google.protobuf.Struct with the fields container_id,
+// image, digest, size and frozen_ms.
+const CheckpointImageTopic = "/crac/checkpoint-image"
+
+// eventQueue is how many events may wait before senders do.
+const eventQueue = 128
+
+// publishTimeout bounds one attempt to hand an event to containerd, which tries
+// again by itself while containerd is away.
+const publishTimeout = 5 * time.Second
+
+type queuedEvent struct {
+	topic string
+	event any
+}
+
+// eventSender publishes events one after another, in the order they were sent.
+type eventSender struct {
+	queue     chan queuedEvent
+	publisher events.Publisher
+	done      <-chan struct{} // of the shim
+}
+
+func newEventSender(publisher events.Publisher, done <-chan struct{}) *eventSender {
+	return &eventSender{queue: make(chan queuedEvent, eventQueue), publisher: publisher, done: done}
+}
+
+// send queues one of containerd's own events.
+func (s *eventSender) send(event any) {
+	s.sendTo(topicOf(event), event)
+}
+
+// sendFacts queues an event of our own.
+func (s *eventSender) sendFacts(topic string, facts map[string]any) {
+	event, err := structpb.NewStruct(facts)
+	if err != nil {
+		log.L.WithError(err).WithField("topic", topic).Error("failed to make event")
+		return
+	}
+	s.sendTo(topic, event)
+}
+
+func (s *eventSender) sendTo(topic string, event any) {
+	select {
+	case s.queue <- queuedEvent{topic, event}:
+	case <-s.done:
+	}
+}
+
+// run publishes until the shim ends, and then what is still in the queue.
+func (s *eventSender) run(ctx context.Context) {
+	for {
+		select {
+		case e := <-s.queue:
+			s.publish(ctx, e)
+		case <-s.done:
+			for {
+				select {
+				case e := <-s.queue:
+					s.publish(ctx, e)
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+func (s *eventSender) publish(ctx context.Context, e queuedEvent) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishTimeout)
+	defer cancel()
+	if err := s.publisher.Publish(ctx, e.topic, e.event); err != nil {
+		log.G(ctx).WithError(err).WithField("topic", e.topic).Error("failed to publish event")
+	}
+}
+
+// topicOf is containerd's topic for each of its events that a shim sends.
+func topicOf(event any) string {
+	switch event.(type) {
+	case *eventstypes.TaskCreate:
+		return cruntime.TaskCreateEventTopic
+	case *eventstypes.TaskStart:
+		return cruntime.TaskStartEventTopic
+	case *eventstypes.TaskOOM:
+		return cruntime.TaskOOMEventTopic
+	case *eventstypes.TaskExit:
+		return cruntime.TaskExitEventTopic
+	case *eventstypes.TaskDelete:
+		return cruntime.TaskDeleteEventTopic
+	case *eventstypes.TaskExecAdded:
+		return cruntime.TaskExecAddedEventTopic
+	case *eventstypes.TaskExecStarted:
+		return cruntime.TaskExecStartedEventTopic
+	case *eventstypes.TaskPaused:
+		return cruntime.TaskPausedEventTopic
+	case *eventstypes.TaskResumed:
+		return cruntime.TaskResumedEventTopic
+	case *eventstypes.TaskCheckpointed:
+		return cruntime.TaskCheckpointedEventTopic
+	}
+	return cruntime.TaskUnknownTopic
+}

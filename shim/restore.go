@@ -1,0 +1,270 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
+)
+
+// criuConfigAnnotation names a CRIU configuration file of the user's, as for runc.
+const criuConfigAnnotation = "org.criu.config"
+
+// manifestInDump is the manifest's name in a dump that is not in an image.
+const manifestInDump = "crac-manifest.json"
+
+// criuPaths are what a container's dumps and restores have in common.
+type criuPaths struct {
+	work   string // of CRIU's logs
+	config string // of the user's CRIU configuration file
+}
+
+// restore is a restore that fits.
+type restore struct {
+	dir      string // of the dump
+	manifest *oci.Manifest
+	mounts   []specs.Mount // to attach afterwards
+	tcp      runtime.TCPMode
+	required bool // a cold start is not what was asked for
+}
+
+// coldReason is why a checkpoint that is there is not used.
+type coldReason struct {
+	code string
+	err  error
+	// required says that a cold start is not what was asked for.
+	required bool
+}
+
+func (r *coldReason) Error() string { return r.err.Error() }
+func (r *coldReason) Unwrap() error { return r.err }
+
+// reasonOf makes a reason of any error, and keeps the code of one that has it.
+func reasonOf(err error, required bool) *coldReason {
+	why := &coldReason{err: err}
+	errors.As(err, &why)
+	why.required = required
+	return why
+}
+
+// findings are what create knows after it has looked for a checkpoint.
+type findings struct {
+	mounts []images.Mount // for the root file system
+	masked bool           // the container would see the dump
+	path   bool           // the request named the dump
+	warm   *restore
+	why    *coldReason // why there is no restore though there is a checkpoint
+}
+
+// find looks for a checkpoint: a path in the request, or a layer in the mounts.
+func (s *service) find(ctx context.Context, c *container, r *taskapi.CreateTaskRequest, opts *runcoptions.Options, spec *specs.Spec) findings {
+	mounts := make([]images.Mount, len(r.Rootfs))
+	for i, m := range r.Rootfs {
+		mounts[i] = images.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
+	}
+	checkpoint, rest, err := images.Find(mounts)
+	f := findings{mounts: rest, masked: checkpoint != nil && checkpoint.Visible}
+
+	path := r.Checkpoint
+	if path == "" {
+		path = opts.CriuImagePath
+	}
+	required := c.options.Restore == oci.RestoreRequire
+	if path != "" {
+		// Named by the client for this start alone: a cold start is not it,
+		// unless the container says so.
+		f.path = true
+		_, said := spec.Annotations[oci.AnnotationPrefix+"restore"]
+		required = required || !said
+	}
+	switch {
+	case c.options.Restore == oci.RestoreNever && (path != "" || checkpoint != nil || err != nil):
+		f.why = &coldReason{code: "restore-never", err: errors.New("the option restore=never asks for it")}
+	case path != "":
+		f.warm, err = s.fitPath(path, spec, c)
+	case err != nil:
+	case checkpoint != nil:
+		f.warm, err = s.fitImage(checkpoint, spec, c)
+	}
+	if err != nil && f.why == nil {
+		f.why = reasonOf(err, required)
+	}
+	if f.warm != nil {
+		f.warm.required = required
+	}
+	if f.warm != nil && f.warm.manifest != nil && hasMount(f.warm.manifest, maskMount.Destination) {
+		f.masked = true // the dump has the mask, so the clone must
+	}
+	return f
+}
+
+func hasMount(m *oci.Manifest, destination string) bool {
+	for _, d := range m.Mounts {
+		if d.Destination == destination {
+			return true
+		}
+	}
+	return false
+}
+
+// fitImage gates and verifies the checkpoint of an image.
+func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container) (*restore, error) {
+	if err := s.gate(ck.Manifest, spec); err != nil {
+		return nil, err
+	}
+	if err := ck.Verify(); err != nil {
+		return nil, &coldReason{code: "damaged", err: err}
+	}
+	return c.fitted(ck.CRIUDir(), ck.Manifest, spec), nil
+}
+
+// fitPath gates a dump that the request names. One from another runtime has no
+// manifest, and CRIU has the only word.
+func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore, error) {
+	if _, err := os.Stat(filepath.Join(dir, "inventory.img")); err != nil {
+		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s holds no CRIU dump: %w", dir, err)}
+	}
+	f, err := os.Open(filepath.Join(dir, manifestInDump))
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := s.gate(nil, spec); err != nil {
+			return nil, err
+		}
+		return c.fitted(dir, nil, spec), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	manifest, err := oci.DecodeManifest(f)
+	if err != nil {
+		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s: %w", f.Name(), err)}
+	}
+	if err := s.gate(manifest, spec); err != nil {
+		return nil, err
+	}
+	return c.fitted(dir, manifest, spec), nil
+}
+
+// gate asks whether this host and this request fit the dump.
+func (s *service) gate(m *oci.Manifest, spec *specs.Spec) error {
+	version, err := s.criu()
+	if m == nil {
+		if err != nil {
+			return &coldReason{code: images.CodeNoCRIU, err: err}
+		}
+		return nil
+	}
+	asked := *spec
+	if hasMount(m, maskMount.Destination) {
+		asked.Mounts = append(asked.Mounts[:len(asked.Mounts):len(asked.Mounts)], maskMount)
+	}
+	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
+	reasons := images.Gate(m, images.ThisHost(version), request)
+	if len(reasons) == 0 {
+		return nil
+	}
+	texts := make([]string, len(reasons))
+	for i, r := range reasons {
+		texts[i] = r.Text
+	}
+	return &coldReason{code: reasons[0].Code, err: errors.New(strings.Join(texts, "; "))}
+}
+
+func (c *container) fitted(dir string, m *oci.Manifest, spec *specs.Spec) *restore {
+	r := &restore{dir: dir, manifest: m, mounts: mountsBeyond(spec, m), tcp: tcpMode(c.options.TCP)}
+	if m != nil && m.TCPEstablished {
+		r.tcp = runtime.TCPEstablished
+	}
+	return r
+}
+
+func tcpMode(m oci.TCPMode) runtime.TCPMode {
+	switch m {
+	case oci.TCPEstablished:
+		return runtime.TCPEstablished
+	case oci.TCPError:
+		return runtime.TCPError
+	}
+	return runtime.TCPClose
+}
+
+// cold announces a cold start instead of a warm one, or refuses it.
+func (s *service) cold(c *container, why *coldReason) error {
+	if why.required {
+		return fmt.Errorf("container %s cannot be restored: %w", c.id, classified{why.err, errdefs.ErrFailedPrecondition})
+	}
+	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "code": why.code, "reason": why.Error()}).Warn("starting cold instead of restoring the checkpoint")
+	s.events.sendFacts(ColdStartTopic, map[string]any{"container_id": c.id, "code": why.code, "reason": why.Error()})
+	return nil
+}
+
+// restore starts the workload from the dump.
+func (s *service) restore(ctx context.Context, c *container, r *restore) (_ *runtime.Process, err error) {
+	began := time.Now()
+	if err := os.MkdirAll(c.criu.work, 0o700); err != nil {
+		return nil, err
+	}
+	if _, err := s.criu(); err != nil {
+		return nil, &coldReason{code: images.CodeNoCRIU, err: err}
+	}
+	io := c.init.io
+	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
+		WorkDir:             c.criu.work,
+		TCP:                 r.tcp,
+		ExternalUnixSockets: true,
+		ConfigFile:          c.criu.config,
+	}, r.mounts, io.child)
+	if err != nil {
+		var failed *runtime.CRIUError
+		if errors.As(err, &failed) {
+			failed.Log = keepLog(failed.Log, c)
+			return nil, &coldReason{code: "criu", err: err}
+		}
+		return nil, err
+	}
+	io.afterStart()
+	c.init.started(proc)
+	if c.init.config.Terminal {
+		if err := io.attachConsole(ctx, s.owner(c, "")); err != nil {
+			return nil, err
+		}
+	}
+	s.watchOOM(c)
+	log.G(s.ctx).WithField("id", c.id).WithField("ms", time.Since(began).Milliseconds()).Info("restored from checkpoint")
+	return proc, nil
+}
+
+// keepLog copies CRIU's log to where it outlives the container: beside its work
+// directory, which containerd cleans when it starts. It returns the place.
+func keepLog(path string, c *container) string {
+	kept := filepath.Join(filepath.Dir(c.work), c.id+"."+filepath.Base(path))
+	src, err := os.Open(path)
+	if err != nil {
+		return path
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(kept, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return path
+	}
+	defer dst.Close()
+	if _, err := io.Copy(dst, src); err != nil {
+		return path
+	}
+	return kept
+}
