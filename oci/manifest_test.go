@@ -1,0 +1,274 @@
+package oci
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func digestOf(c string) string { return "sha256:" + strings.Repeat(c, 64) }
+
+func sample() *Manifest {
+	return &Manifest{
+		Version:  Version,
+		Created:  time.Date(2026, 3, 4, 5, 6, 7, 891011, time.FixedZone("", 3600)),
+		Platform: Platform{OS: "linux", Architecture: "amd64"},
+		Host: Host{
+			Kernel: "6.12.1", PageSize: 4096, CgroupVersion: 2,
+			CPU: CPU{Vendor: "GenuineIntel", Model: "Xeon <E5>", Features: []string{"sse4_2", "avx", "avx2"}},
+		},
+		CRIU: CRIU{Version: 40101, Minimum: 40100},
+		Container: Container{
+			ID: "web", Hostname: "web-1", Args: []string{"/bin/app", "--config=a&b"}, Cwd: "/srv", UID: 1000, GID: 1000,
+			AdditionalGids: []uint32{10, 4}, Namespaces: []string{"pid", "mount", "network"},
+			UIDMappings: []IDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}},
+		},
+		Mounts: []Mount{{Destination: "/proc", Type: "proc"}, {Destination: "/dev", Type: "tmpfs"}},
+		Base:   Base{Name: "registry.example/app:1", Digest: digestOf("a")},
+		Files: []File{
+			{Name: "pages-1.img", Size: 1 << 33, Digest: digestOf("b")},
+			{Name: "core-1.img", Size: 7, Digest: digestOf("c")},
+		},
+	}
+}
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs; got:\n%s", path, got)
+	}
+}
+
+func TestManifestGolden(t *testing.T) {
+	got, err := sample().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "manifest.json", got)
+
+	back, err := DecodeManifest(bytes.NewReader(got))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := back.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, again) {
+		t.Errorf("decoded and encoded again it is:\n%s", again)
+	}
+}
+
+func TestAnnotationsGolden(t *testing.T) {
+	m := sample()
+	m.TCPEstablished = true
+	if _, err := m.Encode(); err != nil { // sorts
+		t.Fatal(err)
+	}
+	got, err := json.MarshalIndent(Annotations(m), "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "annotations.json", append(got, '\n'))
+}
+
+func TestAnnotationsAreNoOptions(t *testing.T) {
+	if _, err := ParseOptions(Annotations(sample()), nil); err != nil {
+		t.Errorf("an image's annotations copied to a container: %v", err)
+	}
+	for k, v := range Annotations(&Manifest{}) {
+		if v == "" {
+			t.Errorf("%s is empty", k)
+		}
+	}
+}
+
+func TestDecodeManifestRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*Manifest)
+		want   string
+	}{
+		{"later version", func(m *Manifest) { m.Version = "2" }, `"2"`},
+		{"no version", func(m *Manifest) { m.Version = "" }, `""`},
+		{"version that begins alike", func(m *Manifest) { m.Version = "10" }, `"10"`},
+		{"no platform", func(m *Manifest) { m.Platform.Architecture = "" }, "platform"},
+		{"odd page size", func(m *Manifest) { m.Host.PageSize = 4097 }, "page size"},
+		{"no page size", func(m *Manifest) { m.Host.PageSize = 0 }, "page size"},
+		{"cgroup version", func(m *Manifest) { m.Host.CgroupVersion = 3 }, "cgroup"},
+		{"CRIU version", func(m *Manifest) { m.CRIU.Minimum = 0 }, "CRIU"},
+		{"no arguments", func(m *Manifest) { m.Container.Args = nil }, "arguments"},
+		{"no files", func(m *Manifest) { m.Files = nil }, "no files"},
+		{"negative size", func(m *Manifest) { m.Files[0].Size = -1 }, "size -1"},
+		{"short digest", func(m *Manifest) { m.Files[0].Digest = "sha256:abc" }, "digest"},
+		{"other algorithm", func(m *Manifest) { m.Files[0].Digest = "md5:" + strings.Repeat("a", 64) }, "digest"},
+		{"upper case digest", func(m *Manifest) { m.Files[0].Digest = "sha256:" + strings.Repeat("A", 64) }, "digest"},
+		{"no digest", func(m *Manifest) { m.Files[0].Digest = "" }, "digest"},
+		{"base digest", func(m *Manifest) { m.Base.Digest = "latest" }, "base digest"},
+		{"twice", func(m *Manifest) { m.Files[1].Name = m.Files[0].Name }, "twice"},
+		{"name with a slash", func(m *Manifest) { m.Files[0].Name = "a/b.img" }, "file name"},
+		{"name above", func(m *Manifest) { m.Files[0].Name = ".." }, "file name"},
+		{"name with a NUL", func(m *Manifest) { m.Files[0].Name = "a\x00.img" }, "file name"},
+		{"hidden name", func(m *Manifest) { m.Files[0].Name = ".img" }, "file name"},
+		{"option as a name", func(m *Manifest) { m.Files[0].Name = "-rf" }, "file name"},
+		{"empty name", func(m *Manifest) { m.Files[0].Name = "" }, "file name"},
+		{"long name", func(m *Manifest) { m.Files[0].Name = strings.Repeat("a", 256) }, "file name"},
+		{"relative mount", func(m *Manifest) { m.Mounts[0].Destination = "proc" }, "mount destination"},
+		{"mount above", func(m *Manifest) { m.Mounts[0].Destination = "/a/../../b" }, "mount destination"},
+		{"control characters", func(m *Manifest) { m.Container.Hostname = "a\x1b[2Jb" }, "control"},
+		{"control characters in a feature", func(m *Manifest) { m.Host.CPU.Features[0] = "a\nb" }, "control"},
+		{"long string", func(m *Manifest) { m.Base.Name = strings.Repeat("a", maxString+1) }, "too long"},
+		{"long list", func(m *Manifest) { m.Container.Args = make([]string, maxList+1) }, "list"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := sample()
+			tt.change(m)
+			data, err := json.Marshal(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := DecodeManifest(bytes.NewReader(data))
+			if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("decode: got error %v, want ErrInvalid with %q", err, tt.want)
+			}
+			if got != nil {
+				t.Errorf("a manifest beside the error: %+v", got)
+			}
+			if _, err := m.Encode(); !errors.Is(err, ErrInvalid) {
+				t.Errorf("encode: got error %v, want ErrInvalid", err)
+			}
+		})
+	}
+}
+
+func TestDecodeManifestText(t *testing.T) {
+	good, err := sample().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		text string
+		ok   bool
+	}{
+		{"unknown field", strings.Replace(string(good), `"version"`, `"later": {"x": 1}, "version"`, 1), true},
+		{"minor version", strings.Replace(string(good), `"version": "1"`, `"version": "1.7"`, 1), true},
+		{"empty", "", false},
+		{"not JSON", "\x7fELF", false},
+		{"null", "null", false},
+		{"cut off", string(good[:len(good)/2]), false},
+		{"something after it", string(good) + "{}", false},
+		{"wrong type", strings.Replace(string(good), `"version": "1"`, `"version": 1`, 1), false},
+		{"too large", string(good) + strings.Repeat(" ", MaxManifestSize), false},
+		{"a later version of another shape", `{"version":"2","files":"in a bundle"}`, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := DecodeManifest(strings.NewReader(tt.text))
+			if tt.ok && err != nil {
+				t.Error(err)
+			}
+			if !tt.ok && !errors.Is(err, ErrInvalid) {
+				t.Errorf("got error %v, want ErrInvalid", err)
+			}
+		})
+	}
+}
+
+func FuzzDecodeManifest(f *testing.F) {
+	good, err := sample().Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"version":"1","files":[{"name":"../x"}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := DecodeManifest(bytes.NewReader(data))
+		if err != nil {
+			return
+		}
+		for _, file := range m.Files {
+			if filepath.Base(file.Name) != file.Name || file.Name == "." || file.Name == ".." || file.Size < 0 {
+				t.Fatalf("accepted file %+v", file)
+			}
+		}
+		// What was accepted can be written, and reads back the same.
+		out, err := m.Encode()
+		if err != nil {
+			// Escapes may make it longer than what was read.
+			if len(data) > MaxManifestSize/8 {
+				return
+			}
+			t.Fatalf("accepted, but cannot be encoded: %v", err)
+		}
+		again, err := DecodeManifest(bytes.NewReader(out))
+		if err != nil {
+			t.Fatalf("encoded, but cannot be decoded: %v", err)
+		}
+		out2, err := again.Encode()
+		if err != nil || !bytes.Equal(out, out2) {
+			t.Fatalf("not stable (%v):\n%s\n%s", err, out, out2)
+		}
+	})
+}
+
+func TestVersionString(t *testing.T) {
+	for v, want := range map[int]string{40101: "4.1.1", 40100: "4.1", 31710: "3.17.10", 0: "0.0", 100000: "10.0"} {
+		if got := VersionString(v); got != want {
+			t.Errorf("%d: got %s, want %s", v, got, want)
+		}
+	}
+}
+
+func TestFactsOfSpec(t *testing.T) {
+	spec := &specs.Spec{
+		Hostname: "h",
+		Process: &specs.Process{
+			Args: []string{"a", "b"}, Cwd: "/c", Terminal: true,
+			User: specs.User{UID: 1, GID: 2, AdditionalGids: []uint32{3}},
+		},
+		Mounts: []specs.Mount{
+			{Destination: "/proc", Type: "proc"}, {Destination: "data", Type: "bind"},
+			{Destination: "/a/../b/", Type: "tmpfs"}, {Destination: "/b", Type: "bind"},
+		},
+		Linux: &specs.Linux{
+			Namespaces:  []specs.LinuxNamespace{{Type: "pid"}, {Type: "network", Path: "/run/netns/x"}, {Type: "ipc"}},
+			UIDMappings: []specs.LinuxIDMapping{{ContainerID: 0, HostID: 5, Size: 6}},
+		},
+	}
+	got, err := json.Marshal(struct {
+		C Container
+		M []Mount
+	}{ContainerOf(spec), MountsOf(spec)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{"C":{"id":"","hostname":"h","args":["a","b"],"cwd":"/c","uid":1,"gid":2,"additionalGids":[3],"terminal":true,` +
+		`"namespaces":["ipc","network","pid"],"uidMappings":[{"containerID":0,"hostID":5,"size":6}]},` +
+		`"M":[{"destination":"/b","type":"bind"},{"destination":"/data","type":"bind"},{"destination":"/proc","type":"proc"}]}`
+	if string(got) != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	// Specs come from clients; any part may be missing.
+	ContainerOf(&specs.Spec{})
+	MountsOf(&specs.Spec{})
+}

@@ -1,0 +1,146 @@
+package oci
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestParseOptions(t *testing.T) {
+	defaults := Options{
+		Restore: "auto", Memory: "auto", TCP: "error", Hooks: "optional", HookTimeout: 10 * time.Second,
+		CheckpointAllow: "none", FDPolicy: "error",
+	}
+	with := func(change func(*Options)) Options {
+		o := defaults
+		change(&o)
+		return o
+	}
+	p := func(s string) string { return AnnotationPrefix + s }
+	for _, tt := range []struct {
+		name        string
+		annotations map[string]string
+		env         []string
+		want        Options
+		wantErr     string // a part of it
+	}{
+		{name: "nothing", want: defaults},
+		{name: "other annotations and variables", annotations: map[string]string{"io.kubernetes.pod": "x", "io.containerd.cracker": "y"},
+			env: []string{"CRAC_DIR=/run/crac", "CRAC_WHATEVER=1", "PATH=/bin", "CRAC_RESTORE"}, want: defaults},
+		{name: "annotation", annotations: map[string]string{p("restore"): "require", p("tcp"): "close"},
+			want: with(func(o *Options) { o.Restore, o.TCP = RestoreRequire, TCPClose })},
+		{name: "environment", env: []string{"CRAC_CHECKPOINT_IMAGE=a/b:c", "CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
+			want: with(func(o *Options) {
+				o.CheckpointImage, o.CheckpointExit, o.FDPolicy, o.HookTimeout = "a/b:c", true, FDPolicyClose, time.Minute
+			})},
+		{name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},
+			want: with(func(o *Options) { o.Memory = MemoryEager })},
+		{name: "annotation wins over a bad variable", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=nonsense"},
+			want: with(func(o *Options) { o.Memory = MemoryEager })},
+		{name: "the last variable counts", env: []string{"CRAC_TCP=close", "CRAC_TCP=established"},
+			want: with(func(o *Options) { o.TCP = TCPEstablished })},
+		{name: "facts on an image are no options", annotations: map[string]string{AnnotationPageSize: "4096", LayerAnnotation: "checkpoint"}, want: defaults},
+		{name: "all hooks", annotations: map[string]string{p("hooks"): "required", p("hook.before-checkpoint"): "/a b", p("hook.after-restore"): "http://x", p("hook.after-resume"): "USR1", p("checkpoint.allow"): "workload"},
+			want: with(func(o *Options) {
+				o.Hooks, o.HookBeforeCheckpoint, o.HookAfterRestore, o.HookAfterResume, o.CheckpointAllow = "required", "/a b", "http://x", "USR1", "workload"
+			})},
+
+		{name: "unknown key", annotations: map[string]string{p("restor"): "auto"}, wantErr: p("checkpoint.image")},
+		{name: "unknown key is named", annotations: map[string]string{p("restor"): "auto"}, wantErr: `"io.containerd.crac.restor"`},
+		{name: "prefix alone", annotations: map[string]string{AnnotationPrefix: ""}, wantErr: "no option"},
+		{name: "unknown value lists the known", annotations: map[string]string{p("restore"): "maybe"}, wantErr: "auto, require, never"},
+		{name: "bad variable is named", env: []string{"CRAC_RESTORE=maybe"}, wantErr: "environment variable CRAC_RESTORE"},
+		{name: "empty value", annotations: map[string]string{p("restore"): ""}, wantErr: `value ""`},
+		{name: "empty image", annotations: map[string]string{p("checkpoint.image"): " "}, wantErr: "an image name"},
+		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
+		{name: "bad duration", annotations: map[string]string{p("hook.timeout"): "10"}, wantErr: "a duration"},
+		{name: "no duration", annotations: map[string]string{p("hook.timeout"): "0s"}, wantErr: "longer than 0"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := ParseOptions(tt.annotations, tt.env)
+			if tt.wantErr != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.wantErr) {
+					t.Fatalf("got error %v, want one with %q", err, tt.wantErr)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != tt.want {
+				t.Errorf("got  %+v\nwant %+v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestUnsupported(t *testing.T) {
+	for _, tt := range []struct {
+		annotations map[string]string
+		want        []string
+	}{
+		{nil, nil},
+		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "fd-policy": "error", "checkpoint.allow": "none"}, nil},
+		{map[string]string{"memory": "lazy"}, []string{"memory"}},
+		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x"}, []string{"hooks", "hook.timeout", "hook.after-restore"}},
+		{map[string]string{"checkpoint.allow": "workload", "fd-policy": "reopen"}, []string{"checkpoint.allow", "fd-policy"}},
+	} {
+		annotations := make(map[string]string)
+		for k, v := range tt.annotations {
+			annotations[AnnotationPrefix+k] = v
+		}
+		o, err := ParseOptions(annotations, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []string
+		for _, w := range tt.want {
+			want = append(want, AnnotationPrefix+w)
+		}
+		if got := o.Unsupported(); !slices.Equal(got, want) {
+			t.Errorf("%v: got %v, want %v", tt.annotations, got, want)
+		}
+	}
+	if got := (Options{}).Unsupported(); got != nil {
+		t.Errorf("the zero value asks for %v", got)
+	}
+}
+
+func TestEnvName(t *testing.T) {
+	seen := make(map[string]string)
+	for _, k := range knownOptions() {
+		name := envName(k.key)
+		if other, ok := seen[name]; ok {
+			t.Errorf("%s and %s share the variable %s", k.key, other, name)
+		}
+		if name == "CRAC_DIR" {
+			t.Errorf("%s takes the variable that names the hooks' directory", k.key)
+		}
+		seen[name] = k.key
+	}
+}
+
+func FuzzParseOptions(f *testing.F) {
+	f.Add("restore", "require", "CRAC_MEMORY=lazy")
+	f.Add("hook.timeout", "-9223372036854775808ns", "CRAC_HOOK_TIMEOUT=1h")
+	f.Add("image.page-size", "", "CRAC_=")
+	f.Fuzz(func(t *testing.T, key, value, env string) {
+		o, err := ParseOptions(map[string]string{AnnotationPrefix + key: value}, []string{env})
+		if err != nil {
+			if o != (Options{}) {
+				t.Fatalf("options %+v beside error %v", o, err)
+			}
+			return
+		}
+		// What is accepted must be one of the documented values.
+		if !slices.Contains([]RestoreMode{RestoreAuto, RestoreRequire, RestoreNever}, o.Restore) ||
+			!slices.Contains([]MemoryMode{MemoryAuto, MemoryLazy, MemoryEager}, o.Memory) ||
+			!slices.Contains([]TCPMode{TCPError, TCPClose, TCPEstablished}, o.TCP) ||
+			!slices.Contains([]HooksMode{HooksOptional, HooksOff, HooksRequired}, o.Hooks) ||
+			o.HookTimeout <= 0 {
+			t.Fatalf("accepted %+v", o)
+		}
+		o.Unsupported()
+	})
+}
