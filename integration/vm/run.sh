@@ -143,8 +143,8 @@ boot() {
 	mkfifo "$run/output"
 	cat "$run/output" &
 	cat_pid=$!
-	# One NVMe controller with two name spaces: the kernel has that driver built
-	# in, and their names are the same at every boot.
+	# The root is NVMe because the kernel has that driver built in. The other disk is
+	# not, so that each kind has one disk and no scan can swap their names.
 	#
 	# mitigations=off: a Nehalem is vulnerable to Meltdown, and page-table isolation
 	# makes each emulated system call six times slower (measured: 85 to 13 µs).
@@ -154,11 +154,10 @@ boot() {
 		-name crac-vm -accel "$accel" -cpu "$cpu" -machine q35 -smp 2 -m "$memory" \
 		-nodefaults -nic none -display none -no-reboot -device virtio-rng-pci \
 		-kernel "$vm/vmlinuz" \
-		-append 'root=/dev/nvme0n1 rootfstype=ext4 rootwait rw noatime console=ttyS0 panic=-1 mitigations=off quiet loglevel=4 systemd.show_status=false' \
+		-append 'root=/dev/nvme0n1 rootfstype=ext4 rootwait rw console=ttyS0 panic=-1 mitigations=off quiet loglevel=4 systemd.show_status=false' \
 		-drive "file=$vm/root.ext4,format=raw,if=none,id=root,snapshot=on,cache=unsafe,discard=unmap" \
 		-drive "file=$run/crac.ext4,format=raw,if=none,id=crac,snapshot=on,cache=unsafe" \
-		-device nvme,id=nvme0,serial=crac \
-		-device nvme-ns,drive=root,bus=nvme0,nsid=1 -device nvme-ns,drive=crac,bus=nvme0,nsid=2 \
+		-device nvme,drive=root,serial=root -device virtio-blk-pci,drive=crac \
 		-device virtio-serial-pci \
 		-chardev "file,id=output,path=$run/output" -device virtserialport,chardev=output,name=crac.output \
 		-chardev "file,id=status,path=$run/status" -device virtserialport,chardev=status,name=crac.status \
