@@ -423,4 +423,3 @@ func lookIn(list, name string) string {
 	}
 	return ""
 }
-
