@@ -153,7 +153,7 @@ func list1(root, name string) ([]string, error) {
 }
 
 func (d *differ) entry(path string, info fs.FileInfo) error {
-	if info.Mode()&(fs.ModeSocket) != 0 {
+	if info.Mode()&fs.ModeSocket != 0 {
 		return nil // has no meaning without the process that listened
 	}
 	h, err := d.header(d.root, path, info)
