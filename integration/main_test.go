@@ -119,11 +119,11 @@ func setup(tb testing.TB) *harness.T {
 		}
 		var lines []string
 		for line := range strings.SplitSeq(shared.Log()[mark:], "\n") {
-			if os.Getenv("CRAC_DEBUG") != "" || !strings.Contains(line, "level=debug") {
+			if os.Getenv("CRAC_DEBUG") != "" || !strings.Contains(line, "level=debug") && !strings.Contains(line, "loading plugin") {
 				lines = append(lines, line)
 			}
 		}
-		if len(lines) > 60 {
+		if len(lines) > 40 {
 			lines = append([]string{"…"}, lines[len(lines)-60:]...)
 		}
 		tb.Logf("containerd's log during this test:\n%s", strings.Join(lines, "\n"))

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/runtime/v2/logging"
@@ -322,4 +323,13 @@ func runLogger() {
 		}
 		return os.WriteFile(filepath.Join(dir, "done"), nil, 0o600)
 	})
+}
+
+// waitEmpty calls list until it returns nothing, for some seconds, and returns the rest.
+func waitEmpty(list func() []string) []string {
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if left := list(); len(left) == 0 || time.Now().After(deadline) {
+			return left
+		}
+	}
 }

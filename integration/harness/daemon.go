@@ -46,6 +46,7 @@ type Daemon struct {
 	opts       Options
 	proc       *process
 	view       *view
+	janitor    *janitor
 	registries []*RegistryServer
 	network    *Network
 	netns      map[string]struct{}
@@ -96,6 +97,9 @@ func StartContainerd(ctx context.Context, opts Options) (_ *Daemon, err error) {
 			err = errors.Join(err, d.Stop(context.WithoutCancel(ctx)))
 		}
 	}()
+	if d.janitor, err = d.startJanitor(); err != nil {
+		return nil, err
+	}
 	if err := d.configure(); err != nil {
 		return nil, err
 	}
@@ -272,6 +276,9 @@ func (d *Daemon) Stop(ctx context.Context) error {
 		errs = append(errs, errors.New("left behind: "+l))
 	}
 	errs = append(errs, d.purge())
+	if d.janitor != nil {
+		errs = append(errs, d.janitor.dismiss())
+	}
 	d.Dir = ""
 	return errors.Join(errs...)
 }

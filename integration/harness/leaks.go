@@ -220,6 +220,10 @@ func (d *Daemon) find(name string, isOwn func(Process) bool) []string {
 	for _, dir := range []string{"state/io.containerd.runtime.v2.task/" + d.Namespace, "root/io.containerd.runtime.v2.task/" + d.Namespace, "tmp"} {
 		entries, _ := os.ReadDir(d.path(dir))
 		for _, e := range entries {
+			// containerd itself never removes these.
+			if dir == "tmp" && strings.HasPrefix(e.Name(), "ctrd-checkpoint") {
+				continue
+			}
 			if dir == "tmp" || strings.Contains(e.Name(), name) || name == d.Namespace {
 				left = append(left, d.path(filepath.Join(dir, e.Name())))
 			}

@@ -82,6 +82,9 @@ func (d *Daemon) Network() (*Network, error) {
 	if err := os.WriteFile(file, conf, 0o600); err != nil {
 		return nil, err
 	}
+	if err := os.WriteFile(d.path("bridge"), []byte(n.Bridge), 0o600); err != nil { // for the janitor
+		return nil, err
+	}
 	if n.conf, err = libcni.ConfListFromFile(file); err != nil {
 		return nil, err
 	}
