@@ -171,7 +171,8 @@ guest_failed() {
 	log "--- QEMU said:"
 	cat "$run/qemu.log" >&2
 	log "--- the end of the guest's console:"
-	tail -n 60 "$run/console" >&2 2>/dev/null || true
+	# The firmware draws on it; only its text is of use.
+	tr -cd '\t\n -~' 2>/dev/null <"$run/console" | tail -n 60 >&2 || true
 	die "$1"
 }
 
@@ -199,8 +200,8 @@ watch() {
 	qemu_pid=""
 	wait "$cat_pid" || true
 	cat_pid=""
-	[[ -n $started ]] || guest_failed "the guest powered off before it ran the command"
-	log "down after $((SECONDS - started)) s"
+	grep -qs '^started' "$run/status" || guest_failed "the guest powered off before it ran the command"
+	log "down after $((SECONDS - began)) s"
 }
 
 # shellcheck disable=SC2317 # the trap calls it
