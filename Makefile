@@ -18,6 +18,9 @@ export PATH := $(PATH):/usr/local/go/bin
 GOTAGS  := seccomp
 LDFLAGS := -s -w -X main.version=$(VERSION)
 export CRAC_BUILD := $(BUILD)
+# Everywhere, not only for the binaries: what was compiled for one is then there for
+# the tests, the demo and the guest.
+export GOFLAGS := $(strip $(GOFLAGS) -trimpath)
 
 # The end-to-end tests need root, containerd and minutes; the rest are unit tests.
 UNIT = $$(go list -tags $(GOTAGS) ./... | grep -v '/integration$$')
@@ -33,7 +36,7 @@ host:
 .PHONY: build
 build: host ## the shim and cracctl, into build/bin
 	@mkdir -p $(BUILD)/bin
-	CGO_ENABLED=1 go build -trimpath -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2 ./cmd/cracctl
+	CGO_ENABLED=1 go build -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2 ./cmd/cracctl
 
 .PHONY: tools
 tools: ## containerd, runc, nerdctl, registry, CNI plugins and CRIU, into build/tools

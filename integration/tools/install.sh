@@ -200,6 +200,17 @@ criu_version() {
   "$1" --version 2>/dev/null | sed -n 's/^Version: *//p'
 }
 
+# criu_needed: the oldest CRIU that can work on the running kernel.
+criu_needed() {
+  local kernel
+  kernel=$(uname -r)
+  if have_version 6.16 "${kernel%%-*}"; then
+    echo "$CRIU_MIN_KERNEL_6_16"
+  else
+    echo "$CRIU_MIN"
+  fi
+}
+
 # criu_patch DIR: makes DIR/bin/criu use the loader and libraries beside it. Both
 # are absolute paths, so this is done again when the checkout has moved.
 criu_patch() {
@@ -218,7 +229,8 @@ criu_patch() {
 # build_criu: takes CRIU and its libraries, down to libc, from the oldest suite
 # that is new enough, into a prefix; the host's own packages stay as they are.
 build_criu() {
-  local suite apt=$tmp/apt new=$tmp/criu deb candidate='' tried=''
+  local suite apt=$tmp/apt new=$tmp/criu deb candidate='' tried='' needed
+  needed=$(criu_needed)
   for suite in ${CRIU_SUITES//,/ }; do
     rm -rf "$apt"
     mkdir -p "$apt"
@@ -227,14 +239,14 @@ build_criu() {
       continue
     fi
     candidate=$(apt-cache "${APT_PRIVATE[@]}" policy criu | sed -n 's/^ *Candidate: *//p')
-    if [ -n "$candidate" ] && [ "$candidate" != '(none)' ] && have_version "$CRIU_MIN" "$candidate"; then
+    if [ -n "$candidate" ] && [ "$candidate" != '(none)' ] && have_version "$needed" "$candidate"; then
       break
     fi
     tried="$tried $suite (${candidate:-none})"
     candidate=
   done
   [ -n "$candidate" ] || {
-    echo "no Debian suite has CRIU >= $CRIU_MIN; tried:$tried"
+    echo "no Debian suite has CRIU >= $needed, which kernel $(uname -r) needs; tried:$tried"
     return 1
   }
   echo "CRIU $candidate from $suite"
@@ -254,32 +266,41 @@ build_criu() {
   criu_patch "$tools/criu"
 }
 
-# criu_works DIR: the kernel check, then a real dump and restore. In a pid
-# namespace of its own: the restored id cannot be taken, and nothing survives.
+# criu_works BINARY: the kernel check, then a real dump and restore of a process
+# that listens. In namespaces of its own: nobody can take the id or the port that
+# the restore needs, and nothing survives.
 criu_works() {
   local criu=$1
   "$criu" check
   mkdir -p "$tmp/selftest"
   # shellcheck disable=SC2016 # the inner shell expands it
-  unshare --pid --fork --kill-child --mount-proc bash -euo pipefail -c '
+  unshare --pid --net --fork --kill-child --mount-proc bash -euo pipefail -c '
     criu=$1 dir=$2
     # Files opened outside this mount namespace are nothing that CRIU can find.
     for fd in /proc/self/fd/*; do
       fd=${fd##*/}
       [ "$fd" -le 2 ] || eval "exec $fd>&-"
     done
-    setsid sleep 1000 </dev/null >/dev/null 2>&1 &
+    # CRIU probes the kernel over the loopback, which is down in a new namespace.
+    ip link set lo up
+    # Perl is in every Debian.
+    setsid perl -MSocket -e "
+      socket(S, PF_INET, SOCK_STREAM, 0) && bind(S, sockaddr_in(7777, INADDR_ANY)) && listen(S, 1) or die;
+      sleep 1000 while 1" </dev/null >/dev/null 2>&1 &
     pid=$!
-    # Until setsid has run the process shares our session, which CRIU refuses.
-    for _ in $(seq 50); do
-      [ "$(cut -d" " -f6 "/proc/$pid/stat")" = "$pid" ] && [ "$(cat /proc/$pid/comm)" = sleep ] && break
+    listens() { grep -q ":1E61 .* 0A " /proc/net/tcp; }
+    for _ in $(seq 100); do
+      if listens; then break; fi
       sleep 0.1
     done
-    "$criu" dump -t "$pid" -D "$dir" -v4 -o dump.log || { tail -n 20 "$dir/dump.log"; exit 1; }
+    listens || { echo "the process to dump did not start"; exit 1; }
+    "$criu" dump -t "$pid" -D "$dir" -v4 -o dump.log || { grep Error "$dir/dump.log"; exit 1; }
     wait "$pid" || true
     [ ! -e "/proc/$pid" ] || { echo "the process $pid outlived its dump"; exit 1; }
-    "$criu" restore -d -D "$dir" -v4 -o restore.log || { tail -n 20 "$dir/restore.log"; exit 1; }
-    [ "$(cat "/proc/$pid/comm")" = sleep ] || { echo "the restored process $pid is not there"; exit 1; }
+    if listens; then echo "the port outlived the dump"; exit 1; fi
+    "$criu" restore -d -D "$dir" -v4 -o restore.log || { grep Error "$dir/restore.log"; exit 1; }
+    [ "$(cat "/proc/$pid/comm")" = perl ] || { echo "the restored process $pid is not there"; exit 1; }
+    listens || { echo "the restored process does not listen"; exit 1; }
     kill -KILL "$pid"
     echo "dump and restore work"
   ' selftest "$criu" "$tmp/selftest"
@@ -289,15 +310,17 @@ criu_works() {
 install_criu() {
   local host want bin=$tools/criu/bin/criu
   host=$(command -v criu || true)
+  # Our own may be on PATH: it is no host's.
+  case $(readlink -f "${host:-/}") in "$(readlink -f "$tools")"/*) host= ;; esac
   # A host's own CRIU is used when it is new enough: it was made for this host.
-  if [ -n "$host" ] && have_version "$CRIU_MIN" "$(criu_version "$host")"; then
+  if [ -n "$host" ] && have_version "$(criu_needed)" "$(criu_version "$host")"; then
     want="host $host $(criu_version "$host")"
     fresh criu "$want" "$bin" && return 0
     rm -rf "$tools/criu"
     mkdir -p "$tools/criu/bin"
     ln -s "$host" "$bin"
   else
-    want=$(key "$CRIU_MIN $CRIU_SUITES" build_criu criu_patch)
+    want=$(key "$(criu_needed) $CRIU_SUITES" build_criu criu_patch)
     if fresh criu "$want $tools" "$bin"; then
       return 0
     fi
@@ -309,6 +332,7 @@ install_criu() {
     fi
     want="$want $tools"
   fi
+  [ "$(id -u)" = 0 ] || die "criu: only root can dump and restore, so only root can check it: run this as root"
   logged criu-selftest "criu $(criu_version "$bin"): checking it on this kernel" criu_works "$bin"
   stamp criu "$want"
 }

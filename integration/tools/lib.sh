@@ -149,7 +149,8 @@ debian_mirror() {
 # private_apt DIR SUITE: sets APT_PRIVATE to the options that make apt-get and
 # apt-cache work on SUITE of the machine's mirror with all state in DIR, as if
 # no package were installed, and fetches the lists. The machine's own apt state
-# is not touched. Signatures are checked with the machine's Debian keyring; when
+# is not touched. A mirror that has not been renewed for so long that its lists
+# have expired is used all the same, with a word about it. Signatures are checked with the machine's Debian keyring; when
 # that is too old to know SUITE, the newer keyring package is taken from the
 # machine's own suite, where the old keyring vouches for it.
 private_apt() {
@@ -169,7 +170,13 @@ private_apt() {
   [ -f "$keyring" ] || die "$keyring is missing: apt-get install debian-archive-keyring"
   printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$mirror" "$suite" >"$dir/sources.list"
   # Callers may run this in an if, where set -e is off: so every step is asked.
-  apt-get "${APT_PRIVATE[@]}" --error-on=any update && return 0
+  apt-get "${APT_PRIVATE[@]}" --error-on=any update 2>&1 | tee "$dir/update.log"
+  [ "${PIPESTATUS[0]}" -ne 0 ] || return 0
+  if grep -q 'Release file .* is expired' "$dir/update.log"; then
+    echo "The mirror's lists of $suite have expired: their signature counts, their age does not."
+    APT_PRIVATE+=(-o Acquire::Check-Valid-Until=false)
+    apt-get "${APT_PRIVATE[@]}" --error-on=any update && return 0
+  fi
   (cd "$dir" && apt-get -o APT::Sandbox::User=root download debian-archive-keyring) || return 1
   dpkg -x "$dir"/debian-archive-keyring_*.deb "$dir/keyring" || return 1
   keyring="$dir/keyring$keyring"
