@@ -47,6 +47,12 @@ func ticker(flags ...string) how {
 	return how{flags: flags, args: []string{"sh", "-c", tick}}
 }
 
+// warm is a start that has to be a restore. The command is named again because it is not the
+// image's own: without it, ctr would ask for the image's.
+func warm(image string, flags ...string) how {
+	return how{image: image, flags: append(flags, option("restore", "require")), args: ticker().args}
+}
+
 // start runs a container with stock ctr, detached. It is deleted when the test ends, and the
 // test fails if anything of it is left then.
 func start(t *harness.T, h how) *box {
@@ -149,7 +155,9 @@ func (b *box) exec(args ...string) string {
 }
 
 func (b *box) tryExec(args ...string) (string, error) {
-	return b.Ctr(b.Ctx, append([]string{"tasks", "exec", "--exec-id", newID(b), b.id}, args...)...)
+	ctx, cancel := context.WithTimeout(b.Ctx, 30*time.Second)
+	defer cancel()
+	return b.Ctr(ctx, append([]string{"tasks", "exec", "--exec-id", newID(b), b.id}, args...)...)
 }
 
 func (b *box) task() containerd.Task {
