@@ -150,7 +150,8 @@ func TestFindInOverlay(t *testing.T) {
 		},
 		{
 			"read-only with one layer left, target and ID maps stay",
-			[]Mount{{Type: "overlay", Source: "overlay", Target: "sub", Options: []string{"uidmap=0:1:2", "gidmap=0:3:4", "lowerdir=" + warm + ":" + a, "ro"}}}, warm,
+			[]Mount{{Type: "overlay", Source: "overlay", Target: "sub", Options: []string{"uidmap=0:1:2", "gidmap=0:3:4", "lowerdir=" + warm + ":" + a, "ro"}}},
+			warm,
 			[]Mount{{Type: "bind", Source: a, Target: "sub", Options: []string{"uidmap=0:1:2", "gidmap=0:3:4", "ro", "rbind"}}},
 		},
 		{
@@ -292,7 +293,7 @@ func TestFindRefuses(t *testing.T) {
 			if !equalMounts(rest, want) {
 				t.Errorf("got  %v\nwant %v", rest, want)
 			}
-			if !strings.Contains(err.Error(), warm) && tt.err == ErrCovered {
+			if !strings.Contains(err.Error(), warm) && errors.Is(tt.err, ErrCovered) {
 				t.Errorf("the error does not name the layer: %v", err)
 			}
 		})

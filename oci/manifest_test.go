@@ -247,8 +247,10 @@ func TestFactsOfSpec(t *testing.T) {
 			User: specs.User{UID: 1, GID: 2, AdditionalGids: []uint32{3}},
 		},
 		Mounts: []specs.Mount{
-			{Destination: "/proc", Type: "proc"}, {Destination: "data", Type: "bind"},
-			{Destination: "/a/../b/", Type: "tmpfs"}, {Destination: "/b", Type: "bind"},
+			{Destination: "/proc", Type: "proc"},
+			{Destination: "data", Type: "bind"},
+			{Destination: "/a/../b/", Type: "tmpfs"},
+			{Destination: "/b", Type: "bind"},
 		},
 		Linux: &specs.Linux{
 			Namespaces:  []specs.LinuxNamespace{{Type: "pid"}, {Type: "network", Path: "/run/netns/x"}, {Type: "ipc"}},

@@ -26,25 +26,39 @@ func TestParseOptions(t *testing.T) {
 		wantErr     string // a part of it
 	}{
 		{name: "nothing", want: defaults},
-		{name: "other annotations and variables", annotations: map[string]string{"io.kubernetes.pod": "x", "io.containerd.cracker": "y"},
-			env: []string{"CRAC_DIR=/run/crac", "CRAC_WHATEVER=1", "PATH=/bin", "CRAC_RESTORE"}, want: defaults},
-		{name: "annotation", annotations: map[string]string{p("restore"): "require", p("tcp"): "close"},
-			want: with(func(o *Options) { o.Restore, o.TCP = RestoreRequire, TCPClose })},
-		{name: "environment", env: []string{"CRAC_CHECKPOINT_IMAGE=a/b:c", "CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
+		{
+			name: "other annotations and variables", annotations: map[string]string{"io.kubernetes.pod": "x", "io.containerd.cracker": "y"},
+			env: []string{"CRAC_DIR=/run/crac", "CRAC_WHATEVER=1", "PATH=/bin", "CRAC_RESTORE"}, want: defaults,
+		},
+		{
+			name: "annotation", annotations: map[string]string{p("restore"): "require", p("tcp"): "close"},
+			want: with(func(o *Options) { o.Restore, o.TCP = RestoreRequire, TCPClose }),
+		},
+		{
+			name: "environment", env: []string{"CRAC_CHECKPOINT_IMAGE=a/b:c", "CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
 			want: with(func(o *Options) {
 				o.CheckpointImage, o.CheckpointExit, o.FDPolicy, o.HookTimeout = "a/b:c", true, FDPolicyClose, time.Minute
-			})},
-		{name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},
-			want: with(func(o *Options) { o.Memory = MemoryEager })},
-		{name: "annotation wins over a bad variable", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=nonsense"},
-			want: with(func(o *Options) { o.Memory = MemoryEager })},
-		{name: "the last variable counts", env: []string{"CRAC_TCP=close", "CRAC_TCP=established"},
-			want: with(func(o *Options) { o.TCP = TCPEstablished })},
+			}),
+		},
+		{
+			name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},
+			want: with(func(o *Options) { o.Memory = MemoryEager }),
+		},
+		{
+			name: "annotation wins over a bad variable", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=nonsense"},
+			want: with(func(o *Options) { o.Memory = MemoryEager }),
+		},
+		{
+			name: "the last variable counts", env: []string{"CRAC_TCP=close", "CRAC_TCP=established"},
+			want: with(func(o *Options) { o.TCP = TCPEstablished }),
+		},
 		{name: "facts on an image are no options", annotations: map[string]string{AnnotationPageSize: "4096", LayerAnnotation: "checkpoint"}, want: defaults},
-		{name: "all hooks", annotations: map[string]string{p("hooks"): "required", p("hook.before-checkpoint"): "/a b", p("hook.after-restore"): "http://x", p("hook.after-resume"): "USR1", p("checkpoint.allow"): "workload"},
+		{
+			name: "all hooks", annotations: map[string]string{p("hooks"): "required", p("hook.before-checkpoint"): "/a b", p("hook.after-restore"): "http://x", p("hook.after-resume"): "USR1", p("checkpoint.allow"): "workload"},
 			want: with(func(o *Options) {
 				o.Hooks, o.HookBeforeCheckpoint, o.HookAfterRestore, o.HookAfterResume, o.CheckpointAllow = "required", "/a b", "http://x", "USR1", "workload"
-			})},
+			}),
+		},
 
 		{name: "unknown key", annotations: map[string]string{p("restor"): "auto"}, wantErr: p("checkpoint.image")},
 		{name: "unknown key is named", annotations: map[string]string{p("restor"): "auto"}, wantErr: `"io.containerd.crac.restor"`},

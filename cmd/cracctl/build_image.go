@@ -15,11 +15,12 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 )
 
 // newBuildImage is the shim's other half: the shim must stay small, so it runs
-// this as a child. One build.Request on standard input, build.Events as lines on
+// this as a child. One images.BuildRequest on standard input, events as lines on
 // standard output.
 func newBuildImage(t *target) *cobra.Command {
 	return &cobra.Command{
@@ -33,7 +34,7 @@ func newBuildImage(t *target) *cobra.Command {
 			e := &events{enc: json.NewEncoder(cmd.OutOrStdout())}
 			err := buildImage(cmd.Context(), t, cmd.Flags().Changed("address"), cmd.InOrStdin(), e.emit)
 			if err != nil {
-				e.emit(build.Event{Event: build.EventError, Error: err.Error()})
+				e.emit(images.BuildEvent{Event: images.EventError, Error: err.Error()})
 				fmt.Fprintln(os.Stderr, "cracctl build-image:", err)
 				return errReported
 			}
@@ -45,7 +46,7 @@ func newBuildImage(t *target) *cobra.Command {
 // buildImage takes one request. Started with an address, it connects before the
 // request is there: the shim starts it before the dump, so that a frozen
 // container waits for neither.
-func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit func(build.Event)) error {
+func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit func(images.BuildEvent)) error {
 	var client *containerd.Client
 	if early {
 		c, err := connect(ctx, t.address)
@@ -56,7 +57,7 @@ func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit f
 		defer client.Close()
 	}
 
-	var r build.Request
+	var r images.BuildRequest
 	dec := json.NewDecoder(in)
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&r); err != nil {
@@ -107,7 +108,7 @@ type events struct {
 
 // emit does not fail: a shim that no longer listens changes nothing about the
 // image.
-func (e *events) emit(ev build.Event) {
+func (e *events) emit(ev images.BuildEvent) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	_ = e.enc.Encode(ev)

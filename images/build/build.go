@@ -30,62 +30,12 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// Request is what to build from: one line of JSON on the standard input of
-// `cracctl build-image`.
-type Request struct {
-	// Address and Namespace are containerd's. Build itself does not use them:
-	// they are in the client it is given.
-	Address   string `json:"address"`
-	Namespace string `json:"namespace"`
-	// Container is the ID of the container that was dumped.
-	Container string `json:"container"`
-	// Ref names the image to make. An existing name is moved.
-	Ref string `json:"ref"`
-	// DumpDir is CRIU's directory, SpecPath the runtime spec of the dump.
-	DumpDir  string `json:"dumpDir"`
-	SpecPath string `json:"specPath"`
-	// Manifest is complete but for Files and Base.
-	Manifest oci.Manifest `json:"manifest"`
-	// Frozen is when the container was frozen for the dump. With it, the image's
-	// label LabelFrozen says how long it was until it could run again.
-	Frozen time.Time `json:"frozen,omitzero"`
-	// Compression of the new layers: zstd (the default) or gzip.
-	Compression string `json:"compression,omitempty"`
-}
-
-// Events of a build.
-const (
-	// EventDiffed: the container's changes are taken; it may run again.
-	EventDiffed = "diffed"
-	// EventProgress: Done of Total bytes of the dump are packed.
-	EventProgress = "progress"
-	// EventWarning: the image will be made, but Error should be known.
-	EventWarning = "warning"
-	// EventDone: the image is there.
-	EventDone = "done"
-	// EventError: it is not, and why.
-	EventError = "error"
+// Request and Event are the two halves of a build's protocol. They are defined
+// in images, for the shim, which cannot link this package.
+type (
+	Request = images.BuildRequest
+	Event   = images.BuildEvent
 )
-
-// Event is what a build tells: one line of JSON on the standard output of
-// `cracctl build-image`.
-type Event struct {
-	Event string `json:"event"`
-	// Name, Digest and Size are the image's; Size counts all that a registry
-	// stores for it.
-	Name   string `json:"name,omitempty"`
-	Digest string `json:"digest,omitempty"`
-	Size   int64  `json:"size,omitempty"`
-	// LayerSize is the checkpoint layer's size as stored, DumpSize what it is
-	// when unpacked, ChangesSize the stored size of the layer of changes.
-	LayerSize   int64 `json:"layerSize,omitempty"`
-	DumpSize    int64 `json:"dumpSize,omitempty"`
-	ChangesSize int64 `json:"changesSize,omitempty"`
-	// Done and Total are bytes of the dump.
-	Done  int64  `json:"done,omitempty"`
-	Total int64  `json:"total,omitempty"`
-	Error string `json:"error,omitempty"`
-}
 
 // LabelFrozen is a label of the image's record in containerd, which is not
 // published with the image: how long the container stood still.
@@ -112,7 +62,7 @@ type services struct {
 
 // Build makes the checkpoint image that r asks for and returns its manifest's
 // descriptor. ctx must carry the namespace. The container must stay frozen
-// until emit was called with EventDiffed; it is called from one goroutine.
+// until emit was called with images.EventDiffed; it is called from one goroutine.
 func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
 	return build(ctx, services{
 		containers: client.ContainerService(),
@@ -155,7 +105,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		if rerr := release(); rerr != nil && err == nil {
 			// The image is there; the lease only keeps content that it
 			// refers to anyway, until it expires.
-			emit(Event{Event: EventWarning, Error: rerr.Error()})
+			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
 		}
 	}()
 
@@ -180,14 +130,14 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, fmt.Errorf("take the changes of container %s: %w", c.ID, err)
 	}
-	emit(Event{Event: EventDiffed, ChangesSize: changes.size()})
+	emit(Event{Event: images.EventDiffed, ChangesSize: changes.size()})
 	labels := make(map[string]string)
 	if !r.Frozen.IsZero() {
 		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
 	}
 
 	if missing := base.missing(ctx, s.content); missing != "" {
-		emit(Event{Event: EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
+		emit(Event{Event: images.EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
 			missing, c.Image)})
 	}
 
@@ -206,7 +156,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
 	}
 	emit(Event{
-		Event: EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
+		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: changes.size(),
 	})
 	return target, nil

@@ -463,7 +463,7 @@ func TestBuild(t *testing.T) {
 			desc, events, err := w.build(r)
 			w.must(err)
 
-			if got := kinds(events); !slices.Equal(got, []string{EventDiffed, EventProgress, EventDone}) {
+			if got := kinds(events); !slices.Equal(got, []string{images.EventDiffed, images.EventProgress, images.EventDone}) {
 				t.Errorf("events %v", got)
 			}
 			done := events[len(events)-1]
@@ -547,7 +547,7 @@ func TestBuildWithoutChanges(t *testing.T) {
 			if l := w.check("warm:1"); len(l.manifest.Layers) != 3 {
 				t.Errorf("%d layers, want 3", len(l.manifest.Layers))
 			}
-			if events[0].Event != EventDiffed || events[0].ChangesSize != 0 {
+			if events[0].Event != images.EventDiffed || events[0].ChangesSize != 0 {
 				t.Errorf("%+v", events[0])
 			}
 		})
@@ -708,7 +708,7 @@ func TestBuildWarnsOfMissingLayers(t *testing.T) {
 	w.must(w.content.Delete(w.ctx, gone.Digest))
 	_, events, err := w.build(w.request("c", "warm:1"))
 	w.must(err)
-	if i := slices.IndexFunc(events, func(e Event) bool { return e.Event == EventWarning }); i < 0 || !strings.Contains(events[i].Error, gone.Digest.String()) {
+	if i := slices.IndexFunc(events, func(e Event) bool { return e.Event == images.EventWarning }); i < 0 || !strings.Contains(events[i].Error, gone.Digest.String()) {
 		t.Errorf("events %+v", events)
 	}
 }
@@ -753,7 +753,7 @@ func TestBuildRefuses(t *testing.T) {
 					t.Errorf("%q does not say %q", err, s)
 				}
 			}
-			if slices.ContainsFunc(events, func(e Event) bool { return e.Event == EventDone }) {
+			if slices.ContainsFunc(events, func(e Event) bool { return e.Event == images.EventDone }) {
 				t.Errorf("events %+v", events)
 			}
 			img, gerr := w.images.Get(w.ctx, "warm:1")
@@ -772,7 +772,7 @@ const specName = "spec.json"
 
 // Whenever a build ends early, it leaves nothing and no name moves.
 func TestBuildCancelled(t *testing.T) {
-	for _, at := range []string{EventDiffed, EventProgress} {
+	for _, at := range []string{images.EventDiffed, images.EventProgress} {
 		t.Run(at, func(t *testing.T) {
 			w := newWorld(t)
 			w.image("base:1", "overlayfs", "one")
@@ -805,7 +805,7 @@ func TestBuildOneAtATime(t *testing.T) {
 	r := w.request("c", "warm:1")
 	tried := false
 	_, err := build(w.ctx, w.services, r, func(e Event) {
-		if e.Event != EventProgress || tried {
+		if e.Event != images.EventProgress || tried {
 			return
 		}
 		tried = true

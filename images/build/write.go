@@ -147,7 +147,7 @@ func (p *progress) Write(b []byte) (int, error) {
 	if now := time.Now(); now.Sub(p.last) > 200*time.Millisecond {
 		p.last = now
 		// The tar's headers are not part of the dump.
-		p.emit(Event{Event: EventProgress, Done: min(p.done, p.total), Total: p.total})
+		p.emit(Event{Event: images.EventProgress, Done: min(p.done, p.total), Total: p.total})
 	}
 	return n, err
 }
