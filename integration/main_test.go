@@ -111,7 +111,7 @@ func abandon(reason string) {
 // setup gives a test the shared daemon. What the test may take is bounded.
 func setup(tb testing.TB) *harness.T {
 	tb.Helper()
-	t := shared.For(tb, 3*time.Minute)
+	t := shared.For(tb, harness.TestLimit)
 	mark := len(shared.Log())
 	tb.Cleanup(func() {
 		if !tb.Failed() {

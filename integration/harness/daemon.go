@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -31,6 +32,7 @@ type Options struct {
 	Base  string   // where its directory is made; default $CRAC_TMP, then the system's temporary directory
 	Debug bool     // containerd and the shims log at debug level
 	Env   []string // more environment for containerd, and so for its shims
+	Wrap  []string // a command that starts containerd by exec, such as setpriv
 	Need  []Tool   // tools that must be there, besides containerd and ctr
 	Keep  bool     // Stop leaves the directory with the logs in place
 }
@@ -51,6 +53,7 @@ type Daemon struct {
 	network    *Network
 	netns      map[string]struct{}
 	forward    string // net.ipv4.ip_forward as it was
+	stopping   sync.Mutex
 }
 
 // StartContainerd starts a private containerd without CRI. The caller must call Stop, also after
@@ -173,7 +176,8 @@ insecure_registry = true
 }
 
 func (d *Daemon) start(ctx context.Context) error {
-	cmd := d.Command(context.Background(), "containerd", "--config", d.path("containerd.toml"))
+	args := append(append([]string{}, d.opts.Wrap...), "containerd", "--config", d.path("containerd.toml"))
+	cmd := d.Command(context.Background(), args[0], args[1:]...)
 	cmd.Env = append(cmd.Env, d.opts.Env...)
 	var err error
 	if d.proc, err = startProcess(cmd, d.path("containerd.log")); err != nil {
@@ -240,6 +244,8 @@ func (d *Daemon) readLog(name string) string {
 // Stop stops everything, removes everything, and names in its error what should not have been
 // there once every container was deleted. It is safe to call more than once.
 func (d *Daemon) Stop(ctx context.Context) error {
+	d.stopping.Lock() // a signal may come while a program stops by itself
+	defer d.stopping.Unlock()
 	if d.Dir == "" {
 		return nil
 	}

@@ -6,6 +6,9 @@ import (
 	"time"
 )
 
+// TestLimit is what one test may take.
+const TestLimit = 3 * time.Minute
+
 // T is a Daemon in a test: what fails, fails the test.
 type T struct {
 	testing.TB
