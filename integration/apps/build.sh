@@ -10,6 +10,8 @@
 #                 or main.go: a static Go program on the busybox layer
 #   files/        copied over the root file system
 #   customize.sh  then run with the root directory as its argument
+# They run as root, as most images of these programs do (PostgreSQL refuses to):
+# CRIU needs CAP_SYS_RESOURCE to dump another user's process, which sandboxes lack.
 # An image is the base layer and one layer of what the application adds. It is
 # rebuilt only when one of these files changed. Logs: build/logs/image-NAME.log.
 set -euo pipefail

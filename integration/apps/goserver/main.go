@@ -2,6 +2,9 @@
 // state is only in memory, spread over what a Go program is made of: goroutines
 // on several threads, epoll, a timer, a channel, and a pipe.
 //
+// The image sets GODEBUG=multipathtcp=0: since Go 1.24 listeners speak Multipath TCP,
+// which CRIU cannot dump.
+//
 //	GET /        ok
 //	GET /count   count=N, one more each time, with pid, ticks and echoes
 package main

@@ -8,6 +8,6 @@ java=$(find "$root/usr/lib/jvm" -maxdepth 1 -name 'java-17-openjdk-*' ! -name '.
 [ -e "$root/usr/lib/jvm/default-java" ] || ln -s "$java" "$root/usr/lib/jvm/default-java"
 
 # The page /examples/crac.jsp keeps a file here.
-chroot "$root" install -d -o tomcat -g tomcat -m 0755 /var/lib/crac-demo
+mkdir -p "$root/var/lib/crac-demo"
 # build.sh removes what packages left in /var/log; Tomcat needs its own directory.
 chroot "$root" install -d -o tomcat -g adm -m 2770 /var/log/tomcat10
