@@ -162,7 +162,9 @@ func (c *ctn) start() *ctn {
 func (c *ctn) wait() uint32 {
 	c.Helper()
 	code := exitCode(c.T, c.exit)
-	c.task.IO().Wait()
+	if err := harness.WaitIO(c.Ctx, c.task.IO()); err != nil {
+		c.Fatal(err)
+	}
 	return code
 }
 

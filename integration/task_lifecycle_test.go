@@ -225,7 +225,6 @@ func TestErrorsLikeRunc(tb *testing.T) {
 		case w != g:
 			t.Errorf("%s: %v, and %v from runc's shim", k, g, w)
 		}
-		t.Logf("%-22s %v", k, w)
 	}
 	// The ones that clients rely on, whatever the other shim does.
 	for k, w := range map[string]codes.Code{
@@ -537,7 +536,9 @@ func TestConcurrentContainers(tb *testing.T) {
 				r.err = err.Error()
 			} else {
 				s := <-n.exit
-				n.task.IO().Wait()
+				if err := harness.WaitIO(t.Ctx, n.task.IO()); err != nil {
+					t.Error(err)
+				}
 				r = result{s.ExitCode(), n.out.String(), n.err.String()}
 				if _, err := n.task.Delete(t.Ctx); err != nil {
 					r.err = err.Error()

@@ -15,6 +15,8 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
+
+	"github.com/crac-shim/crac/integration/harness"
 )
 
 const tenMB = 10 << 20
@@ -83,7 +85,9 @@ func TestShortRuns(tb *testing.T) {
 					continue
 				}
 				s := <-n.exit
-				n.task.IO().Wait()
+				if err := harness.WaitIO(t.Ctx, n.task.IO()); err != nil {
+					t.Error(err)
+				}
 				if out := n.out.String(); out != fmt.Sprintf("run %d %d\n", w, i) || s.ExitCode() != 0 {
 					t.Errorf("run %d %d: code %d, output %q", w, i, s.ExitCode(), out)
 				}

@@ -1,0 +1,371 @@
+// Command start measures how fast a container starts and what its shim costs, under our runtime
+// and under containerd's own, side by side on one private containerd through a resident client.
+//
+// One measurement is the time from the call that creates the task to the first byte that the
+// workload writes. The two runtimes take turns, so that what else the machine does hits both.
+// Every run is checked: right output, right exit code, nothing left behind.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/oci"
+
+	"github.com/crac-shim/crac/integration/harness"
+)
+
+var runtimes = []string{"io.containerd.crac.v2", "io.containerd.runc.v2"}
+
+func main() {
+	n := flag.Int("n", 40, "runs of each runtime")
+	samples := flag.Int("shims", 5, "shims of each runtime whose memory is measured")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *n, *samples); err != nil {
+		fmt.Fprintln(os.Stderr, "bench-start:", err)
+		os.Exit(1)
+	}
+}
+
+// times are the durations of one run.
+type times struct {
+	Create      time.Duration // the Create call itself
+	FirstOutput time.Duration // from the call to the first byte of output
+	Exit        time.Duration // from the call to the exit's report
+	Delete      time.Duration // the Delete call itself
+}
+
+// memory is the proportional set size of one shim, in KiB.
+type memory struct{ Running, AfterExec, AfterTenExecs int }
+
+func run(ctx context.Context, n, samples int) (err error) {
+	if n < 1 || samples < 1 {
+		return errors.New("-n and -shims have to be at least 1")
+	}
+	d, err := harness.StartContainerd(ctx, harness.Options{Need: []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Stop(ctx)) }()
+	img, err := d.ImportImage(ctx, "busybox")
+	if err != nil {
+		return err
+	}
+	b := &bench{d: d, img: img, ctx: d.Context(ctx)}
+
+	all := map[string][]times{}
+	const warmups = 3
+	for i := -warmups; i < n; i++ {
+		order := slices.Clone(runtimes)
+		if i%2 != 0 { // neither is always the first of the two
+			slices.Reverse(order)
+		}
+		for _, r := range order {
+			t, err := b.start(r, i+warmups)
+			if err != nil {
+				return fmt.Errorf("run %d of %s: %w", i+1, r, err)
+			}
+			if i >= 0 {
+				all[r] = append(all[r], t)
+			}
+		}
+		if i >= 0 && (i+1)%10 == 0 {
+			fmt.Fprintf(os.Stderr, "%d of %d runs of each\n", i+1, n)
+		}
+	}
+	mem := map[string][]memory{}
+	for range samples {
+		for _, r := range runtimes {
+			m, err := b.memory(r)
+			if err != nil {
+				return fmt.Errorf("memory of %s: %w", r, err)
+			}
+			mem[r] = append(mem[r], m)
+		}
+	}
+	return report(d.Tools.Build, all, mem)
+}
+
+type bench struct {
+	d   *harness.Daemon
+	img containerd.Image
+	ctx context.Context
+	ids int
+}
+
+// firstByte notes when the first output came, and keeps all of it.
+type firstByte struct {
+	mu  sync.Mutex
+	at  time.Time
+	all []byte
+}
+
+func (f *firstByte) Write(p []byte) (int, error) {
+	now := time.Now()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.at.IsZero() {
+		f.at = now
+	}
+	f.all = append(f.all, p...)
+	return len(p), nil
+}
+
+func (f *firstByte) get() (time.Time, string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.at, string(f.all)
+}
+
+func (b *bench) container(runtime string, args ...string) (containerd.Container, error) {
+	b.ids++
+	id := fmt.Sprintf("bench-%s-%d", b.d.Namespace[len(b.d.Namespace)-8:], b.ids)
+	return b.d.Client.NewContainer(b.ctx, id,
+		containerd.WithRuntime(runtime, nil),
+		containerd.WithImage(b.img),
+		containerd.WithNewSnapshot(id, b.img),
+		containerd.WithNewSpec(oci.WithImageConfig(b.img), oci.WithProcessArgs(args...)))
+}
+
+// start runs one container from its creation to its end.
+func (b *bench) start(runtime string, i int) (t times, err error) {
+	want := fmt.Sprintf("run %d\n", i)
+	c, err := b.container(runtime, "echo", strings.TrimSpace(want))
+	if err != nil {
+		return t, err
+	}
+	defer func() {
+		err = errors.Join(err, c.Delete(b.ctx, containerd.WithSnapshotCleanup))
+		if left := b.d.Leftovers(c.ID()); len(left) > 0 {
+			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, "; ")))
+		}
+	}()
+	out := &firstByte{}
+	begin := time.Now()
+	task, err := c.NewTask(b.ctx, cio.NewCreator(cio.WithStreams(nil, out, out), cio.WithFIFODir(b.d.FIFODir())))
+	if err != nil {
+		return t, err
+	}
+	t.Create = time.Since(begin)
+	deleted := false
+	defer func() {
+		if !deleted {
+			_, derr := task.Delete(b.ctx, containerd.WithProcessKill)
+			err = errors.Join(err, derr)
+		}
+	}()
+	exit, err := task.Wait(b.ctx)
+	if err != nil {
+		return t, err
+	}
+	if err := task.Start(b.ctx); err != nil {
+		return t, err
+	}
+	var status containerd.ExitStatus
+	select {
+	case status = <-exit:
+	case <-b.ctx.Done():
+		return t, b.ctx.Err()
+	}
+	t.Exit = time.Since(begin)
+	if status.Error() != nil || status.ExitCode() != 0 {
+		return t, fmt.Errorf("the container ended with code %d: %w", status.ExitCode(), status.Error())
+	}
+	if err := harness.WaitIO(b.ctx, task.IO()); err != nil {
+		return t, err
+	}
+	at, text := out.get()
+	if text != want {
+		return t, fmt.Errorf("the output is %q, want %q", text, want)
+	}
+	t.FirstOutput = at.Sub(begin)
+	deleteAt := time.Now()
+	_, err = task.Delete(b.ctx)
+	t.Delete, deleted = time.Since(deleteAt), err == nil
+	return t, err
+}
+
+// memory measures the shim of a container that runs, and again after execs.
+func (b *bench) memory(runtime string) (m memory, err error) {
+	c, err := b.container(runtime, "sleep", "1000")
+	if err != nil {
+		return m, err
+	}
+	task, err := c.NewTask(b.ctx, cio.NewCreator(cio.WithStreams(nil, &firstByte{}, &firstByte{}), cio.WithFIFODir(b.d.FIFODir())))
+	if err != nil {
+		return m, errors.Join(err, c.Delete(b.ctx, containerd.WithSnapshotCleanup))
+	}
+	defer func() {
+		_, derr := task.Delete(b.ctx, containerd.WithProcessKill)
+		err = errors.Join(err, derr, c.Delete(b.ctx, containerd.WithSnapshotCleanup))
+		if left := b.d.Leftovers(c.ID()); len(left) > 0 {
+			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, "; ")))
+		}
+	}()
+	if err := task.Start(b.ctx); err != nil {
+		return m, err
+	}
+	pid, err := b.d.ShimPID(c.ID())
+	if err != nil {
+		return m, err
+	}
+	settle := func() (int, error) {
+		// A shim that has just worked is still giving memory back; both get the same time.
+		time.Sleep(300 * time.Millisecond)
+		return pss(pid)
+	}
+	if m.Running, err = settle(); err != nil {
+		return m, err
+	}
+	for i := range 10 {
+		if err := b.exec(c, task, i); err != nil {
+			return m, err
+		}
+		if i == 0 {
+			if m.AfterExec, err = settle(); err != nil {
+				return m, err
+			}
+		}
+	}
+	m.AfterTenExecs, err = settle()
+	return m, err
+}
+
+func (b *bench) exec(c containerd.Container, task containerd.Task, i int) error {
+	spec, err := c.Spec(b.ctx)
+	if err != nil {
+		return err
+	}
+	spec.Process.Args = []string{"echo", "exec"}
+	out := &firstByte{}
+	p, err := task.Exec(b.ctx, fmt.Sprintf("e%d", i), spec.Process, cio.NewCreator(cio.WithStreams(nil, out, out), cio.WithFIFODir(b.d.FIFODir())))
+	if err != nil {
+		return err
+	}
+	exit, err := p.Wait(b.ctx)
+	if err != nil {
+		return err
+	}
+	if err := p.Start(b.ctx); err != nil {
+		return err
+	}
+	status := <-exit
+	if _, err := p.Delete(b.ctx); err != nil {
+		return err
+	}
+	if _, text := out.get(); text != "exec\n" || status.ExitCode() != 0 {
+		return fmt.Errorf("the exec ended with code %d and output %q", status.ExitCode(), text)
+	}
+	return nil
+}
+
+// pss is a process's share of the memory that it uses, in KiB.
+func pss(pid int) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
+			return strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")))
+		}
+	}
+	return 0, fmt.Errorf("no Pss in smaps_rollup of process %d", pid)
+}
+
+// stat describes the values of one thing.
+type stat struct {
+	Median float64 `json:"median"`
+	Min    float64 `json:"min"`
+	Max    float64 `json:"max"`
+}
+
+func describe(values []float64) stat {
+	slices.Sort(values)
+	mid := len(values) / 2
+	m := values[mid]
+	if len(values)%2 == 0 {
+		m = (values[mid-1] + values[mid]) / 2
+	}
+	return stat{m, values[0], values[len(values)-1]}
+}
+
+// line is one line of the table: the same thing under both runtimes.
+type line struct {
+	Name  string  `json:"name"`
+	Unit  string  `json:"unit"`
+	Crac  stat    `json:"crac"`
+	Runc  stat    `json:"runc"`
+	Ratio float64 `json:"ratio"` // of the medians, ours to runc's
+}
+
+func report(build string, all map[string][]times, mem map[string][]memory) error {
+	var lines []line
+	add := func(name, unit string, of func(runtime string) []float64) {
+		c, r := describe(of(runtimes[0])), describe(of(runtimes[1]))
+		lines = append(lines, line{name, unit, c, r, c.Median / r.Median})
+	}
+	for _, m := range []struct {
+		name string
+		of   func(times) time.Duration
+	}{
+		{"create call", func(t times) time.Duration { return t.Create }},
+		{"to first output", func(t times) time.Duration { return t.FirstOutput }},
+		{"to exit", func(t times) time.Duration { return t.Exit }},
+		{"delete call", func(t times) time.Duration { return t.Delete }},
+	} {
+		add(m.name, "ms", func(r string) (v []float64) {
+			for _, t := range all[r] {
+				v = append(v, float64(m.of(t).Microseconds())/1000)
+			}
+			return v
+		})
+	}
+	for _, m := range []struct {
+		name string
+		of   func(memory) int
+	}{
+		{"shim's PSS, running", func(m memory) int { return m.Running }},
+		{"after one exec", func(m memory) int { return m.AfterExec }},
+		{"after ten execs", func(m memory) int { return m.AfterTenExecs }},
+	} {
+		add(m.name, "MiB", func(r string) (v []float64) {
+			for _, s := range mem[r] {
+				v = append(v, float64(m.of(s))/1024)
+			}
+			return v
+		})
+	}
+	n, shims := len(all[runtimes[0]]), len(mem[runtimes[0]])
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(w, "\t\tcrac\t(min\tmax)\trunc\t(min\tmax)\tcrac/runc\t\n")
+	for _, l := range lines {
+		fmt.Fprintf(w, "%s\t%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t\n", l.Name, l.Unit, l.Crac.Median, l.Crac.Min, l.Crac.Max, l.Runc.Median, l.Runc.Min, l.Runc.Max, l.Ratio)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Printf("medians of %d runs of each, taking turns; memory of %d shims of each\n", n, shims)
+	b, err := json.MarshalIndent(map[string]any{"runs": n, "shims": shims, "lines": lines}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(build, "bench-start.json"), append(b, '\n'), 0o644) //nolint:gosec // a report to be read
+}
