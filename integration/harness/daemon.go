@@ -296,7 +296,7 @@ func (d *Daemon) deleteContainers(ctx context.Context) error {
 	defer cancel()
 	select {
 	case <-d.proc.done:
-		return fmt.Errorf("containerd had ended: %v\n%s", d.proc.err, tail(d.Log(), 4000))
+		return fmt.Errorf("containerd had ended: %w\n%s", d.proc.err, tail(d.Log(), 4000))
 	default:
 	}
 	all, err := d.Client.NamespaceService().List(ctx)

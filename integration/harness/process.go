@@ -14,7 +14,7 @@ import (
 type process struct {
 	cmd  *exec.Cmd
 	done chan struct{}
-	err  error // valid after done
+	err  error // how it ended; valid after done
 }
 
 func startProcess(cmd *exec.Cmd, log string) (*process, error) {
@@ -32,7 +32,9 @@ func startProcess(cmd *exec.Cmd, log string) (*process, error) {
 	}
 	p := &process{cmd: cmd, done: make(chan struct{})}
 	go func() {
-		p.err = cmd.Wait()
+		if p.err = cmd.Wait(); p.err == nil {
+			p.err = errors.New("it exited by itself")
+		}
 		close(p.done)
 	}()
 	return p, nil
@@ -47,7 +49,7 @@ func (p *process) waitFor(ctx context.Context, ready func(context.Context) error
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("%s ended at once: %v", p.cmd.Path, p.err)
+			return fmt.Errorf("%s ended at once: %w", p.cmd.Path, p.err)
 		case <-ctx.Done():
 			return fmt.Errorf("%s does not answer: %w", p.cmd.Path, err)
 		case <-time.After(20 * time.Millisecond):

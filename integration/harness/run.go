@@ -62,7 +62,7 @@ func run(ctx context.Context, cmd *exec.Cmd, start func(*exec.Cmd) error) (strin
 		return stdout.String(), nil
 	}
 	if ctx.Err() != nil {
-		err = fmt.Errorf("%w (%v)", err, context.Cause(ctx))
+		err = fmt.Errorf("%w (%w)", err, context.Cause(ctx))
 	}
 	code := -1
 	var exit *exec.ExitError
@@ -126,7 +126,7 @@ func (d *Daemon) CtrCommand(ctx context.Context, args ...string) *exec.Cmd {
 
 // withFIFODir keeps ctr's FIFOs in the daemon's directory: a detached ctr leaves them behind.
 func withFIFODir(args []string, dir string) []string {
-	at := 0
+	var at int
 	switch {
 	case len(args) > 0 && args[0] == "run":
 		at = 1

@@ -185,8 +185,8 @@ func (b *bench) start(runtime string, i int) (t times, err error) {
 		return t, b.ctx.Err()
 	}
 	t.Exit = time.Since(begin)
-	if status.Error() != nil || status.ExitCode() != 0 {
-		return t, fmt.Errorf("the container ended with code %d: %w", status.ExitCode(), status.Error())
+	if code, _, err := status.Result(); err != nil || code != 0 {
+		return t, errors.Join(fmt.Errorf("the container ended with code %d", code), err)
 	}
 	if err := harness.WaitIO(b.ctx, task.IO()); err != nil {
 		return t, err
