@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/cgroups/v3/cgroup1"
 	"github.com/containerd/cgroups/v3/cgroup2"
 	"github.com/opencontainers/cgroups"
+	_ "github.com/opencontainers/cgroups/devices" // lets cgroup managers set device rules
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -170,4 +171,3 @@ func replace[T any](list []T, v T, same func(T) bool) []T {
 	}
 	return append(out, v)
 }
-

@@ -52,7 +52,7 @@ type Container struct {
 	config  *configs.Config
 	lc      *libcontainer.Container
 	init    *Process
-	held    *heldNamespaces // a restore's, until the container is deleted
+	held    *heldNetwork // a restore's, until the container is deleted
 }
 
 // New makes a container and no process yet. Delete removes it. The spec is the
@@ -271,9 +271,6 @@ func (c *Container) Pause() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.refresh()
-	if c.machine.state == Paused {
-		return nil
-	}
 	if err := c.machine.can(Paused); err != nil {
 		return err
 	}

@@ -75,6 +75,10 @@ func (e *CRIUError) Unwrap() error { return e.Err }
 // maxLogErrors is how many of the log's error lines go into an error message.
 const maxLogErrors = 4
 
+// harmlessError is logged, and then ignored, whenever CRIU may not raise its own
+// limit of open files.
+const harmlessError = "Can't setup RLIMIT_NOFILE for self"
+
 func newCRIUError(op, log string, err error) *CRIUError {
 	return &CRIUError{Op: op, Log: log, Last: lastErrors(log), Err: err}
 }
@@ -92,7 +96,7 @@ func lastErrors(path string) []string {
 	lines.Buffer(make([]byte, 0, 4096), 1<<20)
 	for lines.Scan() {
 		_, message, ok := strings.Cut(lines.Text(), "Error (")
-		if !ok {
+		if !ok || strings.Contains(message, harmlessError) {
 			continue
 		}
 		if last = append(last, "Error ("+message); len(last) > maxLogErrors {
@@ -181,8 +185,12 @@ func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
 // externalNetwork tells whether the container has a network namespace that is
 // new, and no path that libcontainer would mark as external by itself. With a
 // user namespace the network namespace belongs to it, and CRIU has to make both.
-func (c *Container) externalNetwork() bool {
-	return private(c.spec, specs.NetworkNamespace) && !private(c.spec, specs.UserNamespace)
+func (c *Container) externalNetwork() bool { return OwnNetwork(c.spec) }
+
+// OwnNetwork tells whether a container of this spec gets a new network namespace
+// that belongs to the host's user namespace.
+func OwnNetwork(spec *specs.Spec) bool {
+	return private(spec, specs.NetworkNamespace) && !private(spec, specs.UserNamespace)
 }
 
 // Dump writes the workload's memory and kernel state into dir, which it makes

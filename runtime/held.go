@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -13,47 +12,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// heldNamespaces are the network and UTS namespaces that a restored container
-// will have. They are made at Create, before there is a process to have them:
-// clients set the network up between Create and Start, and find the namespace by
-// the pid that Create returned. That pid is the id of a thread of ours, which
-// does nothing but be in them.
+// heldNetwork is the network namespace that a restored container will have. It
+// is made at Create, before there is a process to have it: clients set the
+// network up between Create and Start, and find the namespace by the pid that
+// Create returned. That pid is the id of a thread of ours, which does nothing
+// but be in it.
 //
-// The files stay open as long as the container lives: libcontainer's record of
-// the container names them, and exec joins them by that name.
-type heldNamespaces struct {
-	tid      int
-	net, uts *os.File
+// The file stays open as long as the container lives: libcontainer's record of
+// the container names it, and exec joins the namespace by that name.
+type heldNetwork struct {
+	tid  int
+	file *os.File
 
 	done chan struct{}
 	once sync.Once
 }
 
-// holdNamespaces makes the namespaces that the spec wants new, and sets them up
-// as libcontainer would: loopback up, net.* sysctls, host and domain name.
-func holdNamespaces(spec *specs.Spec) (*heldNamespaces, error) {
-	var flags int
-	if private(spec, specs.NetworkNamespace) {
-		flags |= unix.CLONE_NEWNET
-	}
-	if private(spec, specs.UTSNamespace) {
-		flags |= unix.CLONE_NEWUTS
-	}
-	if flags == 0 {
+// holdNetwork makes the network namespace that the spec wants new, and sets it
+// up as libcontainer would: loopback up, net.* sysctls. It returns nil if the
+// spec wants none.
+func holdNetwork(spec *specs.Spec) (*heldNetwork, error) {
+	if !private(spec, specs.NetworkNamespace) {
 		return nil, nil
 	}
-	h := &heldNamespaces{done: make(chan struct{})}
+	h := &heldNetwork{done: make(chan struct{})}
 	ready := make(chan error)
-	go h.hold(flags, spec, ready)
+	go h.hold(spec, ready)
 	if err := <-ready; err != nil {
-		return nil, fmt.Errorf("make namespaces for the restore: %w", err)
+		return nil, fmt.Errorf("make a network namespace for the restore: %w", err)
 	}
 	return h, nil
 }
 
-func (h *heldNamespaces) hold(flags int, spec *specs.Spec, ready chan<- error) {
-	// Never unlocked: the thread ends with this goroutine, and with it the
-	// namespaces' hold on nothing but the files below.
+func (h *heldNetwork) hold(spec *specs.Spec, ready chan<- error) {
+	// Never unlocked, so that the thread ends with this goroutine.
 	goruntime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
 		// The first thread cannot end, and /proc/PID shows its namespaces as
@@ -61,60 +53,38 @@ func (h *heldNamespaces) hold(flags int, spec *specs.Spec, ready chan<- error) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			h.hold(flags, spec, ready)
+			h.hold(spec, ready)
 		}()
 		<-done
 		goruntime.UnlockOSThread()
 		return
 	}
-	err := h.setUp(flags, spec)
-	if err != nil {
-		h.close()
-	}
+	err := h.setUp(spec)
 	ready <- err
 	if err == nil {
 		<-h.done
 	}
 }
 
-func (h *heldNamespaces) setUp(flags int, spec *specs.Spec) (err error) {
-	if err := unix.Unshare(flags); err != nil {
+func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return os.NewSyscallError("unshare", err)
 	}
+	if err := raiseLoopback(); err != nil {
+		return err
+	}
+	for key, value := range spec.Linux.Sysctl {
+		if !strings.HasPrefix(key, "net.") {
+			continue // of another namespace: the dump has it
+		}
+		path := "/proc/sys/" + strings.ReplaceAll(key, ".", "/")
+		if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
+			return fmt.Errorf("sysctl %s: %w", key, err)
+		}
+	}
 	h.tid = unix.Gettid()
-	if flags&unix.CLONE_NEWNET != 0 {
-		if h.net, err = os.Open("/proc/thread-self/ns/net"); err != nil {
-			return err
-		}
-		if err := raiseLoopback(); err != nil {
-			return err
-		}
-		for key, value := range spec.Linux.Sysctl {
-			if !strings.HasPrefix(key, "net.") {
-				continue // of another namespace: the dump has it
-			}
-			path := "/proc/sys/" + strings.ReplaceAll(key, ".", "/")
-			if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
-				return fmt.Errorf("sysctl %s: %w", key, err)
-			}
-		}
-	}
-	if flags&unix.CLONE_NEWUTS != 0 {
-		if h.uts, err = os.Open("/proc/thread-self/ns/uts"); err != nil {
-			return err
-		}
-		if spec.Hostname != "" {
-			if err := unix.Sethostname([]byte(spec.Hostname)); err != nil {
-				return os.NewSyscallError("sethostname", err)
-			}
-		}
-		if spec.Domainname != "" {
-			if err := unix.Setdomainname([]byte(spec.Domainname)); err != nil {
-				return os.NewSyscallError("setdomainname", err)
-			}
-		}
-	}
-	return nil
+	h.file, err = os.Open("/proc/thread-self/ns/net")
+	return err
 }
 
 // raiseLoopback brings lo up in the calling thread's network namespace
@@ -146,51 +116,35 @@ func raiseLoopback() error {
 	return nil
 }
 
-// apply points the spec at the held namespaces.
-func (h *heldNamespaces) apply(spec *specs.Spec) {
+// apply points the spec at the held namespace.
+func (h *heldNetwork) apply(spec *specs.Spec) {
 	if h == nil {
 		return
 	}
-	for _, n := range []struct {
-		t specs.LinuxNamespaceType
-		f *os.File
-	}{{specs.NetworkNamespace, h.net}, {specs.UTSNamespace, h.uts}} {
-		if ns, ok := namespace(spec, n.t); ok && n.f != nil {
-			ns.Path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.f.Fd())
-		}
+	if ns, ok := namespace(spec, specs.NetworkNamespace); ok {
+		ns.Path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), h.file.Fd())
 	}
 }
 
 // pid is what stands for the container until it has a process.
-func (h *heldNamespaces) pid() int {
+func (h *heldNetwork) pid() int {
 	if h == nil {
 		return 0
 	}
 	return h.tid
 }
 
-// retire ends the thread; the namespaces stay. It may be called again, and on nil.
-func (h *heldNamespaces) retire() {
+// retire ends the thread; the namespace stays. It may be called again, and on nil.
+func (h *heldNetwork) retire() {
 	if h != nil {
 		h.once.Do(func() { close(h.done) })
 	}
 }
 
-// release gives the namespaces up as well.
-func (h *heldNamespaces) release() {
+// release gives the namespace up as well.
+func (h *heldNetwork) release() {
 	if h != nil {
 		h.retire()
-		h.close()
+		h.file.Close()
 	}
-}
-
-func (h *heldNamespaces) close() {
-	var err error
-	for _, f := range []*os.File{h.net, h.uts} {
-		if f != nil {
-			err = errors.Join(err, f.Close())
-		}
-	}
-	h.net, h.uts = nil, nil
-	_ = err // closing an O_PATH-like file of nsfs has nothing to lose
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/opencontainers/runc/libcontainer"
@@ -12,9 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PrepareRestore does at Create what a restore needs: the namespaces that
-// clients set up before Start, and the hooks that expect to find them. It
-// returns a pid that stands for the container until Restore; 0 if nothing can.
+// PrepareRestore does at Create what a restore needs: the network namespace that
+// clients set up before Start, and the hooks that expect to find it. It returns a pid that stands for the container until Restore; 0 if nothing can.
 func (c *Container) PrepareRestore(ctx context.Context) (pid int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -24,7 +24,7 @@ func (c *Container) PrepareRestore(ctx context.Context) (pid int, err error) {
 		// when they are there.
 		return 0, nil
 	}
-	held, err := holdNamespaces(c.spec)
+	held, err := holdNetwork(c.spec)
 	if err != nil {
 		return 0, err
 	}
@@ -81,6 +81,16 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	lp.Init = true
+	if private(c.spec, specs.UTSNamespace) && c.spec.Hostname != "" {
+		own := filepath.Join(c.cfg.Bundle, "criu-uts")
+		defer os.RemoveAll(own)
+		renamed, err := renameHost(dir, own, c.spec.Hostname, c.spec.Domainname)
+		if err != nil {
+			return nil, err
+		}
+		defer renamed.Close()
+		dir = fmt.Sprintf("/proc/self/fd/%d", renamed.Fd())
+	}
 	opts, err := c.criuOptions(dir, o, 0)
 	if err != nil {
 		return nil, err

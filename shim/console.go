@@ -36,11 +36,6 @@ func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {
 		master.Close()
 		return fmt.Errorf("terminal: %w", err)
 	}
-	// Output goes through untouched: "\n" must not become "\r\n" twice.
-	if err := console.ClearONLCR(raw.Fd()); err != nil {
-		master.Close()
-		return fmt.Errorf("terminal: %w", err)
-	}
 	epoller, err := consoles()
 	if err != nil {
 		master.Close()
@@ -63,17 +58,10 @@ func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {
 	if err != nil {
 		return err
 	}
-	if sink != nil {
-		p.closers = append(p.closers, sink)
-	} else {
+	if sink == nil {
 		sink = nopCloser{io.Discard}
 	}
-	p.copies.Add(1)
-	go func() {
-		defer p.copies.Done()
-		_ = copyAll(sink, cons)
-		sink.Close() // a logging program waits for the end
-	}()
+	p.copyOut(sink, cons)
 	return nil
 }
 

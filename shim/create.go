@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -40,6 +41,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if err != nil {
 		return nil, err
 	}
+	s.adapt(spec, r.ID)
 	if err := writeOptions(r.Bundle, opts); err != nil {
 		return nil, err
 	}
@@ -149,6 +151,46 @@ func askedOf(spec *specs.Spec) (oci.Options, error) {
 		return asked, fmt.Errorf("this version of the runtime cannot do what is asked by %s; remove it: %w", strings.Join(not, ", "), errdefs.ErrNotImplemented)
 	}
 	return asked, nil
+}
+
+// adapt changes a spec where this host or a later dump asks for it.
+func (s *service) adapt(spec *specs.Spec, id string) {
+	if p := spec.Process; p != nil && p.OOMScoreAdj != nil {
+		if least, ok := leastOOMScore(); ok && *p.OOMScoreAdj < least {
+			log.G(s.ctx).WithFields(log.Fields{"id": id, "asked": *p.OOMScoreAdj, "given": least}).Warn("cannot lower oom_score_adj without CAP_SYS_RESOURCE")
+			p.OOMScoreAdj = &least
+		}
+	}
+	// CRIU cannot dump Multipath TCP sockets, which Go's servers listen on by
+	// default; where there is no MPTCP they listen on TCP.
+	if runtime.OwnNetwork(spec) {
+		if _, asked := spec.Linux.Sysctl[mptcpSysctl]; !asked {
+			if _, err := os.Stat("/proc/sys/net/mptcp/enabled"); err == nil {
+				if spec.Linux.Sysctl == nil {
+					spec.Linux.Sysctl = make(map[string]string, 1)
+				}
+				spec.Linux.Sysctl[mptcpSysctl] = "0"
+			}
+		}
+	}
+}
+
+const mptcpSysctl = "net.mptcp.enabled"
+
+// leastOOMScore is the lowest oom_score_adj that this process can give to a
+// child (proc(5)); ok is false if there is no such bound.
+func leastOOMScore() (score int, ok bool) {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil || data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		return 0, false
+	}
+	text, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, false
+	}
+	score, err = strconv.Atoi(strings.TrimSpace(string(text)))
+	return score, err == nil
 }
 
 func (s *service) owner(c *container, exec string) stdioOwner {
@@ -290,4 +332,3 @@ func mountsBeyond(spec *specs.Spec, m *oci.Manifest) []specs.Mount {
 	}
 	return more
 }
-

@@ -38,7 +38,7 @@ type queuedEvent struct {
 type eventSender struct {
 	queue     chan queuedEvent
 	publisher events.Publisher
-	done      <-chan struct{} // of the shim
+	done      <-chan struct{}
 }
 
 func newEventSender(publisher events.Publisher, done <-chan struct{}) *eventSender {
@@ -67,7 +67,7 @@ func (s *eventSender) sendTo(topic string, event any) {
 	}
 }
 
-// run publishes until the shim ends, and then what is still in the queue.
+// run publishes until done is closed, and then what is still in the queue.
 func (s *eventSender) run(ctx context.Context) {
 	for {
 		select {

@@ -124,9 +124,10 @@ func (Manager) Start(ctx context.Context, p *bootapi.BootstrapParams) (_ *bootap
 	if err := os.WriteFile("address", []byte(address), 0o600); err != nil {
 		return nil, err
 	}
-	if err := shim.AdjustOOMScore(pid); err != nil {
-		// Without CAP_SYS_RESOURCE the shim keeps containerd's score.
-		log.G(ctx).WithError(err).Warn("failed to adjust the shim's OOM score")
+	// Without CAP_SYS_RESOURCE the shim keeps containerd's score. A warning has
+	// nowhere to go: containerd takes all that `start` writes for the address.
+	if err := shim.AdjustOOMScore(pid); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("adjust the shim's OOM score: %w", err)
 	}
 	return result, nil
 }
@@ -218,7 +219,8 @@ func spawn(ctx context.Context, p *bootapi.BootstrapParams, debug bool, sockets 
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("start the shim process: %w", err)
 	}
-	return cmd.Process.Pid, cmd.Process.Release()
+	pid = cmd.Process.Pid
+	return pid, cmd.Process.Release()
 }
 
 // shimCgroup finds the cgroup that the options want for the shim itself.

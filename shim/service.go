@@ -70,17 +70,20 @@ func NewService(ctx context.Context, containerd string, publisher events.Publish
 		ctx:        ctx,
 		namespace:  ns,
 		containerd: containerd,
-		events:     newEventSender(publisher, sd.Done()),
 		shutdown:   sd,
 		reaper:     reaper,
 		containers: make(map[string]*container),
 	}
-	published := make(chan struct{})
+	// The service's Done is closed when the callbacks have returned, so it cannot
+	// tell the sender, for which a callback waits, to finish.
+	stop, published := make(chan struct{}), make(chan struct{})
+	s.events = newEventSender(publisher, stop)
 	go func() {
 		defer close(published)
 		s.events.run(ctx)
 	}()
 	sd.RegisterCallback(func(ctx context.Context) error {
+		close(stop)
 		select {
 		case <-published:
 		case <-ctx.Done():

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -129,7 +130,7 @@ func (p *processIO) pipes(ctx context.Context, owner stdioOwner, c stdioConfig) 
 	if err := p.null(); err != nil {
 		return err
 	}
-	var sink io.WriteCloser // of stdout, for a stderr that goes to the same file
+	var shared *sharedSink // of stdout, for a stderr that goes to the same file
 	for _, out := range []struct {
 		name  string
 		child **os.File
@@ -148,19 +149,25 @@ func (p *processIO) pipes(ctx context.Context, owner stdioOwner, c stdioConfig) 
 			r.Close()
 			return fmt.Errorf("output %s: %w", out.name, err)
 		}
+		var sink io.WriteCloser
 		switch {
 		case isFIFO:
 			sink, err = openOutput(ctx, out.name)
-		case sink == nil || c.Stdout != c.Stderr:
+		case shared == nil || c.Stdout != c.Stderr:
 			sink, err = os.OpenFile(out.name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+			shared = &sharedSink{WriteCloser: sink}
+			sink = shared
 		default:
-			// The file is open already: appending keeps the two in order.
+			sink = shared
 		}
 		if err != nil {
 			r.Close()
 			return fmt.Errorf("output %s: %w", out.name, err)
 		}
-		p.closers = append(p.closers, sink, r)
+		if s, ok := sink.(*sharedSink); ok {
+			s.users.Add(1)
+		}
+		p.closers = append(p.closers, r)
 		p.copyOut(sink, r)
 	}
 	if c.Stdin == "" {
@@ -203,10 +210,28 @@ func (p *processIO) openInput(name string) (io.ReadCloser, error) {
 	return in, nil
 }
 
-func (p *processIO) copyOut(sink io.Writer, r io.Reader) {
+// sharedSink is a file that stdout and stderr both go to. Opened once, in append
+// mode, it keeps the two in the order in which they come.
+type sharedSink struct {
+	io.WriteCloser
+	users atomic.Int32
+}
+
+// Close closes the file for its last user.
+func (s *sharedSink) Close() error {
+	if s.users.Add(-1) > 0 {
+		return nil
+	}
+	return s.WriteCloser.Close()
+}
+
+// copyOut copies until the last writer is gone, and closes the sink then: the
+// client waits for the end of its FIFO before it deletes the process.
+func (p *processIO) copyOut(sink io.WriteCloser, r io.Reader) {
 	p.copies.Add(1)
 	go func() {
 		defer p.copies.Done()
+		defer sink.Close()
 		if err := copyAll(sink, r); err != nil && !errors.Is(err, os.ErrClosed) {
 			log.L.WithError(err).Warn("failed to copy output")
 		}

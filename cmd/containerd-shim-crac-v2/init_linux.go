@@ -8,7 +8,8 @@ import (
 )
 
 // libcontainer starts this binary again as the first process of a container.
-// That happens before main and before everything that main needs.
+// It never gets to main, but the packages that main needs have been initialised
+// by now: what they do then is on the way of every container.
 func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		libcontainer.Init()
