@@ -117,7 +117,9 @@ func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
 	}
 	c := m.Container
-	if !slices.Equal(c.Args, r.Args) {
+	// A client that is given no command takes the image's own.
+	unasked := len(m.Base.Args) > 0 && slices.Equal(m.Base.Args, r.Args)
+	if !slices.Equal(c.Args, r.Args) && !unasked {
 		add(CodeArgs, "the checkpoint runs %q and the request asks for %q; leave the command out to restore it", c.Args, r.Args)
 	}
 	if c.UID != r.UID || c.GID != r.GID || !sameSet(c.AdditionalGids, r.AdditionalGids) {

@@ -111,6 +111,9 @@ type ManifestMount = Mount
 type Base struct {
 	Name   string `json:"name,omitempty"`
 	Digest string `json:"digest,omitempty"`
+	// Args are what the image runs when a start asks for nothing else. A start
+	// with these arguments asks for no other program than the dumped one.
+	Args []string `json:"args,omitempty"`
 }
 
 // File is one file of the dump.
@@ -207,7 +210,7 @@ func (m *Manifest) Validate() error {
 		return invalid("no files")
 	case len(m.Files) > MaxFiles:
 		return invalid("%d files; at most %d are allowed", len(m.Files), MaxFiles)
-	case max(len(m.Mounts), len(m.Container.Args), len(m.Container.AdditionalGids), len(m.Host.CPU.Features),
+	case max(len(m.Mounts), len(m.Container.Args), len(m.Base.Args), len(m.Container.AdditionalGids), len(m.Host.CPU.Features),
 		len(m.Container.Namespaces), len(m.Container.UIDMappings), len(m.Container.GIDMappings)) > maxList:
 		return invalid("a list with more than %d entries", maxList)
 	}

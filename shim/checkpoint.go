@@ -180,6 +180,10 @@ func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
 	}
 	images.ThisHost(criu).Describe(m, images.MinimumCRIU)
 	m.Container.ID = c.id
+	if d := c.dumped; d != nil {
+		// A clone runs what the dump ran, whatever its request said.
+		m.Container.Args, m.Container.Cwd = d.Container.Args, d.Container.Cwd
+	}
 	return m
 }
 

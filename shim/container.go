@@ -29,6 +29,9 @@ type container struct {
 
 	// warm is the restore that Start is to do; nil once done, or for a cold start.
 	warm *restore
+	// dumped is the manifest of the dump that this container was restored from;
+	// nil if it was started cold, or from a dump without one.
+	dumped *oci.Manifest
 
 	// checkpointing lets one checkpoint at a time in.
 	checkpointing sync.Mutex

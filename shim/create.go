@@ -265,6 +265,7 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 	}
 	proc, err := s.restore(ctx, c, warm)
 	if err == nil {
+		c.dumped = warm.manifest
 		s.watchInit(c, proc)
 		return nil
 	}

@@ -24,13 +24,12 @@ type process struct {
 	// short process is not announced before it.
 	announce sync.Mutex
 
-	mu      sync.Mutex
-	io      *processIO
-	proc    *runtime.Process
-	pid     int // also of what stands for a process that is to be restored
-	exit    runtime.Exit
-	exited  bool
-	deleted bool
+	mu     sync.Mutex
+	io     *processIO
+	proc   *runtime.Process
+	pid    int // also of what stands for a process that is to be restored
+	exit   runtime.Exit
+	exited bool
 
 	done chan struct{} // closed when exited is set
 }
@@ -64,19 +63,18 @@ func (p *process) stdio() *processIO {
 	return p.io
 }
 
-// setExited notes the end of the process. It returns false if it was noted before.
-func (p *process) setExited(e runtime.Exit) bool {
+// setExited notes the end of the process, once.
+func (p *process) setExited(e runtime.Exit) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.exited {
-		return false
+		return
 	}
 	p.exited, p.exit = true, e
 	if p.io != nil {
 		p.io.hangUp()
 	}
 	close(p.done)
-	return true
 }
 
 // ended returns how the process ended; ok is false while it has not.

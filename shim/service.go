@@ -33,6 +33,8 @@ var (
 	_ taskapi.TTRPCTaskService = (*service)(nil)
 	_ shim.TTRPCService        = (*service)(nil)
 
+	_ shim.TTRPCServerUnaryOptioner = (*service)(nil)
+
 	empty = &emptypb.Empty{}
 )
 
@@ -47,6 +49,7 @@ type service struct {
 	events   *eventSender
 	shutdown shutdown.Service
 	reaper   *runtime.Subreaper
+	trimmer  *trimmer
 
 	mu         sync.Mutex
 	containers map[string]*container
@@ -72,6 +75,7 @@ func NewService(ctx context.Context, containerd string, publisher events.Publish
 		containerd: containerd,
 		shutdown:   sd,
 		reaper:     reaper,
+		trimmer:    newTrimmer(),
 		containers: make(map[string]*container),
 	}
 	// The service's Done is closed when the callbacks have returned, so it cannot
@@ -243,9 +247,11 @@ func (s *service) watchInit(c *container, proc *runtime.Process) {
 	}()
 }
 
-// exited announces the end of a process.
+// exited announces the end of a process, and then lets those know who wait for
+// it: what they do next must not be announced first. p.announce is held, or
+// nobody else knows of the process.
 func (s *service) exited(c *container, p *process, e runtime.Exit) {
-	if !p.setExited(e) {
+	if _, ended := p.ended(); ended {
 		return
 	}
 	id := p.id
@@ -259,6 +265,8 @@ func (s *service) exited(c *container, p *process, e runtime.Exit) {
 		ExitStatus:  uint32(e.Status),
 		ExitedAt:    protobuf.ToTimestamp(e.At),
 	})
+	p.setExited(e)
+	s.trimmer.active()
 }
 
 // Delete removes a container that has stopped, or an exec.

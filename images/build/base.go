@@ -34,6 +34,7 @@ type base struct {
 	// config is the image's configuration as found: a field that this code
 	// does not know (Docker's Healthcheck) stays.
 	config  map[string]json.RawMessage
+	args    []string // what the image runs when nothing else is asked for
 	diffIDs []digest.Digest
 	history []ocispec.History // nil when it did not fit the layers
 }
@@ -98,8 +99,9 @@ func (b *base) readConfig(ctx context.Context, cs content.Store) error {
 		return err
 	}
 	var known struct {
-		RootFS  ocispec.RootFS    `json:"rootfs"`
-		History []ocispec.History `json:"history"`
+		Config  ocispec.ImageConfig `json:"config"`
+		RootFS  ocispec.RootFS      `json:"rootfs"`
+		History []ocispec.History   `json:"history"`
 	}
 	if err := json.Unmarshal(data, &b.config); err != nil {
 		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
@@ -108,6 +110,7 @@ func (b *base) readConfig(ctx context.Context, cs content.Store) error {
 		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
 	}
 	b.diffIDs, b.history = known.RootFS.DiffIDs, known.History
+	b.args = slices.Concat(known.Config.Entrypoint, known.Config.Cmd)
 	if len(b.diffIDs) != len(b.manifest.Layers) {
 		return fmt.Errorf("manifest %s has %d layers and its configuration %d", b.desc.Digest, len(b.manifest.Layers), len(b.diffIDs))
 	}
@@ -199,9 +202,9 @@ func (b *base) keep(want func(i int) bool) {
 // checkpoint already passes its own base on.
 func (b *base) identity() oci.Base {
 	if d := b.manifest.Annotations[oci.AnnotationBaseDigest]; d != "" {
-		return oci.Base{Name: b.manifest.Annotations[oci.AnnotationBaseName], Digest: d}
+		return oci.Base{Name: b.manifest.Annotations[oci.AnnotationBaseName], Digest: d, Args: b.args}
 	}
-	return oci.Base{Name: b.name, Digest: b.desc.Digest.String()}
+	return oci.Base{Name: b.name, Digest: b.desc.Digest.String(), Args: b.args}
 }
 
 // missing names a layer whose content is not stored (containerd can be told to

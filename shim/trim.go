@@ -1,0 +1,101 @@
+package shim
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+)
+
+// trimDelay is how long a shim is idle before it gives memory back. Shims do
+// nothing for nearly all of their lives, and a node has hundreds of them.
+const trimDelay = 150 * time.Millisecond
+
+// trimmer gives memory back when the shim has been idle for a moment.
+type trimmer struct {
+	timer *time.Timer
+	text  func() [][]byte
+}
+
+func newTrimmer() *trimmer {
+	t := &trimmer{text: sync.OnceValue(ownText)}
+	t.timer = time.AfterFunc(trimDelay, t.trim)
+	return t
+}
+
+// active puts the trim off.
+func (t *trimmer) active() { t.timer.Reset(trimDelay) }
+
+// trim returns free heap to the kernel, and unmaps the program's own pages:
+// they are clean copies of its file, stay in the page cache, and come back when
+// they are needed.
+func (t *trimmer) trim() {
+	debug.FreeOSMemory()
+	for _, pages := range t.text() {
+		if err := unix.Madvise(pages, unix.MADV_DONTNEED); err != nil {
+			log.L.WithError(err).Debug("failed to give the program's pages back")
+		}
+	}
+}
+
+// UnaryServerInterceptor implements shim.TTRPCServerUnaryOptioner: every call of
+// the task API is activity.
+func (s *service) UnaryServerInterceptor() ttrpc.UnaryServerInterceptor {
+	return func(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+		s.trimmer.active()
+		defer s.trimmer.active()
+		return method(ctx, unmarshal)
+	}
+}
+
+// ownText finds the mappings of this program's file that nobody can write and
+// nobody has: dropping a page that differs from the file (relocations, a
+// debugger's breakpoints) would change the program.
+func ownText() [][]byte {
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return nil
+	}
+	data, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		return nil
+	}
+	var text [][]byte
+	var current []byte
+	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		switch {
+		case len(fields) >= 5 && strings.Contains(fields[0], "-"): // proc(5): address perms offset dev inode path
+			current = nil
+			if len(fields) == 6 && fields[5] == exe && !strings.Contains(fields[1], "w") {
+				current = addressRange(fields[0])
+			}
+		case len(fields) == 3 && fields[0] == "Anonymous:" && fields[1] == "0" && current != nil:
+			text = append(text, current)
+		}
+	}
+	return text
+}
+
+func addressRange(s string) []byte {
+	from, to, _ := strings.Cut(s, "-")
+	start, err := strconv.ParseUint(from, 16, 64)
+	if err != nil {
+		return nil
+	}
+	end, err := strconv.ParseUint(to, 16, 64)
+	if err != nil || end <= start {
+		return nil
+	}
+	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(nil), start)), end-start)
+}
