@@ -54,6 +54,7 @@ type Daemon struct {
 	netns      map[string]struct{}
 	forward    string // net.ipv4.ip_forward as it was
 	stopping   sync.Mutex
+	hostDirs   []string // of clients, not there when the daemon was started
 }
 
 // StartContainerd starts a private containerd without CRI. The caller must call Stop, also after
@@ -100,6 +101,11 @@ func StartContainerd(ctx context.Context, opts Options) (_ *Daemon, err error) {
 			err = errors.Join(err, d.Stop(context.WithoutCancel(ctx)))
 		}
 	}()
+	for _, p := range []string{"/var/lib/cni/results", "/var/lib/cni", "/run/nerdctl", "/etc/cni/net.d", "/etc/cni"} {
+		if _, err := os.Stat(p); errors.Is(err, os.ErrNotExist) {
+			d.hostDirs = append(d.hostDirs, p)
+		}
+	}
 	if d.janitor, err = d.startJanitor(); err != nil {
 		return nil, err
 	}
@@ -357,6 +363,9 @@ func (d *Daemon) purge() error {
 		}
 	} else {
 		errs = append(errs, os.RemoveAll(d.Dir))
+	}
+	for _, p := range d.hostDirs {
+		_ = os.Remove(p) // when it is empty: another daemon may use it meanwhile
 	}
 	if d.forward != "" {
 		errs = append(errs, os.WriteFile(ipForward, []byte(d.forward), 0o600))

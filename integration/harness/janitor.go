@@ -40,7 +40,7 @@ $(sort -r /proc/mounts)
 END
 find /sys/fs/cgroup -depth -type d -path "*$ns*" -exec rmdir {} + 2>/dev/null
 rm -f /run/netns/"$ns"-*
-rm -rf /run/containerd/*/"$ns" /run/crac/"$ns"
+rm -rf /run/containerd/*/"$ns" /run/crac/"$ns" /run/nerdctl/"$ns"
 [ -f "$dir/bridge" ] && ip link delete "$(cat "$dir/bridge")" 2>/dev/null
 rm -rf --one-file-system "$dir"
 `

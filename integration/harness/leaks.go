@@ -154,7 +154,7 @@ func unmountBelow(dir string) error {
 func runEntries(text string) []string {
 	var found []string
 	_ = filepath.WalkDir("/run", func(p string, e fs.DirEntry, err error) error {
-		if err != nil {
+		if err != nil || p == "/run/nerdctl" { // nerdctl leaves a directory of each container there
 			return fs.SkipDir
 		}
 		if strings.Contains(e.Name(), text) {
@@ -170,7 +170,7 @@ func runEntries(text string) []string {
 
 func removeRunEntries(namespace string) error {
 	var errs []error
-	for _, p := range runEntries(namespace) {
+	for _, p := range append(runEntries(namespace), "/run/nerdctl/"+namespace) {
 		errs = append(errs, os.RemoveAll(p))
 	}
 	return errors.Join(errs...)
@@ -284,7 +284,11 @@ func takeSnapshot(namespace, dir string) (*Snapshot, error) {
 		return nil, err
 	}
 	add("cgroup", cgroups...)
-	for _, glob := range []string{"/run/netns/*", "/run/containerd/*/*", "/run/crac*", os.TempDir() + "/*", "/var/lib/cni/*/*", "/sys/class/net/*"} {
+	tmp := os.TempDir()
+	for _, glob := range []string{
+		"/run/netns/*", "/run/containerd/*/*", "/run/crac*", "/var/lib/cni/*/*", "/sys/class/net/*",
+		tmp + "/containerd*", tmp + "/crac*", tmp + "/criu*", tmp + "/ctr*", tmp + "/nerdctl*", tmp + "/runc*",
+	} {
 		paths, err := filepath.Glob(glob)
 		if err != nil {
 			return nil, err
