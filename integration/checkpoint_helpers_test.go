@@ -47,8 +47,7 @@ func ticker(flags ...string) how {
 	return how{flags: flags, args: []string{"sh", "-c", tick}}
 }
 
-// warm is a start that has to be a restore. The command is named again because it is not the
-// image's own: without it, ctr would ask for the image's.
+// warm is a start that has to be a restore, with the command that the dump runs.
 func warm(image string, flags ...string) how {
 	return how{image: image, flags: append(flags, option("restore", "require")), args: ticker().args}
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -404,7 +405,28 @@ func startsCold(t *harness.T, h how, code, reason string) {
 	if got := b.exec("echo", "alive"); got != "alive" {
 		t.Errorf("exec says %q", got)
 	}
+	if code == "criu" {
+		keptLog(t, fmt.Sprint(said["reason"]))
+	}
 	b.remove() // checks that nothing is left
+}
+
+var logPlace = regexp.MustCompile(`\(log: ([^)]+)\)`)
+
+// keptLog checks that CRIU's log is where the message says, and removes it.
+func keptLog(t *harness.T, message string) {
+	t.Helper()
+	m := logPlace.FindStringSubmatch(message)
+	if m == nil {
+		t.Errorf("%q does not say where CRIU's log is", message)
+		return
+	}
+	if log, err := os.ReadFile(m[1]); err != nil || !strings.Contains(string(log), "Error (criu/") {
+		t.Errorf("CRIU's log %s holds %d bytes and no error (%v)", m[1], len(log), err)
+	}
+	if err := os.Remove(m[1]); err != nil {
+		t.Error(err)
+	}
 }
 
 // refuses checks that a start under restore=require is an error with the reason.
@@ -417,6 +439,9 @@ func refuses(t *harness.T, h how, reason string) {
 	}
 	if err == nil {
 		return
+	}
+	if strings.Contains(reason, "criu/") {
+		keptLog(t, err.Error())
 	}
 	if c, lerr := t.Client.LoadContainer(t.Ctx, b.id); lerr == nil {
 		if task, terr := c.Task(t.Ctx, nil); terr == nil {
@@ -439,6 +464,8 @@ func TestRequestThatIsNoRestore(tb *testing.T) {
 	refuses(t, user, "65534")
 	startsCold(t, how{image: image, args: ticker().args, flags: []string{option("restore", "never")}}, "restore-never", "restore=never")
 	startsCold(t, how{image: image, args: ticker().args, flags: []string{"--env", "CRAC_RESTORE=never"}}, "restore-never", "restore=never")
+	// A start that names no command is a restore, whatever the image's own command is.
+	start(t, how{image: image, flags: []string{option("restore", "require")}}).goesOnFrom(last)
 	// The annotation wins.
 	start(t, warm(image, "--env", "CRAC_RESTORE=never")).goesOnFrom(last)
 

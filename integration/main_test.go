@@ -123,7 +123,7 @@ func setup(tb testing.TB) *harness.T {
 				lines = append(lines, line)
 			}
 		}
-		if len(lines) > 40 {
+		if len(lines) > 60 {
 			lines = append([]string{"…"}, lines[len(lines)-60:]...)
 		}
 		tb.Logf("containerd's log during this test:\n%s", strings.Join(lines, "\n"))
