@@ -44,7 +44,9 @@ func newCommand() *cobra.Command {
 runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		// With something to run, a mistyped command is an error, not a help text.
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	// The names, variables and defaults are ctr's.
 	root.PersistentFlags().StringVarP(&t.address, "address", "a", env("CONTAINERD_ADDRESS", defaults.DefaultAddress),

@@ -121,11 +121,6 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, fmt.Errorf("find the root file system of container %s: %w", c.ID, err)
 	}
-	base, err := loadBase(ctx, s, c.Image, info.Parent)
-	if err != nil {
-		return none, fmt.Errorf("container %s: %w", c.ID, err)
-	}
-
 	changes, err := takeChanges(ctx, s, sn, c, info, comp)
 	if err != nil {
 		return none, fmt.Errorf("take the changes of container %s: %w", c.ID, err)
@@ -136,6 +131,11 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
 	}
 
+	// Only now: the container has stood still until here.
+	base, err := loadBase(ctx, s, c.Image, info.Parent)
+	if err != nil {
+		return none, fmt.Errorf("container %s: %w", c.ID, err)
+	}
 	if missing := base.missing(ctx, s.content); missing != "" {
 		emit(Event{Event: images.EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
 			missing, c.Image)})

@@ -241,11 +241,7 @@ func tryOverlay() error {
 
 func (p *prober) userNamespaces(ctx context.Context) []Check {
 	const name = "user namespaces"
-	self, err := os.Executable()
-	if err != nil {
-		return one(name, Warn, err.Error(), "")
-	}
-	cmd := exec.CommandContext(ctx, self, "version")
+	cmd := exec.CommandContext(ctx, "true")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}},

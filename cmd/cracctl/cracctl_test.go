@@ -1,0 +1,252 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
+	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+func run(t *testing.T, stdin string, args ...string) (stdout string, err error) {
+	t.Helper()
+	cmd := newCommand()
+	var out bytes.Buffer
+	cmd.SetArgs(args)
+	cmd.SetIn(strings.NewReader(stdin))
+	cmd.SetOut(&out)
+	cmd.SetErr(&out)
+	err = cmd.ExecuteContext(t.Context())
+	return out.String(), err
+}
+
+func TestCommandLine(t *testing.T) {
+	nowhere := filepath.Join(t.TempDir(), "containerd.sock")
+	t.Setenv("CONTAINERD_ADDRESS", nowhere)
+	for _, tt := range []struct {
+		args []string
+		out  string
+		err  string
+	}{
+		{args: []string{"version"}, out: "cracctl "},
+		{args: []string{"help"}, out: "doctor"},
+		{args: []string{"completion", "bash"}, out: "__start_cracctl"},
+		{args: []string{"nonsense"}, err: "nonsense"},
+		{args: []string{"checkpoint", "only-one"}, err: "2 arg"},
+		{args: []string{"doctor", "--format", "xml"}, err: "table and json"},
+		{args: []string{"checkpoint", "c", "ref"}, err: nowhere}, // the variable counts, and the way out is said
+		{args: []string{"checkpoint", "c", "ref"}, err: "--address"},
+		{args: []string{"-a", "/other.sock", "checkpoint", "c", "ref"}, err: "/other.sock"},
+	} {
+		out, err := run(t, "", tt.args...)
+		if tt.err == "" && (err != nil || !strings.Contains(out, tt.out)) {
+			t.Errorf("%v: %v\n%s", tt.args, err, out)
+		}
+		if tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+			t.Errorf("%v: got error %v, want one with %q", tt.args, err, tt.err)
+		}
+	}
+	if out, _ := run(t, "", "help"); strings.Contains(out, "build-image") {
+		t.Error("help shows what is for the shim only")
+	}
+}
+
+// The shim reads one line for every outcome.
+func TestBuildImageErrors(t *testing.T) {
+	for stdin, want := range map[string]string{
+		"":                        "cracctl checkpoint",
+		"{":                       "read the request",
+		`{"unknown": 1}`:          "unknown",
+		`{"address": "/no.sock"}`: "/no.sock",
+	} {
+		out, err := run(t, stdin, "build-image")
+		if !errors.Is(err, errReported) {
+			t.Errorf("%q: got %v", stdin, err)
+		}
+		var e images.BuildEvent
+		if jerr := json.Unmarshal([]byte(out), &e); jerr != nil || e.Event != images.EventError || !strings.Contains(e.Error, want) {
+			t.Errorf("%q: said %q (%v), want an error with %q", stdin, out, jerr, want)
+		}
+	}
+}
+
+func TestIsOurs(t *testing.T) {
+	for name, want := range map[string]bool{
+		"io.containerd.crac.v2":                  true,
+		"/usr/local/bin/containerd-shim-crac-v2": true,
+		"io.containerd.runc.v2":                  false,
+		"io.containerd.crac.v3":                  false,
+		"":                                       false,
+	} {
+		if isOurs(name) != want {
+			t.Errorf("%q: got %v", name, !want)
+		}
+	}
+}
+
+func TestSize(t *testing.T) {
+	for n, want := range map[int64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1 << 20: "1.0 MiB", 3 << 29: "1.5 GiB", 1 << 50: "1024.0 TiB"} {
+		if got := size(n); got != want {
+			t.Errorf("%d: got %s, want %s", n, got, want)
+		}
+	}
+}
+
+// A process that works in a bundle stands for the shim; its child for the
+// container.
+func TestStateOf(t *testing.T) {
+	for _, tt := range []struct{ dir, want string }{
+		{"io.containerd.runtime.v2.task/ns/c", "."},
+		{"a/io.containerd.runtime.v2.task/ns/c", "a"},
+		{"io.containerd.runtime.v2.task/other/c", ""},
+		{"somewhere", ""},
+	} {
+		state, err := filepath.EvalSymlinks(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundle := filepath.Join(state, tt.dir)
+		if err := os.MkdirAll(bundle, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		// The shell tells its child's process and waits until its input ends.
+		cmd := exec.Command("sh", "-c", "sleep 600 & echo $!; read x; kill $!")
+		cmd.Dir = bundle
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var pid int
+		if err := json.NewDecoder(out).Decode(&pid); err != nil {
+			t.Fatal(err)
+		}
+		want := defaults.DefaultStateDir
+		if tt.want != "" {
+			want = filepath.Join(state, tt.want)
+		}
+		if got := stateOf(pid, "ns"); got != want {
+			t.Errorf("%s: got %s, want %s", tt.dir, got, want)
+		}
+		in.Close()
+		_ = cmd.Wait() // the shell's status is that of read
+	}
+	if got := stateOf(-1, "ns"); got != defaults.DefaultStateDir {
+		t.Errorf("no process: got %s", got)
+	}
+}
+
+func TestReadBootstrap(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		want bootstrap
+		err  string
+	}{
+		{`{"version":3,"address":"unix:///s","protocol":"ttrpc","capabilities":["x"]}`, bootstrap{3, "unix:///s", "ttrpc"}, ""},
+		{`{"version":3}`, bootstrap{}, "no address"},
+		{`unix:///s`, bootstrap{}, "invalid"},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "bootstrap.json"), []byte(tt.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readBootstrap(dir)
+		if tt.err == "" && (err != nil || got != tt.want) {
+			t.Errorf("%s: got %+v, %v", tt.text, got, err)
+		}
+		if tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+			t.Errorf("%s: got %v", tt.text, err)
+		}
+	}
+	if _, err := readBootstrap(t.TempDir()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("none: %v", err)
+	}
+}
+
+// shims answers Checkpoint in both versions of the task API and remembers what
+// it was asked.
+type shims struct {
+	taskv2.TTRPCTaskService
+	id      string
+	options *anypb.Any
+	err     error
+}
+
+func (s *shims) Checkpoint(_ context.Context, r *taskv2.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	s.id, s.options = "v2:"+r.ID, r.Options
+	return &emptypb.Empty{}, errgrpc.ToGRPC(s.err)
+}
+
+type shimV3 struct {
+	taskv3.TTRPCTaskService
+	*shims
+}
+
+func (s shimV3) Checkpoint(_ context.Context, r *taskv3.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	s.id, s.options = "v3:"+r.ID, r.Options
+	return &emptypb.Empty{}, errgrpc.ToGRPC(s.err)
+}
+
+func TestShimClient(t *testing.T) {
+	fake := &shims{}
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	taskv2.RegisterTTRPCTaskService(server, fake)
+	taskv3.RegisterTTRPCTaskService(server, shimV3{shims: fake})
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = server.Serve(t.Context(), l) }() // ends with Close
+
+	for version, want := range map[int]string{2: "v2:web", 3: "v3:web"} {
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		client := &shimClient{Client: ttrpc.NewClient(conn), version: version}
+		fake.err = nil
+		if err := client.checkpoint(t.Context(), "web", oci.CheckpointOptions{Ref: "a/b:c", Exit: true}); err != nil {
+			t.Errorf("version %d: %v", version, err)
+		}
+		var got oci.CheckpointOptions
+		if err := json.Unmarshal(fake.options.GetValue(), &got); err != nil {
+			t.Fatal(err)
+		}
+		if fake.id != want || fake.options.TypeUrl != oci.CheckpointOptionsType || got != (oci.CheckpointOptions{Ref: "a/b:c", Exit: true}) {
+			t.Errorf("version %d asked %s with %s %s", version, fake.id, fake.options.TypeUrl, fake.options.GetValue())
+		}
+		fake.err = errdefs.ErrNotFound.WithMessage("no such task")
+		err = explain(client.checkpoint(t.Context(), "web", oci.CheckpointOptions{}))
+		if !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "ctr task") {
+			t.Errorf("version %d: %v", version, err)
+		}
+		client.Close()
+	}
+}

@@ -1,0 +1,135 @@
+package doctor
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestTable(t *testing.T) {
+	checks := []Check{{"kernel", OK, "6.12", ""}, {"soft-dirty", Warn, "not there", "use another kernel"}, {"CRIU", Fail, "none", "install it"}}
+	for _, tt := range []struct {
+		n    int
+		want string
+	}{
+		{1, "ok    kernel  6.12\n\nThis host can checkpoint and restore.\n"},
+		{2, "ok    kernel      6.12\nwarn  soft-dirty  not there\n                  → use another kernel\n\nThis host can checkpoint and restore, within the limits marked warn.\n"},
+		{3, "ok    kernel      6.12\nwarn  soft-dirty  not there\n                  → use another kernel\nfail  CRIU        none\n                  → install it\n\nThis host cannot restore checkpoints: see what is marked fail.\n"},
+	} {
+		var out bytes.Buffer
+		if err := (Report{OK: tt.n < 3, Checks: checks[:tt.n]}).Table(&out); err != nil {
+			t.Fatal(err)
+		}
+		if out.String() != tt.want {
+			t.Errorf("got\n%s\nwant\n%s", out.String(), tt.want)
+		}
+	}
+}
+
+func TestRun(t *testing.T) {
+	r := Run(t.Context(), Options{Address: filepath.Join(t.TempDir(), "none.sock")})
+	var out bytes.Buffer
+	if err := r.JSON(&out); err != nil {
+		t.Fatal(err)
+	}
+	var back Report
+	if err := json.Unmarshal(out.Bytes(), &back); err != nil || len(back.Checks) != len(r.Checks) || back.OK != r.OK {
+		t.Errorf("JSON: %v\n%s", err, out.String())
+	}
+	failed := false
+	seen := make(map[string]bool)
+	for _, c := range r.Checks {
+		if c.Name == "" || c.Found == "" || c.Status != OK && c.Status != Warn && c.Status != Fail {
+			t.Errorf("incomplete: %+v", c)
+		}
+		if seen[c.Name] {
+			t.Errorf("%s is there twice", c.Name)
+		}
+		seen[c.Name] = true
+		failed = failed || c.Status == Fail
+	}
+	if r.OK == failed {
+		t.Errorf("OK is %v, and there is a failed check: %v", r.OK, failed)
+	}
+	for _, name := range []string{"privileges", "kernel", "CRIU", "cgroups", "overlayfs", "userfaultfd", "containerd", "shim"} {
+		if !seen[name] {
+			t.Errorf("no check of %s", name)
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(os.TempDir(), "cracctl-doctor-*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestCRIU(t *testing.T) {
+	criu := filepath.Join(t.TempDir(), "criu")
+	t.Setenv("CRAC_CRIU", criu)
+	for _, tt := range []struct {
+		name, body string
+		want       map[string]Status
+		says       string
+	}{
+		{"too old", `echo "Version: 3.17.1"`, map[string]Status{"CRIU": Fail}, "4.1"},
+		{"kernel lacks something", `[ "$1" = check ] && { echo "Error: no compel"; exit 1; }; echo "Version: 4.1"`, map[string]Status{"CRIU": OK, "criu check": Fail}, "no compel"},
+		{"no soft-dirty", `[ "$2" = --feature ] && exit 1; echo "Version: 4.1"`, map[string]Status{"CRIU": OK, "criu check": OK, "soft-dirty": Warn}, "changed memory"},
+		{"all there", `echo "Version: 4.1"`, map[string]Status{"CRIU": OK, "criu check": OK, "soft-dirty": OK}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := os.WriteFile(criu, []byte("#!/bin/sh\n"+tt.body+"\n"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			p := &prober{}
+			var text string
+			got := make(map[string]Status)
+			for _, c := range p.criu(t.Context()) {
+				got[c.Name] = c.Status
+				text += c.Found + c.Fix
+			}
+			if len(got) != len(tt.want) || !strings.Contains(text, tt.says) {
+				t.Errorf("got %v: %s", got, text)
+			}
+			for name, status := range tt.want {
+				if got[name] != status {
+					t.Errorf("%s: got %s, want %s", name, got[name], status)
+				}
+			}
+		})
+	}
+}
+
+func TestShim(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	put := func(name, body string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	status := func() (all []Status) {
+		p := &prober{}
+		for _, c := range p.shim(t.Context()) {
+			all = append(all, c.Status)
+		}
+		return all
+	}
+	put(shimName, "echo libseccomp.so.2 is missing >&2; exit 127")
+	if got := status(); got[0] != Fail {
+		t.Errorf("a shim that does not run: %v", got)
+	}
+	put(shimName, "exit 0")
+	put("cracctl", "exit 0")
+	if got := status(); len(got) != 2 || got[0] != OK || got[1] != OK {
+		t.Errorf("shim and cracctl: %v", got)
+	}
+	if err := os.Remove(filepath.Join(dir, "cracctl")); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir)
+	if got := status(); len(got) != 2 || got[1] != Warn {
+		t.Errorf("no cracctl: %v", got)
+	}
+}
