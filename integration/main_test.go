@@ -155,6 +155,14 @@ func newID(tb testing.TB) string {
 	return fmt.Sprintf("%.20s-%s", name, hex.EncodeToString(b))
 }
 
+// times is how often a test repeats something: the guest's processors are emulated, and slow.
+func times(n int) int {
+	if os.Getenv("CRAC_VM") != "" {
+		return max(n/5, 2)
+	}
+	return n
+}
+
 func onlyCrac(tb testing.TB) {
 	tb.Helper()
 	if testRuntime != cracRuntime {

@@ -106,7 +106,7 @@ func TestExecOutlivesInit(tb *testing.T) {
 func TestExecMany(tb *testing.T) {
 	t := setup(tb)
 	n := newContainer(t, sh("sleep 1000")).start()
-	const workers, each = 4, 25
+	workers, each := 4, times(25)
 	var wg sync.WaitGroup
 	for w := range workers {
 		wg.Add(1)

@@ -515,7 +515,7 @@ func TestEvents(tb *testing.T) {
 
 func TestConcurrentContainers(tb *testing.T) {
 	t := setup(tb)
-	const total = 12
+	total := times(12)
 	type outcome struct {
 		i int
 		r result

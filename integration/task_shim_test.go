@@ -316,7 +316,7 @@ func TestOrphans(tb *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const workers, each = 4, 30
+	workers, each := 4, times(30)
 	var wg sync.WaitGroup
 	errs := make(chan error, workers*each)
 	for w := range workers {

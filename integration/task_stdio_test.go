@@ -63,10 +63,11 @@ func TestOutputAfterExit(tb *testing.T) {
 // TestShortRuns: what a process writes just before its end is the easiest to lose.
 func TestShortRuns(tb *testing.T) {
 	t := setup(tb)
-	const workers, each = 4, 13
+	workers, each := 4, times(13)
 	var wg sync.WaitGroup
-	var all [workers][each]*ctn
+	all := make([][]*ctn, workers)
 	for w := range workers {
+		all[w] = make([]*ctn, each)
 		for i := range each {
 			all[w][i] = newContainer(t, config{args: []string{"echo", fmt.Sprintf("run %d %d", w, i)}})
 		}

@@ -34,7 +34,10 @@ type Options struct {
 	Env   []string // more environment for containerd, and so for its shims
 	Wrap  []string // a command that starts containerd by exec, such as setpriv
 	Need  []Tool   // tools that must be there, besides containerd and ctr
-	Keep  bool     // Stop leaves the directory with the logs in place
+	// OwnShims starts copies of the shims. Memory that is measured is then not shared with shims of
+	// other daemons, which run from the same files.
+	OwnShims bool
+	Keep     bool // Stop leaves the directory with the logs in place
 }
 
 // Daemon is a private containerd.
@@ -141,6 +144,11 @@ func (d *Daemon) configure() error {
 	if err := os.Chmod(d.path("tmp"), 0o1777); err != nil { //nolint:gosec // a TMPDIR has to be writable
 		return err
 	}
+	if d.opts.OwnShims {
+		if err := d.copyShims(); err != nil {
+			return err
+		}
+	}
 	level := "info"
 	if d.opts.Debug {
 		level = "debug"
@@ -179,6 +187,28 @@ insecure_registry = true
 		os.WriteFile(d.path("containerd.toml"), []byte(conf), 0o600),
 		os.WriteFile(d.path("nerdctl.toml"), []byte(nerdctl), 0o600),
 	)
+}
+
+func (d *Daemon) copyShims() error {
+	if err := os.Mkdir(d.path("bin"), 0o755); err != nil {
+		return err
+	}
+	for _, dir := range []string{d.Tools.Bin, d.Tools.Tools} {
+		shims, err := filepath.Glob(filepath.Join(dir, "containerd-shim-*"))
+		if err != nil {
+			return err
+		}
+		for _, s := range shims {
+			b, err := os.ReadFile(s)
+			if err != nil {
+				return err
+			}
+			if err := os.WriteFile(d.path("bin/"+filepath.Base(s)), b, 0o755); err != nil { //nolint:gosec // a program
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (d *Daemon) start(ctx context.Context) error {

@@ -75,7 +75,7 @@ func run(ctx context.Context, cmd *exec.Cmd, start func(*exec.Cmd) error) (strin
 // env is the environment of everything that the daemon or a client of it runs in.
 func (d *Daemon) env(more ...string) []string {
 	own := map[string]string{
-		"PATH":                 d.Tools.searchPath(),
+		"PATH":                 d.searchPath(),
 		"TMPDIR":               d.path("tmp"),
 		markerEnv:              d.Dir,
 		"CONTAINERD_ADDRESS":   d.Address,
@@ -97,11 +97,19 @@ func (d *Daemon) env(more ...string) []string {
 	return append(env, more...)
 }
 
+func (d *Daemon) searchPath() string {
+	p := d.Tools.searchPath()
+	if d.opts.OwnShims {
+		p = d.path("bin") + ":" + p
+	}
+	return p
+}
+
 // Command prepares a command in the environment of the daemon: PATH with the project's tools,
 // TMPDIR inside the daemon's directory, address and namespace for the clients.
 func (d *Daemon) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	// exec.Command looks names up in our own PATH, not in the one of cmd.Env.
-	for _, dir := range strings.Split(d.Tools.searchPath(), ":") {
+	for _, dir := range strings.Split(d.searchPath(), ":") {
 		if p := dir + "/" + name; !strings.Contains(name, "/") && executable(p) {
 			name = p
 			break

@@ -53,13 +53,16 @@ type times struct {
 }
 
 // memory is the proportional set size of one shim, in KiB.
-type memory struct{ Running, AfterExec, AfterTenExecs int }
+type memory struct {
+	Running, AfterExec, AfterTenExecs int
+	Anonymous                         int // the part of the last that no other shim would share
+}
 
 func run(ctx context.Context, n, samples int) (err error) {
 	if n < 1 || samples < 1 {
 		return errors.New("-n and -shims have to be at least 1")
 	}
-	d, err := harness.StartContainerd(ctx, harness.Options{Need: []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc}})
+	d, err := harness.StartContainerd(ctx, harness.Options{Need: []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc}, OwnShims: true})
 	if err != nil {
 		return err
 	}
@@ -226,12 +229,12 @@ func (b *bench) memory(runtime string) (m memory, err error) {
 	if err != nil {
 		return m, err
 	}
-	settle := func() (int, error) {
+	settle := func(key string) (int, error) {
 		// A shim that has just worked is still giving memory back; both get the same time.
-		time.Sleep(300 * time.Millisecond)
-		return pss(pid)
+		time.Sleep(settleTime)
+		return rollup(pid, key)
 	}
-	if m.Running, err = settle(); err != nil {
+	if m.Running, err = settle("Pss"); err != nil {
 		return m, err
 	}
 	for i := range 10 {
@@ -239,12 +242,15 @@ func (b *bench) memory(runtime string) (m memory, err error) {
 			return m, err
 		}
 		if i == 0 {
-			if m.AfterExec, err = settle(); err != nil {
+			if m.AfterExec, err = settle("Pss"); err != nil {
 				return m, err
 			}
 		}
 	}
-	m.AfterTenExecs, err = settle()
+	if m.AfterTenExecs, err = settle("Pss"); err != nil {
+		return m, err
+	}
+	m.Anonymous, err = rollup(pid, "Pss_Anon")
 	return m, err
 }
 
@@ -276,18 +282,21 @@ func (b *bench) exec(c containerd.Container, task containerd.Task, i int) error 
 	return nil
 }
 
-// pss is a process's share of the memory that it uses, in KiB.
-func pss(pid int) (int, error) {
+// settleTime is between what a shim does and the measurement of its memory.
+const settleTime = 500 * time.Millisecond
+
+// rollup reads one value, in KiB, of the sum of a process's memory maps.
+func rollup(pid int, key string) (int, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "Pss:"); ok {
+		if rest, ok := strings.CutPrefix(line, key+":"); ok {
 			return strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")))
 		}
 	}
-	return 0, fmt.Errorf("no Pss in smaps_rollup of process %d", pid)
+	return 0, fmt.Errorf("no %s in smaps_rollup of process %d", key, pid)
 }
 
 // stat describes the values of one thing.
@@ -345,6 +354,7 @@ func report(build string, all map[string][]times, mem map[string][]memory) error
 		{"shim's PSS, running", func(m memory) int { return m.Running }},
 		{"after one exec", func(m memory) int { return m.AfterExec }},
 		{"after ten execs", func(m memory) int { return m.AfterTenExecs }},
+		{"of it anonymous", func(m memory) int { return m.Anonymous }},
 	} {
 		add(m.name, "MiB", func(r string) (v []float64) {
 			for _, s := range mem[r] {
