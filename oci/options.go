@@ -31,12 +31,15 @@ const (
 	MemoryLazy  MemoryMode = "lazy"
 	MemoryEager MemoryMode = "eager"
 
-	// TCPError refuses to dump established connections. It is the default
-	// because the other two change what a peer sees, and only the operator
-	// knows whether that is right.
-	TCPError       TCPMode = "error"
-	TCPClose       TCPMode = "close"
+	// TCPClose leaves established connections out of the dump. It is the
+	// default: the original keeps them, and a clone, which is another process
+	// at another address, finds them closed, as after any network failure.
+	TCPClose TCPMode = "close"
+	// TCPEstablished keeps them, for a clone that takes the original's place
+	// and address.
 	TCPEstablished TCPMode = "established"
+	// TCPError refuses to dump while there are any.
+	TCPError TCPMode = "error"
 
 	HooksOptional HooksMode = "optional" // the default
 	HooksOff      HooksMode = "off"
@@ -89,7 +92,7 @@ func knownOptions() []option {
 		enum("restore", func(o *Options) *RestoreMode { return &o.Restore }, nil, RestoreAuto, RestoreRequire, RestoreNever),
 		enum("memory", func(o *Options) *MemoryMode { return &o.Memory },
 			func(v MemoryMode) bool { return v == MemoryLazy }, MemoryAuto, MemoryLazy, MemoryEager),
-		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPError, TCPClose, TCPEstablished),
+		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPClose, TCPEstablished, TCPError),
 		text("checkpoint.image", "an image name", func(o *Options) *string { return &o.CheckpointImage }, nil),
 		{key: "checkpoint.exit", values: "true, false", set: func(o *Options, v string) (err error) {
 			o.CheckpointExit, err = strconv.ParseBool(v)
@@ -165,7 +168,7 @@ func envName(key string) string {
 // variable is not, because a workload may use the prefix for itself.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
-		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPError,
+		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
 		CheckpointAllow: CheckpointAllowNone, FDPolicy: FDPolicyError,
 	}

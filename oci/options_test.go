@@ -9,7 +9,7 @@ import (
 
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
-		Restore: "auto", Memory: "auto", TCP: "error", Hooks: "optional", HookTimeout: 10 * time.Second,
+		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
 		CheckpointAllow: "none", FDPolicy: "error",
 	}
 	with := func(change func(*Options)) Options {

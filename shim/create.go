@@ -68,7 +68,10 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		}
 	}()
 
-	found := s.find(ctx, c, r, opts, spec)
+	if err := os.Remove(c.keptLog()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		log.G(ctx).WithError(err).Warn("failed to remove the log of an earlier restore")
+	}
+	found := s.find(c, r, opts, spec)
 	if err := c.mountRootfs(found.mounts, r.Bundle); err != nil {
 		return nil, err
 	}
@@ -85,8 +88,11 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if found.masked {
 		spec.Mounts = append(spec.Mounts, maskMount)
 	}
-	if found.path && found.warm != nil {
-		ownCgroup(spec, c.id)
+	if found.warm != nil {
+		found.warm.mounts = mountsBeyond(spec, found.warm.manifest)
+		if found.path {
+			ownCgroup(spec, c.id)
+		}
 	}
 	c.rt, err = runtime.New(runtime.Config{
 		ID:            r.ID,

@@ -57,7 +57,13 @@ func (r *coldReason) Unwrap() error { return r.err }
 // reasonOf makes a reason of any error, and keeps the code of one that has it.
 func reasonOf(err error, required bool) *coldReason {
 	why := &coldReason{err: err}
-	errors.As(err, &why)
+	switch {
+	case errors.As(err, &why):
+	case errors.Is(err, images.ErrDamaged):
+		why.code = "damaged"
+	case errors.Is(err, images.ErrCovered):
+		why.code = "covered"
+	}
 	why.required = required
 	return why
 }
@@ -72,7 +78,7 @@ type findings struct {
 }
 
 // find looks for a checkpoint: a path in the request, or a layer in the mounts.
-func (s *service) find(ctx context.Context, c *container, r *taskapi.CreateTaskRequest, opts *runcoptions.Options, spec *specs.Spec) findings {
+func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcoptions.Options, spec *specs.Spec) findings {
 	mounts := make([]images.Mount, len(r.Rootfs))
 	for i, m := range r.Rootfs {
 		mounts[i] = images.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
@@ -130,7 +136,7 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 	if err := ck.Verify(); err != nil {
 		return nil, &coldReason{code: "damaged", err: err}
 	}
-	return c.fitted(ck.CRIUDir(), ck.Manifest, spec), nil
+	return c.fitted(ck.CRIUDir(), ck.Manifest), nil
 }
 
 // fitPath gates a dump that the request names. One from another runtime has no
@@ -144,7 +150,7 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 		if err := s.gate(nil, spec); err != nil {
 			return nil, err
 		}
-		return c.fitted(dir, nil, spec), nil
+		return c.fitted(dir, nil), nil
 	}
 	if err != nil {
 		return nil, err
@@ -157,7 +163,7 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 	if err := s.gate(manifest, spec); err != nil {
 		return nil, err
 	}
-	return c.fitted(dir, manifest, spec), nil
+	return c.fitted(dir, manifest), nil
 }
 
 // gate asks whether this host and this request fit the dump.
@@ -185,9 +191,11 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec) error {
 	return &coldReason{code: reasons[0].Code, err: errors.New(strings.Join(texts, "; "))}
 }
 
-func (c *container) fitted(dir string, m *oci.Manifest, spec *specs.Spec) *restore {
-	r := &restore{dir: dir, manifest: m, mounts: mountsBeyond(spec, m), tcp: tcpMode(c.options.TCP)}
-	if m != nil && m.TCPEstablished {
+func (c *container) fitted(dir string, m *oci.Manifest) *restore {
+	r := &restore{dir: dir, manifest: m}
+	// Only the dump decides: one without established connections still has
+	// sockets that had one, which CRIU restores closed or not at all.
+	if (m != nil && m.TCPEstablished) || (m == nil && c.options.TCP == oci.TCPEstablished) {
 		r.tcp = runtime.TCPEstablished
 	}
 	return r
@@ -249,10 +257,17 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) (_ *run
 	return proc, nil
 }
 
-// keepLog copies CRIU's log to where it outlives the container: beside its work
-// directory, which containerd cleans when it starts. It returns the place.
+// keptLog is where the log of a failed restore outlives its container: beside
+// its work directory, which containerd cleans when it starts. The next container
+// of the same id removes it.
+func (c *container) keptLog() string {
+	return filepath.Join(filepath.Dir(c.work), c.id+".restore.log")
+}
+
+// keepLog copies CRIU's log to where it outlives the container, and returns the
+// place.
 func keepLog(path string, c *container) string {
-	kept := filepath.Join(filepath.Dir(c.work), c.id+"."+filepath.Base(path))
+	kept := c.keptLog()
 	src, err := os.Open(path)
 	if err != nil {
 		return path
