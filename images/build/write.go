@@ -33,6 +33,8 @@ type compression struct {
 func newCompression(name string) (compression, error) {
 	switch name {
 	case "", "zstd":
+		// The fastest level: on a JVM's dump the default one takes twice as
+		// long to save 5 %.
 		return compression{ocispec.MediaTypeImageLayerZstd, func(w io.Writer) (io.WriteCloser, error) {
 			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
 		}}, nil
