@@ -121,8 +121,11 @@ func TestJanitor(t *testing.T) {
 			t.Fatal(err)
 		}
 		own, foreign := start(d.Dir, d.Dir), start(base, d.Dir+"x")
-		ended := make(chan error, 1)
-		go func() { ended <- own.Wait() }()
+		ended := make(chan struct{})
+		go func() {
+			_ = own.Wait()
+			close(ended)
+		}()
 		j, err := d.startJanitor()
 		if err != nil {
 			t.Fatal(err)
