@@ -46,7 +46,41 @@ func Find(mounts []Mount) (c *Checkpoint, rest []Mount, err error) {
 	if err != nil {
 		return nil, rest, err
 	}
+	if c != nil {
+		c.Visible = Visible(rest)
+	}
 	return c, rest, nil
+}
+
+// Visible tells whether a container with these mounts as its root file system
+// would see a dump, or what is left of one, at /.crac, so that it must be
+// masked. Of what Find returns that can be so with an error, too.
+func Visible(mounts []Mount) bool {
+	for _, m := range mounts {
+		dirs := []string{m.Source}
+		if m.Type == "overlay" {
+			// Options that cannot be read do not mount either.
+			o, _ := parseOverlay(m.Options)
+			dirs = dirs[:0]
+			for _, l := range o.lower {
+				dirs = append(dirs, l.path)
+			}
+		}
+		for _, dir := range dirs {
+			if !filepath.IsAbs(dir) {
+				continue
+			}
+			st, err := os.Lstat(filepath.Join(dir, oci.Root))
+			if err != nil {
+				continue
+			}
+			if st.IsDir() {
+				return true
+			}
+			break // a whiteout or a file hides what is below
+		}
+	}
+	return false
 }
 
 func findInSource(m Mount) (*Checkpoint, error) {
@@ -57,11 +91,7 @@ func findInSource(m Mount) (*Checkpoint, error) {
 		return nil, nil // a device, or gone: the mount itself will say so
 	}
 	l, err := readLayer(m.Source)
-	if err != nil || l.checkpoint == nil {
-		return nil, err
-	}
-	l.checkpoint.Visible = true
-	return l.checkpoint, nil
+	return l.checkpoint, err
 }
 
 func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
@@ -73,30 +103,24 @@ func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
 	var (
 		found   *Checkpoint
 		problem error
-		above   int  // layers above the first sight of a checkpoint
 		closed  bool // a layer hides what is below it
-		visible bool
 	)
 	drop := make([]bool, len(opts.lower))
 	for i, dir := range opts.lower {
 		l, err := readLayer(dir.path)
 		drop[i] = l.only
-		// What stays in the stack and is not hidden by a layer above is what a
-		// container would see.
-		visible = visible || l.present && !l.only && !closed
 		if !closed && found == nil && problem == nil {
 			switch {
 			case err != nil:
 				problem = err
-			case l.checkpoint != nil && above > 0:
+			case l.checkpoint != nil && i > 0:
 				problem = fmt.Errorf("%w: %s in %s was made before %d layers that lie above it, so its memory does not match the files; make a new checkpoint of the newer image",
-					ErrCovered, oci.Root, dir.path, above)
+					ErrCovered, oci.Root, dir.path, i)
 			case l.checkpoint != nil:
 				found = l.checkpoint
 			}
 		}
 		closed = closed || l.hides
-		above++
 	}
 	rest, err := opts.without(m, drop)
 	if err != nil {
@@ -105,17 +129,13 @@ func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
 	if problem != nil {
 		return nil, rest, problem
 	}
-	if found != nil {
-		found.Visible = visible
-	}
 	return found, rest, nil
 }
 
 // layer is what one directory of a stack says about checkpoints.
 type layer struct {
 	checkpoint *Checkpoint
-	present    bool // it has an entry .crac that is a directory
-	only       bool // and nothing else: a checkpoint layer
+	only       bool // it has nothing but a directory .crac: a checkpoint layer
 	hides      bool // it hides a .crac of the layers below
 }
 
@@ -145,7 +165,6 @@ func readLayer(dir string) (l layer, err error) {
 		l.hides = true
 		return l, nil
 	}
-	l.present = true
 	l.hides = isOpaque(filepath.Join(dir, oci.Root))
 	if l.only, err = holdsOnly(dir, oci.Root); err != nil {
 		return l, err

@@ -214,6 +214,16 @@ func TestFindElsewhere(t *testing.T) {
 	if !equalMounts(rest, in) {
 		t.Errorf("mixed layer became %v", rest)
 	}
+
+	// What cannot be restored must be masked all the same.
+	if err := os.Remove(filepath.Join(root, ".crac/v1/manifest.json")); err != nil {
+		t.Fatal(err)
+	}
+	for _, in := range [][]Mount{in, {{Type: "bind", Source: root}}} {
+		if _, rest, err := Find(in); !errors.Is(err, ErrDamaged) || !Visible(rest) {
+			t.Errorf("damaged: %v, visible %v", err, Visible(rest))
+		}
+	}
 }
 
 func TestFindRefuses(t *testing.T) {
@@ -293,6 +303,9 @@ func TestFindRefuses(t *testing.T) {
 			if !equalMounts(rest, want) {
 				t.Errorf("got  %v\nwant %v", rest, want)
 			}
+			if Visible(rest) {
+				t.Errorf("visible in %v", rest)
+			}
 			if !strings.Contains(err.Error(), warm) && errors.Is(tt.err, ErrCovered) {
 				t.Errorf("the error does not name the layer: %v", err)
 			}
@@ -312,6 +325,12 @@ func TestFindDeleted(t *testing.T) {
 	}
 	if want := overlayMount("upperdir=/u", "workdir=/w", "lowerdir="+a); !equalMounts(rest, want) {
 		t.Errorf("got %v", rest)
+	}
+	if Visible(overlayMount("lowerdir=" + a + ":" + warm)) {
+		t.Error("visible, though a layer above hides it")
+	}
+	if !Visible(overlayMount("lowerdir=" + warm + ":" + a)) {
+		t.Error("not visible, though nothing hides it")
 	}
 }
 
