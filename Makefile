@@ -89,12 +89,15 @@ fmt: ## format the Go source with gofumpt
 	$(BUILD)/tools/lint/gofumpt -w $$(git ls-files --cached --others --exclude-standard '*.go')
 
 .PHONY: install
-install: build ## the shim and cracctl, into $(DESTDIR)$(PREFIX)/bin, which is on containerd's PATH
+install: build ## the shim, cracctl and, where the host's is missing or too old, CRIU, into $(DESTDIR)$(PREFIX)
+	@integration/tools/install.sh criu
 	install -D -m 0755 -t '$(DESTDIR)$(PREFIX)/bin' $(BUILD)/bin/containerd-shim-crac-v2 $(BUILD)/bin/cracctl
+	@integration/tools/criu-install.sh install '$(PREFIX)' '$(DESTDIR)'
 
 .PHONY: uninstall
 uninstall: ## remove what install put there
 	rm -f '$(DESTDIR)$(PREFIX)/bin/containerd-shim-crac-v2' '$(DESTDIR)$(PREFIX)/bin/cracctl'
+	@integration/tools/criu-install.sh remove '$(PREFIX)' '$(DESTDIR)'
 
 .PHONY: clean
 clean: ## remove build/, tools and images included
