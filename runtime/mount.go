@@ -131,7 +131,12 @@ func newMount(fstype, source string, data []string) (int, error) {
 // inMountNamespace runs fn in the mount namespace of a process, with that
 // namespace's root.
 func inMountNamespace(pid int, fn func() error) error {
-	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	return inNamespace(fmt.Sprintf("/proc/%d/ns/mnt", pid), unix.CLONE_NEWNS, fn)
+}
+
+// inNamespace runs fn on a thread of its own in another namespace.
+func inNamespace(path string, kind int, fn func() error) error {
+	ns, err := os.Open(path)
 	if err != nil {
 		return err
 	}
@@ -140,12 +145,13 @@ func inMountNamespace(pid int, fn func() error) error {
 	go func() {
 		// Never unlocked: the thread ends with the goroutine.
 		goruntime.LockOSThread()
-		// setns(2): a thread that shares its root with others cannot move.
+		// setns(2): a thread that shares its root with others cannot move to
+		// another mount namespace.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			result <- os.NewSyscallError("unshare", err)
 			return
 		}
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+		if err := unix.Setns(int(ns.Fd()), kind); err != nil {
 			result <- os.NewSyscallError("setns", err)
 			return
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/opencontainers/runc/libcontainer"
@@ -81,16 +80,12 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	lp.Init = true
-	if private(c.spec, specs.UTSNamespace) && c.spec.Hostname != "" {
-		own := filepath.Join(c.cfg.Bundle, "criu-uts")
-		defer os.RemoveAll(own)
-		renamed, err := renameHost(dir, own, c.spec.Hostname, c.spec.Domainname)
-		if err != nil {
-			return nil, err
-		}
-		defer renamed.Close()
-		dir = fmt.Sprintf("/proc/self/fd/%d", renamed.Fd())
+	view, err := c.view(dir)
+	if err != nil {
+		return nil, err
 	}
+	defer view.Close()
+	dir = view.dir
 	opts, err := c.criuOptions(dir, o, 0)
 	if err != nil {
 		return nil, err
@@ -113,6 +108,11 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	}
 	c.lc = lc
 	c.held.retire()
+	if view.rename {
+		if err := setHostname(p.Pid(), c.spec.Hostname, c.spec.Domainname); err != nil {
+			return nil, fmt.Errorf("name restored container %s: %w", c.cfg.ID, err)
+		}
+	}
 	for _, m := range mounts {
 		if err := attachMount(p.Pid(), m); err != nil {
 			return nil, fmt.Errorf("attach mount %s to restored container %s: %w", m.Destination, c.cfg.ID, err)

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -16,6 +18,97 @@ const (
 	criuCommonMagic = 0x54564319
 	criuUTSMagic    = 0x54473203
 )
+
+// dumpView is a dump as one restore is to see it: the dump itself is not ours to
+// change, for other containers restore from it.
+type dumpView struct {
+	dir string
+	// rename says that the view has the dumped host name, so that the restored
+	// container has to be given its own.
+	rename bool
+
+	root *os.File
+	own  string
+}
+
+// Close ends the view. Files that are open in it stay so.
+func (v *dumpView) Close() {
+	if v.root != nil {
+		v.root.Close()
+	}
+	if v.own != "" {
+		os.RemoveAll(v.own)
+	}
+}
+
+// view shows the dump in dir with what this container has of its own.
+func (c *Container) view(dir string) (_ *dumpView, err error) {
+	v := &dumpView{dir: dir}
+	defer func() {
+		if err != nil {
+			v.Close()
+		}
+	}()
+	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
+	switch {
+	case private(c.spec, specs.UserNamespace):
+		v.rename = named
+		v.root, err = idmapped(dir, c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings)
+	case named:
+		v.own = filepath.Join(c.cfg.Bundle, "criu-uts")
+		v.root, err = renameHost(dir, v.own, c.spec.Hostname, c.spec.Domainname)
+	default:
+		return v, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	v.dir = fmt.Sprintf("/proc/self/fd/%d", v.root.Fd())
+	return v, nil
+}
+
+// idmapped shows a directory to the root of a user namespace as its own: a dump
+// is readable for root alone, and CRIU reads part of it from inside. It is
+// mounted nowhere (mount_setattr(2), MOUNT_ATTR_IDMAP).
+func idmapped(dir string, uids, gids []specs.LinuxIDMapping) (*os.File, error) {
+	userns, err := mount.GetUsernsFD(idMap(uids), idMap(gids))
+	if err != nil {
+		return nil, fmt.Errorf("user namespace for the dump: %w", err)
+	}
+	defer userns.Close()
+	fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, &os.PathError{Op: "open_tree", Path: dir, Err: err}
+	}
+	tree := os.NewFile(uintptr(fd), "idmapped:"+dir)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_RDONLY, Userns_fd: uint64(userns.Fd())}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		tree.Close()
+		return nil, fmt.Errorf("map the owner of the dump in %s: %w", dir, os.NewSyscallError("mount_setattr", err))
+	}
+	return tree, nil
+}
+
+func idMap(mappings []specs.LinuxIDMapping) string {
+	lines := make([]string, len(mappings))
+	for i, m := range mappings {
+		lines[i] = fmt.Sprintf("%d:%d:%d", m.ContainerID, m.HostID, m.Size)
+	}
+	return strings.Join(lines, ",")
+}
+
+// setHostname names a running container. It is for what renameHost cannot do.
+func setHostname(pid int, host, domain string) error {
+	return inNamespace(fmt.Sprintf("/proc/%d/ns/uts", pid), unix.CLONE_NEWUTS, func() error {
+		if err := unix.Sethostname([]byte(host)); err != nil {
+			return os.NewSyscallError("sethostname", err)
+		}
+		if domain == "" {
+			return nil
+		}
+		return os.NewSyscallError("setdomainname", unix.Setdomainname([]byte(domain)))
+	})
+}
 
 // renameHost shows the dump in dir with another host name: an overlay with one
 // file of its own, in own, which the caller removes after use. It is mounted
