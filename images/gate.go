@@ -8,8 +8,9 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// MinimumCRIU is the oldest CRIU that works on current kernels: older ones do
-// not know their vDSO.
+// MinimumCRIU is the oldest CRIU whose dumps and restores this code knows: older
+// ones fail on the vDSO of kernels since 6.4. Newer kernels need newer ones: see
+// Host.MinimumCRIU.
 const MinimumCRIU = 40100
 
 // Codes of the reasons why a checkpoint is not restored.
@@ -76,7 +77,7 @@ func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 	add := func(code, format string, a ...any) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
 	}
-	need := max(m.CRIU.Minimum, MinimumCRIU)
+	need := max(m.CRIU.Minimum, h.MinimumCRIU())
 	switch {
 	case h.CRIU == 0:
 		add(CodeNoCRIU, "the checkpoint needs CRIU %s or newer and this host has none; install it, or name its binary in CRAC_CRIU (see cracctl doctor)",

@@ -2,6 +2,7 @@ package images
 
 import (
 	"bufio"
+	"fmt"
 	"os"
 	goruntime "runtime"
 	"slices"
@@ -44,6 +45,16 @@ func ThisHost(criuVersion int) Host {
 		h.CgroupVersion = 2
 	}
 	return h
+}
+
+// MinimumCRIU is the oldest CRIU that works on the host's kernel. Since 6.16,
+// CRIU before 4.2 cannot dump any internet socket, though `criu check` is happy.
+func (h Host) MinimumCRIU() int {
+	var major, minor int
+	if _, err := fmt.Sscanf(h.Kernel, "%d.%d", &major, &minor); err == nil && (major > 6 || major == 6 && minor >= 16) {
+		return 40200
+	}
+	return MinimumCRIU
 }
 
 // Describe fills what a manifest says about the machine of the dump. minimum is

@@ -6,6 +6,8 @@
 // program start: no compiled patterns, no filled maps.
 package oci
 
+import "fmt"
+
 // The checkpoint layer, as paths relative to a root file system:
 //
 //	.crac/v1/criu/*.img       the dump, with libcontainer's descriptors.json
@@ -56,4 +58,26 @@ type CheckpointOptions struct {
 	Ref string `json:"ref"`
 	// Exit stops the container after the dump.
 	Exit bool `json:"exit"`
+}
+
+// CheckRef refuses what cannot be an image's name anywhere. containerd itself
+// takes any string, so that a mistake would show only when the image is pushed.
+func CheckRef(ref string) error {
+	// The longest registry, repository and tag that a registry takes.
+	const longest = 255 + 1 + 255 + 1 + 128
+	if ref == "" {
+		return fmt.Errorf("the image name is empty; give one such as registry.example/app:warm")
+	}
+	if len(ref) > longest {
+		return fmt.Errorf("the image name is longer than %d characters: %.40q…", longest, ref)
+	}
+	for _, c := range []byte(ref) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9':
+		case c == '.', c == '-', c == '_', c == '/', c == ':', c == '@', c == '[', c == ']', c == '+':
+		default:
+			return fmt.Errorf("image name %q holds %q, which no image name can", ref, c)
+		}
+	}
+	return nil
 }

@@ -93,7 +93,10 @@ func knownOptions() []option {
 		enum("memory", func(o *Options) *MemoryMode { return &o.Memory },
 			func(v MemoryMode) bool { return v == MemoryLazy }, MemoryAuto, MemoryLazy, MemoryEager),
 		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPClose, TCPEstablished, TCPError),
-		text("checkpoint.image", "an image name", func(o *Options) *string { return &o.CheckpointImage }, nil),
+		{key: "checkpoint.image", values: "an image name", set: func(o *Options, v string) error {
+			o.CheckpointImage = v
+			return CheckRef(v)
+		}},
 		{key: "checkpoint.exit", values: "true, false", set: func(o *Options, v string) (err error) {
 			o.CheckpointExit, err = strconv.ParseBool(v)
 			return err
@@ -110,17 +113,15 @@ func knownOptions() []option {
 			}
 			return err
 		}, unsupported: func(o *Options) bool { return o.HookTimeout != 0 && o.HookTimeout != DefaultHookTimeout }},
-		text("hook.before-checkpoint", "a command, URL or signal", func(o *Options) *string { return &o.HookBeforeCheckpoint }, notEmpty),
-		text("hook.after-restore", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterRestore }, notEmpty),
-		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }, notEmpty),
+		text("hook.before-checkpoint", "a command, URL or signal", func(o *Options) *string { return &o.HookBeforeCheckpoint }),
+		text("hook.after-restore", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterRestore }),
+		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }),
 		enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
 			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload),
 		enum("fd-policy", func(o *Options) *string { return &o.FDPolicy },
 			func(v string) bool { return v != "" && v != FDPolicyError }, FDPolicyError, FDPolicyIgnore, FDPolicyClose, FDPolicyReopen),
 	}
 }
-
-func notEmpty(v string) bool { return v != "" }
 
 func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bool, values ...T) option {
 	names := make([]string, len(values))
@@ -140,18 +141,15 @@ func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bo
 	return o
 }
 
-func text(key, values string, field func(*Options) *string, unsupported func(string) bool) option {
-	o := option{key: key, values: values, set: func(o *Options, v string) error {
+// text is an option of a later version: any value of it is unsupported.
+func text(key, values string, field func(*Options) *string) option {
+	return option{key: key, values: values, set: func(o *Options, v string) error {
 		if strings.TrimSpace(v) == "" {
 			return fmt.Errorf("empty")
 		}
 		*field(o) = v
 		return nil
-	}}
-	if unsupported != nil {
-		o.unsupported = func(o *Options) bool { return unsupported(*field(o)) }
-	}
-	return o
+	}, unsupported: func(o *Options) bool { return *field(o) != "" }}
 }
 
 // envName is the environment variable that carries an option:

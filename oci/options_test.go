@@ -67,6 +67,7 @@ func TestParseOptions(t *testing.T) {
 		{name: "bad variable is named", env: []string{"CRAC_RESTORE=maybe"}, wantErr: "environment variable CRAC_RESTORE"},
 		{name: "empty value", annotations: map[string]string{p("restore"): ""}, wantErr: `value ""`},
 		{name: "empty image", annotations: map[string]string{p("checkpoint.image"): " "}, wantErr: "an image name"},
+		{name: "image name with a space", annotations: map[string]string{p("checkpoint.image"): "a b"}, wantErr: "' '"},
 		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
 		{name: "bad duration", annotations: map[string]string{p("hook.timeout"): "10"}, wantErr: "a duration"},
 		{name: "no duration", annotations: map[string]string{p("hook.timeout"): "0s"}, wantErr: "longer than 0"},
@@ -86,6 +87,17 @@ func TestParseOptions(t *testing.T) {
 				t.Errorf("got  %+v\nwant %+v", got, tt.want)
 			}
 		})
+	}
+}
+
+func TestCheckRef(t *testing.T) {
+	for ref, ok := range map[string]bool{
+		"app:warm": true, "registry.example:5000/a/b_c-d/e:v1.2+x": true, "[::1]:5000/a@sha256:" + strings.Repeat("0", 64): true,
+		"": false, "a b": false, "a\n": false, "a\x1b[0m": false, "ä": false, "$(x)": false, strings.Repeat("a", 1000): false,
+	} {
+		if err := CheckRef(ref); (err == nil) != ok {
+			t.Errorf("%q: %v", ref, err)
+		}
 	}
 }
 

@@ -64,6 +64,10 @@ while its memory and its changes are taken, not while the image is packed.`,
 }
 
 func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string, out, errOut io.Writer) error {
+	// Before anything stands still for it.
+	if err := oci.CheckRef(ref); err != nil {
+		return err
+	}
 	ctx = namespaces.WithNamespace(ctx, t.namespace)
 	client, err := connect(ctx, t.address)
 	if err != nil {

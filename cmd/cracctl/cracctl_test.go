@@ -51,6 +51,7 @@ func TestCommandLine(t *testing.T) {
 		{args: []string{"nonsense"}, err: "nonsense"},
 		{args: []string{"checkpoint", "only-one"}, err: "2 arg"},
 		{args: []string{"doctor", "--format", "xml"}, err: "table and json"},
+		{args: []string{"checkpoint", "c", "a b"}, err: "image name"},
 		{args: []string{"checkpoint", "c", "ref"}, err: nowhere}, // the variable counts, and the way out is said
 		{args: []string{"checkpoint", "c", "ref"}, err: "--address"},
 		{args: []string{"-a", "/other.sock", "checkpoint", "c", "ref"}, err: "/other.sock"},

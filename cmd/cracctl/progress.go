@@ -66,6 +66,7 @@ func bar(out io.Writer) display {
 		progressbar.OptionSetWriter(out),
 		progressbar.OptionSetDescription("dumping"),
 		progressbar.OptionShowBytes(true),
+		progressbar.OptionShowCount(),
 		progressbar.OptionSpinnerType(14),
 		progressbar.OptionClearOnFinish(),
 		progressbar.OptionThrottle(65*time.Millisecond),

@@ -81,7 +81,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, err
 	}
-	if err := checkRef(r.Ref); err != nil {
+	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, err
 	}
 	spec, err := readSpec(r.SpecPath)
@@ -160,20 +160,6 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: changes.size(),
 	})
 	return target, nil
-}
-
-// checkRef refuses what cannot be a name anywhere. containerd itself takes any
-// string.
-func checkRef(ref string) error {
-	if ref == "" || len(ref) > 255+129 {
-		return fmt.Errorf("image name %q is empty or too long", ref)
-	}
-	for _, c := range ref {
-		if c <= ' ' || c >= 0x7f {
-			return fmt.Errorf("image name %q holds a character that no image name can", ref)
-		}
-	}
-	return nil
 }
 
 func readSpec(path string) ([]byte, error) {

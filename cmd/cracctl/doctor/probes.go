@@ -119,9 +119,9 @@ func (p *prober) criu(ctx context.Context) []Check {
 	}
 	p.criuPath = path
 	found := fmt.Sprintf("%s at %s", oci.VersionString(version), path)
-	if version < images.MinimumCRIU {
+	if need := images.ThisHost(version).MinimumCRIU(); version < need {
 		return one(name, Fail, found+", which fails on current kernels",
-			fmt.Sprintf("install CRIU %s or newer and name its binary in CRAC_CRIU", oci.VersionString(images.MinimumCRIU)))
+			fmt.Sprintf("install CRIU %s or newer and name its binary in CRAC_CRIU", oci.VersionString(need)))
 	}
 	checks := one(name, OK, found, "")
 
