@@ -108,8 +108,8 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	if err != nil {
 		return classified{err, errdefs.ErrFailedPrecondition}
 	}
-	if version < images.MinimumCRIU {
-		return fmt.Errorf("CRIU %s is too old, %s is needed; see `cracctl doctor`: %w", oci.VersionString(version), oci.VersionString(images.MinimumCRIU), errdefs.ErrFailedPrecondition)
+	if need := images.ThisHost(version).MinimumCRIU(); version < need {
+		return fmt.Errorf("CRIU %s is too old, %s is needed on this kernel; see `cracctl doctor`: %w", oci.VersionString(version), oci.VersionString(need), errdefs.ErrFailedPrecondition)
 	}
 	if r.ref == "" && r.dir == "" {
 		return fmt.Errorf("neither a directory nor an image to put it in; set the annotation %scheckpoint.image: %w", oci.AnnotationPrefix, errdefs.ErrInvalidArgument)
