@@ -625,11 +625,12 @@ func TestHostWithoutCRIU(tb *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	// Registered before the containers' own clean-up, so it runs after that.
+	tb.Cleanup(func() {
 		if err := other.Stop(context.Background()); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
 	o := other.For(tb, 2*time.Minute)
 	o.CtrOK("images", "import", archive)
 	asBefore := how{image: image, args: ticker().args}
