@@ -311,7 +311,7 @@ func zombies(shim int) []harness.Process {
 // children. It must reap them, and must not take the exit of anyone else for it.
 func TestOrphans(tb *testing.T) {
 	t := setup(tb)
-	n := newContainer(t, sh("while :; do (sleep 0.01 & ); (sh -c 'exit 77' & ); sleep 0.02; done", oci.WithHostNamespace(specs.PIDNamespace))).start()
+	n := newContainer(t, sh("while :; do (sleep 0.01 & ); (sh -c 'exit 77' & ); sleep 0.05; done", oci.WithHostNamespace(specs.PIDNamespace))).start()
 	shim, err := t.ShimPID(n.ID())
 	if err != nil {
 		t.Fatal(err)
