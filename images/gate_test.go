@@ -22,6 +22,16 @@ func TestGate(t *testing.T) {
 		{name: "old CRIU", code: CodeCRIUTooOld, says: []string{"4.1", "3.17.1"}, change: func(_ *oci.Manifest, h *Host, _ *Request) { h.CRIU = 31701 }},
 		{name: "older than the dump needs", code: CodeCRIUTooOld, says: []string{"4.2", "4.1"}, change: func(m *oci.Manifest, h *Host, _ *Request) { m.CRIU.Minimum, h.CRIU = 40200, 40100 }},
 		{name: "a manifest cannot ask for an old one", code: CodeCRIUTooOld, change: func(m *oci.Manifest, h *Host, _ *Request) { m.CRIU.Minimum, h.CRIU = 1, 31701 }},
+		{name: "too old for the kernel", code: CodeCRIUTooOld, says: []string{"4.2", "4.1.1"}, change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel = "6.16.1-cloud" }},
+		{name: "new enough for the kernel", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel, h.CRIU = "7.1.0", 40200 }},
+		{name: "the image's own command", change: func(m *oci.Manifest, _ *Host, r *Request) {
+			m.Base.Args, r.Args = []string{"/default"}, []string{"/default"}
+		}},
+		{name: "too old for the kernel", code: CodeCRIUTooOld, says: []string{"4.2", "4.1.1"}, change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel = "6.16.1-cloud" }},
+		{name: "new enough for the kernel", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel, h.CRIU = "7.1.0", 40200 }},
+		{name: "the image's own command", change: func(m *oci.Manifest, _ *Host, r *Request) {
+			m.Base.Args, r.Args = []string{"/default"}, []string{"/default"}
+		}},
 		{name: "newer CRIU", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.CRIU = 50000 }},
 		{name: "architecture", code: CodeArchitecture, says: []string{"riscv64"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Platform.Architecture = "riscv64" }},
 		{name: "page size", code: CodePageSize, says: []string{"65536"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Host.PageSize = 65536 }},
@@ -51,6 +61,7 @@ func TestGate(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			m := facts()
 			h := ThisHost(40101)
+			h.Kernel = "6.12.0" // newer ones need a newer CRIU
 			r := RequestOf(m.Container, slices.Clone(m.Mounts))
 			tt.change(&m, &h, &r)
 			got := Gate(&m, h, r)

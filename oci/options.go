@@ -84,6 +84,9 @@ type option struct {
 	values      string // for messages
 	set         func(*Options, string) error
 	unsupported func(*Options) bool
+	// annotationOnly options are the operator's alone: the environment comes
+	// from the image, which may be hostile.
+	annotationOnly bool
 }
 
 // knownOptions is a function, not a variable, to keep program start free of it.
@@ -93,7 +96,8 @@ func knownOptions() []option {
 		enum("memory", func(o *Options) *MemoryMode { return &o.Memory },
 			func(v MemoryMode) bool { return v == MemoryLazy }, MemoryAuto, MemoryLazy, MemoryEager),
 		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPClose, TCPEstablished, TCPError),
-		{key: "checkpoint.image", values: "an image name", set: func(o *Options, v string) error {
+		// An image that chose the name could replace another image.
+		{key: "checkpoint.image", values: "an image name", annotationOnly: true, set: func(o *Options, v string) error {
 			o.CheckpointImage = v
 			return CheckRef(v)
 		}},
@@ -116,8 +120,8 @@ func knownOptions() []option {
 		text("hook.before-checkpoint", "a command, URL or signal", func(o *Options) *string { return &o.HookBeforeCheckpoint }),
 		text("hook.after-restore", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterRestore }),
 		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }),
-		enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
-			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload),
+		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
+			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload)),
 		enum("fd-policy", func(o *Options) *string { return &o.FDPolicy },
 			func(v string) bool { return v != "" && v != FDPolicyError }, FDPolicyError, FDPolicyIgnore, FDPolicyClose, FDPolicyReopen),
 	}
@@ -163,7 +167,8 @@ func envName(key string) string {
 //
 // An annotation below AnnotationPrefix that is neither an option nor reserved
 // is an error: a mistyped option must not pass for a default. An unknown CRAC_*
-// variable is not, because a workload may use the prefix for itself.
+// variable is not, because a workload may use the prefix for itself. The options
+// checkpoint.image and checkpoint.allow are annotations only.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
 		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
@@ -189,7 +194,7 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 	for _, k := range known {
 		source := "annotation " + AnnotationPrefix + k.key
 		value, ok := annotations[AnnotationPrefix+k.key]
-		if !ok {
+		if !ok && !k.annotationOnly {
 			source = "environment variable " + envName(k.key)
 			value, ok = lookup(env, envName(k.key))
 		}
@@ -201,6 +206,11 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 		}
 	}
 	return o, nil
+}
+
+func annotationOnly(o option) option {
+	o.annotationOnly = true
+	return o
 }
 
 // lookup finds a variable as a process would: the last one counts.

@@ -35,10 +35,14 @@ func TestParseOptions(t *testing.T) {
 			want: with(func(o *Options) { o.Restore, o.TCP = RestoreRequire, TCPClose }),
 		},
 		{
-			name: "environment", env: []string{"CRAC_CHECKPOINT_IMAGE=a/b:c", "CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
+			name: "environment", env: []string{"CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
 			want: with(func(o *Options) {
-				o.CheckpointImage, o.CheckpointExit, o.FDPolicy, o.HookTimeout = "a/b:c", true, FDPolicyClose, time.Minute
+				o.CheckpointExit, o.FDPolicy, o.HookTimeout = true, FDPolicyClose, time.Minute
 			}),
+		},
+		{
+			name: "an image does not choose for the operator",
+			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload"}, want: defaults,
 		},
 		{
 			name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},

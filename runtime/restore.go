@@ -139,13 +139,11 @@ func (c *Container) undoRestore() error {
 		}
 		c.init = nil
 	}
-	lc, err := c.lc, error(nil)
-	if loaded, lerr := libcontainer.Load(c.cfg.Root, c.cfg.ID); lerr == nil {
-		lc = loaded // knows of a process that died half-way
-		_ = lc.Signal(unix.SIGKILL)
+	if loaded, err := libcontainer.Load(c.cfg.Root, c.cfg.ID); err == nil {
+		c.lc = loaded // knows of a process that died half-way
+		_ = c.lc.Signal(unix.SIGKILL)
 	}
-	c.lc = lc
-	if err = c.machine.to(Created); err != nil {
+	if err := c.machine.to(Created); err != nil {
 		return err
 	}
 	if c.held == nil {

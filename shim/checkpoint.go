@@ -111,6 +111,12 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	if need := images.ThisHost(version).MinimumCRIU(); version < need {
 		return fmt.Errorf("CRIU %s is too old, %s is needed on this kernel; see `cracctl doctor`: %w", oci.VersionString(version), oci.VersionString(need), errdefs.ErrFailedPrecondition)
 	}
+	if r.ref != "" {
+		// Before anything stands still for it.
+		if err := oci.CheckRef(r.ref); err != nil {
+			return classified{err, errdefs.ErrInvalidArgument}
+		}
+	}
 	if r.ref == "" && r.dir == "" {
 		return fmt.Errorf("neither a directory nor an image to put it in; set the annotation %scheckpoint.image: %w", oci.AnnotationPrefix, errdefs.ErrInvalidArgument)
 	}

@@ -46,10 +46,8 @@ var (
 )
 
 // groupLabels are the annotations that put several containers into one shim, in
-// order of precedence: the same as runc's shim knows, and our own form of the
-// first.
+// order of precedence: the same as runc's shim knows.
 var groupLabels = []string{
-	"io.containerd.crac.v2.group",
 	"io.containerd.runc.v2.group",
 	"io.kubernetes.cri.sandbox-id",
 }

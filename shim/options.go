@@ -46,15 +46,15 @@ func runtimeOptions(opts *anypb.Any) (*runcoptions.Options, error) {
 // tomlKeys are runc's options as an administrator writes them in containerd's
 // configuration, together with the keys of the envelope that they come in.
 type tomlKeys struct {
-	TypeUrl    string //nolint:staticcheck // the key's spelling
+	TypeUrl    string
 	ConfigPath string
 	ConfigBody string
 
 	NoPivotRoot   bool
 	NoNewKeyring  bool
 	ShimCgroup    string
-	IoUid         uint32 //nolint:staticcheck // the key's spelling
-	IoGid         uint32 //nolint:staticcheck // the key's spelling
+	IoUid         uint32
+	IoGid         uint32
 	BinaryName    string
 	Root          string
 	SystemdCgroup bool

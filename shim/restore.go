@@ -84,7 +84,7 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 		mounts[i] = images.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
 	}
 	checkpoint, rest, err := images.Find(mounts)
-	f := findings{mounts: rest, masked: checkpoint != nil && checkpoint.Visible}
+	f := findings{mounts: rest, masked: images.Visible(rest)}
 
 	path := r.Checkpoint
 	if path == "" {

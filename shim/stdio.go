@@ -185,7 +185,7 @@ func (p *processIO) pipes(ctx context.Context, owner stdioOwner, c stdioConfig) 
 		return err
 	}
 	go func() {
-		copyAll(w, in)
+		_ = copyAll(w, in) // what is not read is nobody's loss
 		w.Close()
 		in.Close()
 	}()
