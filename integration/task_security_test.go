@@ -83,24 +83,33 @@ func TestUserNamespace(tb *testing.T) {
 		t.Fatal(err)
 	}
 	maps := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
-	id := newID(t)
-	c := sh("cat /proc/self/uid_map | tr -s ' '; touch /root/file && stat -c %u /root/file /bin/busybox; sleep 1000", oci.WithUserNamespace(maps, maps))
-	c.id, c.container = id, []containerd.NewContainerOpts{containerd.WithUserNSRemappedSnapshot(id, img, maps, maps)}
-	n := newContainer(t, c).start()
-	t.Eventually("output; there is "+n.err.String(), func() bool { return strings.Count(n.out.String(), "\n") == 3 })
-	if out := n.out.String(); out != " 0 100000 65536\n0\n0\n" {
-		t.Errorf("inside: %q, %q", out, n.err)
+	for name, snapshot := range map[string]func(id string) containerd.NewContainerOpts{
+		"remapped snapshot": func(id string) containerd.NewContainerOpts {
+			return containerd.WithUserNSRemappedSnapshot(id, img, maps, maps)
+		},
+		"idmapped mounts": func(id string) containerd.NewContainerOpts {
+			return containerd.WithNewSnapshot(id, img, containerd.WithUserNSRemapperLabels(maps, maps))
+		},
+	} {
+		id := newID(t)
+		c := sh("cat /proc/self/uid_map | tr -s ' '; touch /root/file && stat -c %u /root/file /bin/busybox; sleep 1000", oci.WithUserNamespace(maps, maps))
+		c.id, c.container = id, []containerd.NewContainerOpts{snapshot(id)}
+		n := newContainer(t, c).start()
+		t.Eventually("output with "+name, func() bool { return strings.Count(n.out.String(), "\n") == 3 || n.err.String() != "" })
+		if out := n.out.String(); out != " 0 100000 65536\n0\n0\n" {
+			t.Errorf("%s: inside: %q, %q", name, out, n.err)
+		}
+		var st syscall.Stat_t
+		if err := syscall.Stat(fmt.Sprintf("/proc/%d", n.task.Pid()), &st); err != nil || st.Uid != 100000 {
+			t.Errorf("%s: on the host the process belongs to %d (%v)", name, st.Uid, err)
+		}
+		if r := n.exec("id -u; cat /proc/self/uid_map | tr -s ' '"); r.out != "0\n 0 100000 65536\n" {
+			t.Errorf("%s: exec: %+v", name, r)
+		}
+		n.kill(syscall.SIGKILL)
+		n.wait()
+		n.deleteTask()
 	}
-	var st syscall.Stat_t
-	if err := syscall.Stat(fmt.Sprintf("/proc/%d", n.task.Pid()), &st); err != nil || st.Uid != 100000 {
-		t.Errorf("on the host the process belongs to %d (%v)", st.Uid, err)
-	}
-	if r := n.exec("id -u; cat /proc/self/uid_map | tr -s ' '"); r.out != "0\n 0 100000 65536\n" {
-		t.Errorf("exec: %+v", r)
-	}
-	n.kill(syscall.SIGKILL)
-	n.wait()
-	n.deleteTask()
 }
 
 func TestReadonlyRoot(tb *testing.T) {
