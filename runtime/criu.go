@@ -65,8 +65,21 @@ func (e *CRIUError) Error() string {
 	} else {
 		fmt.Fprintf(&b, ": %v", e.Err)
 	}
+	for _, h := range criuHints {
+		if strings.Contains(b.String(), h.says) {
+			fmt.Fprintf(&b, "; %s", h.means)
+			break
+		}
+	}
 	fmt.Fprintf(&b, " (log: %s)", e.Log)
 	return b.String()
+}
+
+// criuHints are failures that users meet, and the way out of each.
+var criuHints = []struct{ says, means string }{
+	{"Can't get rlimit", "CRIU needs CAP_SYS_RESOURCE to dump processes of another user, and containerd's root lacks it here: grant it, or run the container as root or in a user namespace (see `cracctl doctor`)"},
+	{"Unsupported proto 262", "the workload listens with Multipath TCP, which CRIU cannot dump: set GODEBUG=multipathtcp=0 for a Go program, or the sysctl net.mptcp.enabled=0"},
+	{"consider using --tcp-established", "the workload has established connections: close them, or set the annotation io.containerd.crac.tcp to close or established"},
 }
 
 // Unwrap returns libcontainer's error.
