@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -152,6 +153,7 @@ func (s *scenario) makeCheckpoint(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.reported("(of it the container stood still)", s.original.id, "frozen_ms")
 	names, err := s.images(ctx)
 	if err != nil {
 		return err
@@ -219,6 +221,7 @@ func (s *scenario) warm(ctx context.Context) error {
 	if err := s.step(ctx, "warm start: ctr run to first 200", c); err != nil {
 		return err
 	}
+	s.reported("(of it the runtime restored the processes)", c.id, "ms")
 	s.report.WarmMS = milliseconds(c.took)
 	if c.took > 0 {
 		s.report.Ratio = s.report.ColdMS / s.report.WarmMS
@@ -424,6 +427,30 @@ func (s *scenario) sizes(ctx context.Context) error {
 		return fmt.Errorf("the registry's manifest of %s: %w", s.checkpoint, err)
 	}
 	return s.report.measure(m)
+}
+
+// reported adds what the runtime says in containerd's log about a step.
+func (s *scenario) reported(name, id, key string) {
+	if ms, ok := reported(s.d.Log(), id, key); ok {
+		s.progress.steps = append(s.progress.steps, Step{name, ms})
+	}
+}
+
+// reported finds the last line about a container that has the key with a number.
+func reported(log, id, key string) (value float64, ok bool) {
+	for line := range strings.Lines(log) {
+		fields := strings.Fields(line)
+		if !slices.Contains(fields, "id="+id) {
+			continue
+		}
+		for _, f := range fields {
+			text, is := strings.CutPrefix(f, key+"=")
+			if n, err := strconv.ParseFloat(text, 64); is && err == nil {
+				value, ok = n, true
+			}
+		}
+	}
+	return value, ok
 }
 
 func (s *scenario) containerLog(id string) string {
