@@ -66,7 +66,7 @@ func runTests(m *testing.M) (code int) {
 	// go test kills a process that takes too long, and nobody would clean up after it.
 	if limit := flag.Lookup("test.timeout"); limit != nil {
 		if d, err := time.ParseDuration(limit.Value.String()); err == nil && d > 0 {
-			time.AfterFunc(d*9/10, func() { abandon("the tests take too long") })
+			time.AfterFunc(max(d*9/10, d-time.Minute), func() { abandon("the tests take too long") })
 		}
 	}
 	sigs := make(chan os.Signal, 1)
