@@ -658,14 +658,14 @@ func TestHostWithoutCRIU(tb *testing.T) {
 }
 
 // A dump that fails leaves the container as it was: here because of a connection to the outside,
-// which the default tcp=error does not allow.
+// which tcp=error does not allow.
 func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 	onlyCrac(tb)
 	t := setup(tb)
 	needImage(t, "goserver")
 	sameCgroups(t, func(onlyOf func(...*box)) {
 		image := ref(t)
-		b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: []string{noMPTCP, option("checkpoint.image", image)}})
+		b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: []string{noMPTCP, option("checkpoint.image", image), option("tcp", "error")}})
 		count(t, b)
 		conn, err := net.Dial("tcp", b.address()+":8080")
 		if err != nil {
@@ -734,13 +734,13 @@ func imageNames(t *harness.T) []string {
 	return names
 }
 
-// tcp=close drops connections to the outside from the dump.
-func TestCheckpointClosesConnectionsOnRequest(tb *testing.T) {
+// By default, which is tcp=close, a clone has no connections of the original.
+func TestCheckpointClosesConnections(tb *testing.T) {
 	onlyCrac(tb)
 	t := setup(tb)
 	needImage(t, "goserver")
 	image := ref(t)
-	b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: []string{noMPTCP, option("checkpoint.image", image), option("tcp", "close")}})
+	b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: []string{noMPTCP, option("checkpoint.image", image)}})
 	count(t, b)
 	conn, err := net.Dial("tcp", b.address()+":8080")
 	if err != nil {

@@ -54,7 +54,7 @@ func interruptible(parent context.Context) (context.Context, func()) {
 // run plays the scenario and reports it. The report is written also when the scenario broke off,
 // with what is known by then.
 func run(ctx context.Context, keep bool) (err error) {
-	s := &scenario{progress: newProgress(os.Stdout), report: &Report{}}
+	s := &scenario{progress: newProgress(os.Stdout), report: &Report{ClonesMS: []float64{}}}
 	err = s.setUp(ctx, keep)
 	if err == nil {
 		err = s.play(ctx)
