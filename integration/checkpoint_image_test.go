@@ -775,10 +775,6 @@ func TestRestoredTask(tb *testing.T) {
 	})
 	clone.goesOnFrom(last)
 	task := clone.task()
-	exited, err := task.Wait(t.Ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
 	if m := t.CtrOK("tasks", "metrics", clone.id); !strings.Contains(m, "memory") {
 		t.Errorf("metrics of the clone:\n%s", m)
 	}
@@ -811,7 +807,8 @@ func TestRestoredTask(tb *testing.T) {
 		t.Fatal(err)
 	}
 	clone.waitTicks(3)
-	if exited, err = clone.task().Wait(t.Ctx); err != nil {
+	exited, err := clone.task().Wait(t.Ctx)
+	if err != nil {
 		t.Fatal(err)
 	}
 	clone.exec("touch", "/stop")

@@ -146,12 +146,12 @@ func parseAddress(record []byte) (string, error) {
 	if err := json.Unmarshal(record, &r); err != nil {
 		return "", err
 	}
-	for _, ip := range r.Result.IPs {
-		addr, _, err := net.ParseCIDR(ip.Address)
-		if err != nil {
-			return "", err
-		}
-		return addr.String(), nil
+	if len(r.Result.IPs) == 0 {
+		return "", errors.New("CNI's record holds no address")
 	}
-	return "", errors.New("CNI's record holds no address")
+	addr, _, err := net.ParseCIDR(r.Result.IPs[0].Address)
+	if err != nil {
+		return "", err
+	}
+	return addr.String(), nil
 }

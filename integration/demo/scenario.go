@@ -387,9 +387,8 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	}
 	c.took = time.Since(begin)
 	if err != nil {
-		failed(err)
 		cancel()
-		<-done
+		_ = <-done // ctr is gone; when it failed by itself, that is the cause in err
 		return fmt.Errorf("start %s: %w", c.id, err)
 	}
 	return <-done
