@@ -53,6 +53,11 @@ func (c *Container) view(dir string) (_ *dumpView, err error) {
 	switch {
 	case private(c.spec, specs.UserNamespace):
 		v.rename = named
+		// containerd may have given the files of the image to the container,
+		// and the dump with them.
+		if theirs, err := ownedByRoot(c.spec, dir); err != nil || theirs {
+			return v, err
+		}
 		v.root, err = idmapped(dir, c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings)
 	case named:
 		v.own = filepath.Join(c.cfg.Bundle, "criu-uts")
@@ -65,6 +70,21 @@ func (c *Container) view(dir string) (_ *dumpView, err error) {
 	}
 	v.dir = fmt.Sprintf("/proc/self/fd/%d", v.root.Fd())
 	return v, nil
+}
+
+// ownedByRoot tells whether a directory belongs to the root of the spec's user
+// namespace.
+func ownedByRoot(spec *specs.Spec, dir string) (bool, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return false, &os.PathError{Op: "stat", Path: dir, Err: err}
+	}
+	for _, m := range spec.Linux.UIDMappings {
+		if m.ContainerID == 0 {
+			return m.Size > 0 && m.HostID == st.Uid, nil
+		}
+	}
+	return false, nil
 }
 
 // idmapped shows a directory to the root of a user namespace as its own: a dump

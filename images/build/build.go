@@ -25,6 +25,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
@@ -84,7 +85,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, err
 	}
-	spec, err := readSpec(r.SpecPath)
+	spec, own, err := readSpec(r.SpecPath)
 	if err != nil {
 		return none, err
 	}
@@ -121,7 +122,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, fmt.Errorf("find the root file system of container %s: %w", c.ID, err)
 	}
-	changes, err := takeChanges(ctx, s, sn, c, info, comp)
+	changes, err := takeChanges(ctx, s, sn, c, info, own, comp)
 	if err != nil {
 		return none, fmt.Errorf("take the changes of container %s: %w", c.ID, err)
 	}
@@ -132,7 +133,11 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	}
 
 	// Only now: the container has stood still until here.
-	base, err := loadBase(ctx, s, c.Image, info.Parent)
+	parent, err := own.unpacked(ctx, sn, info.Parent)
+	if err != nil {
+		return none, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	base, err := loadBase(ctx, s, c.Image, parent)
 	if err != nil {
 		return none, fmt.Errorf("container %s: %w", c.ID, err)
 	}
@@ -162,15 +167,16 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	return target, nil
 }
 
-func readSpec(path string) ([]byte, error) {
-	spec, err := os.ReadFile(path)
+func readSpec(path string) ([]byte, *owners, error) {
+	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("read the container's runtime spec: %w", err)
+		return nil, nil, fmt.Errorf("read the container's runtime spec: %w", err)
 	}
-	if !json.Valid(spec) {
-		return nil, fmt.Errorf("the container's runtime spec %s is not JSON", path)
+	var spec specs.Spec
+	if err := json.Unmarshal(data, &spec); err != nil {
+		return nil, nil, fmt.Errorf("the container's runtime spec %s is not JSON of the kind it should be: %w", path, err)
 	}
-	return spec, nil
+	return data, ownersOf(&spec), nil
 }
 
 // withLease holds what ctx stores from now on. release gives it up, also when

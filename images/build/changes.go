@@ -42,7 +42,7 @@ var errUnusual = errors.New("upper directory refers to layers below")
 // tree above, and reads every file whose time has no fraction, which is every
 // file that came from an image. On overlay the upper directory holds exactly the
 // changes, so only it is read.
-func takeChanges(ctx context.Context, s services, sn snapshots.Snapshotter, c containers.Container, info snapshots.Info, comp compression) (newLayer, error) {
+func takeChanges(ctx context.Context, s services, sn snapshots.Snapshotter, c containers.Container, info snapshots.Info, own *owners, comp compression) (newLayer, error) {
 	if info.Kind != snapshots.KindActive {
 		return newLayer{}, nil // a read-only root file system
 	}
@@ -51,12 +51,16 @@ func takeChanges(ctx context.Context, s services, sn snapshots.Snapshotter, c co
 		return newLayer{}, err
 	}
 	if upper, ok := upperDir(mounts); ok {
-		l, err := writeUpper(ctx, s, c.ID, upper, comp)
+		l, err := writeUpper(ctx, s, c.ID, upper, own, comp)
 		if !errors.Is(err, errUnusual) {
 			return l, err
 		}
 	}
-	return compare(ctx, s, sn, c, info, mounts, comp)
+	l, err := compare(ctx, s, sn, c, info, mounts, comp)
+	if err != nil {
+		return newLayer{}, err
+	}
+	return own.rewrite(ctx, s.content, c.ID, l, comp)
 }
 
 func upperDir(mounts []mount.Mount) (string, bool) {
@@ -71,13 +75,13 @@ func upperDir(mounts []mount.Mount) (string, bool) {
 	return "", false
 }
 
-func writeUpper(ctx context.Context, s services, id, upper string, comp compression) (newLayer, error) {
+func writeUpper(ctx context.Context, s services, id, upper string, own *owners, comp compression) (newLayer, error) {
 	changed, err := plainUpper(upper)
 	if err != nil || !changed {
 		return newLayer{}, err
 	}
 	return writeLayer(ctx, s.content, "crac-changes-"+id, comp, func(w io.Writer) error {
-		return tarUpper(ctx, w, upper)
+		return own.layer(w, func(w io.Writer) error { return tarUpper(ctx, w, upper) })
 	})
 }
 
@@ -180,7 +184,15 @@ func isOpaque(dir string) bool {
 // it twice to find no difference would keep the container frozen.
 func compare(ctx context.Context, s services, sn snapshots.Snapshotter, c containers.Container, info snapshots.Info, upper []mount.Mount, comp compression) (_ newLayer, err error) {
 	key := fmt.Sprintf("crac-parent-%s-%d", c.ID, time.Now().UnixNano())
-	lower, err := sn.View(ctx, key, info.Parent)
+	// Where the snapshotter maps owners when it mounts, the two sides would
+	// differ in every file without the same map.
+	maps := make(map[string]string)
+	for _, k := range []string{snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping} {
+		if v, ok := info.Labels[k]; ok {
+			maps[k] = v
+		}
+	}
+	lower, err := sn.View(ctx, key, info.Parent, snapshots.WithLabels(maps))
 	if err != nil {
 		return newLayer{}, err
 	}
