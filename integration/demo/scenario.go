@@ -372,14 +372,14 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	defer cancel()
 	poll, failed := context.WithCancelCause(ctx)
 	defer failed(nil)
-	done := make(chan error, 1)
+	var ran error
+	done := make(chan struct{})
 	begin := time.Now()
 	go func() {
-		_, err := s.d.Ctr(ctx, args...)
-		if err != nil {
-			failed(err)
+		defer close(done)
+		if _, ran = s.d.Ctr(ctx, args...); ran != nil {
+			failed(ran)
 		}
-		done <- err
 	}()
 	var err error
 	if c.address, err = address(poll, s.d, c.id); err == nil {
@@ -388,10 +388,11 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	c.took = time.Since(begin)
 	if err != nil {
 		cancel()
-		_ = <-done // ctr is gone; when it failed by itself, that is the cause in err
+		<-done
 		return fmt.Errorf("start %s: %w", c.id, err)
 	}
-	return <-done
+	<-done
+	return ran
 }
 
 // exec runs a command in a container and returns what it writes.
