@@ -2,6 +2,8 @@ package runtime
 
 import (
 	"fmt"
+	"path/filepath"
+	"strings"
 
 	ccgroups "github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -12,31 +14,38 @@ import (
 )
 
 // Stats reads the cgroup's counters: *stats.Metrics of containerd's cgroup1 or
-// cgroup2 package, whichever the host has.
+// cgroup2 package, whichever the host has. The cgroup is the container's, wherever
+// its processes have moved to since.
 func (c *Container) Stats() (any, error) {
 	c.mu.Lock()
-	init := c.init
+	state, err := c.lc.State()
 	c.mu.Unlock()
-	if init == nil {
-		return nil, fmt.Errorf("stats of container %s: %w", c.cfg.ID, ErrNotRunning)
+	if err != nil {
+		return nil, err
 	}
 	if ccgroups.Mode() == ccgroups.Unified {
-		path, err := cgroup2.PidGroupPath(init.Pid())
-		if err != nil {
-			return nil, fmt.Errorf("cgroup of process %d: %w", init.Pid(), err)
-		}
+		path := strings.TrimPrefix(state.CgroupPaths[""], cgroupRoot)
 		cg, err := cgroup2.Load(path)
 		if err != nil {
 			return nil, fmt.Errorf("load cgroup %s: %w", path, err)
 		}
 		return cg.Stat()
 	}
-	cg, err := cgroup1.Load(cgroup1.PidPath(init.Pid()))
+	cg, err := cgroup1.Load(func(name cgroup1.Name) (string, error) {
+		path := state.CgroupPaths[string(name)]
+		if path == "" {
+			return "", cgroup1.ErrControllerNotActive
+		}
+		return strings.TrimPrefix(path, filepath.Join(cgroupRoot, string(name))), nil
+	})
 	if err != nil {
-		return nil, fmt.Errorf("load cgroup of process %d: %w", init.Pid(), err)
+		return nil, fmt.Errorf("load the cgroups of container %s: %w", c.cfg.ID, err)
 	}
 	return cg.Stat(cgroup1.IgnoreNotExist)
 }
+
+// cgroupRoot is where cgroups are mounted (cgroups(7)).
+const cgroupRoot = "/sys/fs/cgroup"
 
 // OOM returns a channel that gets a value whenever the kernel kills a process
 // of the container for want of memory, and is closed with the cgroup.

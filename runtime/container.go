@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -64,7 +65,7 @@ func New(cfg Config, spec *specs.Spec) (*Container, error) {
 	if err := checkProcess(spec.Process); err != nil {
 		return nil, err
 	}
-	c := &Container{cfg: cfg, spec: spec, machine: machine{id: cfg.ID, state: Created}}
+	c := &Container{cfg: cfg, spec: spec, machine: machine{id: cfg.ID}}
 	if err := c.make(); err != nil {
 		return nil, err
 	}
@@ -95,9 +96,12 @@ func (c *Container) Spec() *specs.Spec { return c.spec }
 // Bundle is the container's bundle directory.
 func (c *Container) Bundle() string { return c.cfg.Bundle }
 
-// State is where the container is in its life.
+// State is where the container is in its life. It never waits for an operation
+// that is under way, which may take as long as a hook or a dump does.
 func (c *Container) State() State {
-	c.mu.Lock()
+	if !c.mu.TryLock() {
+		return State(c.machine.seen.Load())
+	}
 	defer c.mu.Unlock()
 	c.refresh()
 	return c.machine.state
@@ -110,7 +114,7 @@ func (c *Container) refresh() {
 	}
 	select {
 	case <-c.init.Done():
-		c.machine.state = Stopped
+		c.machine.set(Stopped)
 	default:
 	}
 }
@@ -274,10 +278,27 @@ func (c *Container) Pause() error {
 	if err := c.machine.can(Paused); err != nil {
 		return err
 	}
-	if err := c.lc.Pause(); err != nil {
+	if err := c.freeze(); err != nil {
 		return fmt.Errorf("pause container %s: %w", c.cfg.ID, err)
 	}
 	return c.machine.to(Paused)
+}
+
+// freezeTimeout bounds the attempts to freeze. A cgroup v1 freezer cannot freeze
+// a process in the middle of a fork, and libcontainer tries for some 20 ms only,
+// which is not enough on a busy machine.
+const freezeTimeout = 5 * time.Second
+
+// freeze freezes the workload. c.mu is held.
+func (c *Container) freeze() error {
+	deadline := time.Now().Add(freezeTimeout)
+	for {
+		err := c.lc.Pause()
+		if err == nil || errors.Is(err, libcontainer.ErrNotRunning) || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // Resume ends a Pause.
@@ -312,7 +333,7 @@ func (c *Container) Delete() error {
 	err := c.destroy()
 	c.held.release()
 	c.held = nil
-	c.machine.state = Stopped
+	c.machine.set(Stopped)
 	return err
 }
 

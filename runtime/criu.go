@@ -226,7 +226,7 @@ func (c *Container) Dump(dir string, o CRIUOptions, exit bool, whileFrozen func(
 	// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
 	// nothing runs between the dump and whileFrozen.
 	if came == Running {
-		if err := c.lc.Pause(); err != nil {
+		if err := c.freeze(); err != nil {
 			_ = c.machine.to(Running)
 			return fmt.Errorf("freeze container %s: %w", c.cfg.ID, err)
 		}

@@ -87,6 +87,24 @@ func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
 	return err
 }
 
+// onOwnThread runs fn on a thread that ends with it, so that fn may change what
+// belongs to a thread.
+func onOwnThread(fn func() error) error {
+	result := make(chan error, 1)
+	go func() {
+		// Never unlocked, but on the first thread, which cannot end: keep it
+		// busy while another is found.
+		goruntime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			result <- onOwnThread(fn)
+			goruntime.UnlockOSThread()
+			return
+		}
+		result <- fn()
+	}()
+	return <-result
+}
+
 // raiseLoopback brings lo up in the calling thread's network namespace
 // (netdevice(7), SIOCSIFFLAGS).
 func raiseLoopback() error {

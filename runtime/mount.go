@@ -11,34 +11,67 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attachMount mounts m in the mount namespace of a running process. It is for
-// mounts that a dump does not have: libcontainer has made the mount point, as
-// it has for all mounts of the spec.
-func attachMount(pid int, m specs.Mount) error {
-	tree, err := detachedTree(m)
-	if err != nil {
-		return err
+// mountTrees are mounts that a dump does not have, made and in no namespace yet,
+// in the order of the spec.
+type mountTrees []mountTree
+
+type mountTree struct {
+	destination string
+	fd          int
+}
+
+// detachedTrees makes all of the mounts, or fails with some of them made.
+func detachedTrees(mounts []specs.Mount) (trees mountTrees, err error) {
+	for _, m := range mounts {
+		fd, err := detachedTree(m)
+		if err != nil {
+			return trees, fmt.Errorf("mount %s: %w", m.Destination, err)
+		}
+		trees = append(trees, mountTree{m.Destination, fd})
 	}
-	defer unix.Close(tree)
+	return trees, nil
+}
+
+func (t mountTrees) close() {
+	for _, tree := range t {
+		unix.Close(tree.fd)
+	}
+}
+
+// attach puts the mounts into the mount namespace of a running process.
+// libcontainer has made the mount points, as it has for all mounts of the spec.
+func (t mountTrees) attach(pid int) error {
+	if len(t) == 0 {
+		return nil
+	}
 	return inMountNamespace(pid, func() error {
-		// The workload runs already and may have changed the path: whatever it
-		// put there, stay below its root.
 		root, err := os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
 		defer root.Close()
-		target, err := unix.Openat2(int(root.Fd()), m.Destination, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_CLOEXEC,
-			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-		})
-		if err != nil {
-			return &os.PathError{Op: "openat2", Path: m.Destination, Err: err}
+		for _, tree := range t {
+			if err := tree.attach(root); err != nil {
+				return fmt.Errorf("attach mount %s: %w", tree.destination, err)
+			}
 		}
-		defer unix.Close(target)
-		err = unix.MoveMount(tree, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
-		return os.NewSyscallError("move_mount", err)
+		return nil
 	})
+}
+
+func (t mountTree) attach(root *os.File) error {
+	// The workload runs already and may have changed the path: whatever it put
+	// there, stay below its root.
+	target, err := unix.Openat2(int(root.Fd()), t.destination, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if err != nil {
+		return os.NewSyscallError("openat2", err)
+	}
+	defer unix.Close(target)
+	err = unix.MoveMount(t.fd, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
+	return os.NewSyscallError("move_mount", err)
 }
 
 // mountAttributes are the mount options that mount_setattr(2) knows.
@@ -47,11 +80,27 @@ var mountAttributes = map[string]uint64{
 	"nosuid": unix.MOUNT_ATTR_NOSUID,
 	"nodev":  unix.MOUNT_ATTR_NODEV,
 	"noexec": unix.MOUNT_ATTR_NOEXEC,
+
+	"noatime":     unix.MOUNT_ATTR_NOATIME,
+	"strictatime": unix.MOUNT_ATTR_STRICTATIME,
+	"nodiratime":  unix.MOUNT_ATTR_NODIRATIME,
+	"nosymfollow": unix.MOUNT_ATTR_NOSYMFOLLOW,
+	// The recursive forms: recursive binds are changed as a whole.
+	"rro":     unix.MOUNT_ATTR_RDONLY,
+	"rnosuid": unix.MOUNT_ATTR_NOSUID,
+	"rnodev":  unix.MOUNT_ATTR_NODEV,
+	"rnoexec": unix.MOUNT_ATTR_NOEXEC,
 }
 
 // mountDefaults are options that ask for what a new mount is anyway.
 var mountDefaults = []string{
 	"bind", "rbind", "rw", "suid", "dev", "exec", "relatime", "private", "rprivate", "defaults",
+	// What the host mounts later below a source of its own does not show up in
+	// a restored container.
+	"slave", "rslave",
+	// The directory that would be copied up is the container's, and has what
+	// the dump's workload left in it.
+	"tmpcopyup",
 }
 
 // detachedTree makes the mount m in no namespace at all, as a file descriptor.

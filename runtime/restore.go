@@ -58,20 +58,26 @@ func (c *Container) remake() error {
 	return nil
 }
 
-// Restore starts the workload from the dump in dir, after PrepareRestore. On an
-// error nothing of the workload has run, everything is undone and the container
-// is Created: Create and Start may start it cold.
-func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (_ *Process, err error) {
+// Restore starts the workload from the dump in dir, after PrepareRestore. mounts
+// are those that the dump lacks.
+//
+// With an error and no process, nothing of the workload has run, everything is
+// undone and the container is Created: Create and Start may start it cold. With
+// an error and a process, the workload has run and was killed for the error.
+func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.machine.to(Quiesced); err != nil {
 		return nil, err
 	}
 	p, err := c.restore(dir, o, mounts, io)
-	if err != nil {
+	if p == nil {
 		return nil, errors.Join(err, c.undoRestore())
 	}
-	return p, c.machine.to(Running)
+	if err != nil {
+		_ = p.Signal(unix.SIGKILL)
+	}
+	return p, errors.Join(err, c.machine.to(Running))
 }
 
 func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
@@ -85,8 +91,13 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	defer view.Close()
-	dir = view.dir
-	opts, err := c.criuOptions(dir, o, 0)
+	opts, err := c.criuOptions(view.dir, o, 0)
+	if err != nil {
+		return nil, err
+	}
+	// A mount that cannot be made must be known before anything runs.
+	trees, err := detachedTrees(mounts)
+	defer trees.close()
 	if err != nil {
 		return nil, err
 	}
@@ -94,40 +105,38 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	if err := c.lc.Restore(lp, opts); err != nil {
 		return nil, newCRIUError("restore", filepath.Join(opts.WorkDirectory, "restore.log"), err)
 	}
-	// From here on there is a process.
 	p, err := c.started(lp)
 	if err != nil {
 		return nil, err
 	}
 	c.init = p
+	return p, c.complete(p, trees)
+}
+
+// complete gives a restored process what CRIU could not.
+func (c *Container) complete(p *Process, trees mountTrees) error {
 	// libcontainer does not note the start time of what it has restored, and
 	// takes it for dead; the state that it has saved is right.
 	lc, err := libcontainer.Load(c.cfg.Root, c.cfg.ID)
 	if err != nil {
-		return nil, fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
+		return fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
 	}
 	c.lc = lc
 	c.held.retire()
-	if view.rename {
-		if err := setHostname(p.Pid(), c.spec.Hostname, c.spec.Domainname); err != nil {
-			return nil, fmt.Errorf("name restored container %s: %w", c.cfg.ID, err)
-		}
+	if err := trees.attach(p.Pid()); err != nil {
+		return fmt.Errorf("restored container %s: %w", c.cfg.ID, err)
 	}
-	for _, m := range mounts {
-		if err := attachMount(p.Pid(), m); err != nil {
-			return nil, fmt.Errorf("attach mount %s to restored container %s: %w", m.Destination, c.cfg.ID, err)
-		}
+	if !c.config.HasHook(configs.Poststart) {
+		return nil
 	}
-	if c.config.HasHook(configs.Poststart) {
-		state, err := lc.OCIState()
-		if err != nil {
-			return nil, err
-		}
-		if err := c.config.Hooks.Run(configs.Poststart, state); err != nil {
-			return nil, fmt.Errorf("poststart hook of container %s: %w", c.cfg.ID, err)
-		}
+	state, err := lc.OCIState()
+	if err != nil {
+		return err
 	}
-	return p, nil
+	if err := c.config.Hooks.Run(configs.Poststart, state); err != nil {
+		return fmt.Errorf("poststart hook of container %s: %w", c.cfg.ID, err)
+	}
+	return nil
 }
 
 // undoRestore leaves a container that can be created again. Its hooks have run

@@ -3,6 +3,7 @@ package runtime
 import (
 	"fmt"
 	"slices"
+	"sync/atomic"
 )
 
 // State is where a container is in its life.
@@ -58,10 +59,12 @@ func (e *StateError) Error() string {
 }
 
 // machine is a container's state and the only code that changes it. It is not
-// safe for concurrent use: Container.mu guards it.
+// safe for concurrent use, but for seen: Container.mu guards it. It starts as
+// Created.
 type machine struct {
 	id    string
 	state State
+	seen  atomic.Int32 // the state, for those who do not wait for the lock
 }
 
 // to moves to the next state, or returns a *StateError and does not move.
@@ -69,8 +72,14 @@ func (m *machine) to(next State) error {
 	if err := m.can(next); err != nil {
 		return err
 	}
-	m.state = next
+	m.set(next)
 	return nil
+}
+
+// set changes the state to one that was found, not asked for.
+func (m *machine) set(s State) {
+	m.state = s
+	m.seen.Store(int32(s))
 }
 
 // can tells what to would do.

@@ -32,7 +32,8 @@ func TestTransitions(t *testing.T) {
 	}
 	for _, from := range all {
 		for _, next := range all {
-			m := machine{id: "c", state: from}
+			m := machine{id: "c"}
+			m.set(from)
 			err := m.to(next)
 			if legal[[2]State{from, next}] {
 				if err != nil || m.state != next {

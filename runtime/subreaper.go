@@ -87,14 +87,24 @@ func (r *Subreaper) run(signals <-chan os.Signal) {
 	for range signals {
 		// Owners are quicker than this. What is left after a moment is more
 		// likely to be an orphan, and many orphans tend to come at once.
-		time.Sleep(20 * time.Millisecond)
-		r.reap()
+		for {
+			time.Sleep(reapDelay)
+			if r.reap() {
+				break
+			}
+		}
 	}
 }
 
-// reap waits for every zombie child that nobody owns.
-func (r *Subreaper) reap() {
-	r.spawning.Lock()
+const reapDelay = 20 * time.Millisecond
+
+// reap waits for every zombie child that nobody owns. It returns false if it
+// could not look because somebody holds: it must not queue for the lock, or
+// every other start would wait behind it for the slowest one.
+func (r *Subreaper) reap() bool {
+	if !r.spawning.TryLock() {
+		return false
+	}
 	defer r.spawning.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -106,6 +116,7 @@ func (r *Subreaper) reap() {
 		// A failure means that somebody was quicker, which is just as well.
 		_, _ = unix.Wait4(pid, &status, unix.WNOHANG, nil)
 	}
+	return true
 }
 
 // zombieChildren lists this process's children that wait to be reaped. It reads

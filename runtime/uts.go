@@ -23,9 +23,6 @@ const (
 // change, for other containers restore from it.
 type dumpView struct {
 	dir string
-	// rename says that the view has the dumped host name, so that the restored
-	// container has to be given its own.
-	rename bool
 
 	root *os.File
 	own  string
@@ -41,35 +38,115 @@ func (v *dumpView) Close() {
 	}
 }
 
-// view shows the dump in dir with what this container has of its own.
+// view shows the dump in dir with what this container has of its own: an overlay
+// with some files in place of the dump's. It is mounted nowhere, and gone with
+// the last file that is open in it.
+//
+// Links in a directory would not do: CRIU opens some images after it has changed
+// its root.
 func (c *Container) view(dir string) (_ *dumpView, err error) {
-	v := &dumpView{dir: dir}
+	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
+	inside := private(c.spec, specs.UserNamespace)
+	if !named && !inside {
+		return &dumpView{dir: dir}, nil
+	}
+	v := &dumpView{own: filepath.Join(c.cfg.Bundle, "criu-own")}
 	defer func() {
 		if err != nil {
 			v.Close()
 		}
 	}()
-	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
-	switch {
-	case private(c.spec, specs.UserNamespace):
-		v.rename = named
-		// containerd may have given the files of the image to the container,
-		// and the dump with them.
-		if theirs, err := ownedByRoot(c.spec, dir); err != nil || theirs {
-			return v, err
+	mode := os.FileMode(0o600)
+	if inside {
+		mode = 0o644
+	}
+	if err := os.Mkdir(v.own, 0o700); err != nil {
+		return nil, err
+	}
+	if named {
+		// A clone must not run for a moment under the name of the original.
+		if err := replaceImages(dir, v.own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(c.spec.Hostname, c.spec.Domainname) }); err != nil {
+			return nil, err
 		}
-		v.root, err = idmapped(dir, c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings)
-	case named:
-		v.own = filepath.Join(c.cfg.Bundle, "criu-uts")
-		v.root, err = renameHost(dir, v.own, c.spec.Hostname, c.spec.Domainname)
-	default:
-		return v, nil
+	}
+	if !inside {
+		v.root, err = readOnlyOverlay(v.own, dir)
+	} else {
+		v.root, err = c.viewFromInside(dir, v.own)
 	}
 	if err != nil {
 		return nil, err
 	}
 	v.dir = fmt.Sprintf("/proc/self/fd/%d", v.root.Fd())
 	return v, nil
+}
+
+// viewFromInside shows a dump, which is readable for root alone, to the root of
+// the container's user namespace: CRIU reads part of it from inside.
+//
+// It reads the clocks before the namespace has its map, when it is nobody at all
+// there: they have to be readable for everybody.
+func (c *Container) viewFromInside(dir, own string) (*os.File, error) {
+	if err := replaceImages(dir, own, "timens-*.img", 0o644, func(clocks []byte) []byte { return clocks }); err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(own, 0o755); err != nil {
+		return nil, err
+	}
+	// containerd may have given the files of the image to the container, and
+	// the dump with them.
+	if theirs, err := ownedByRoot(c.spec, dir); err != nil {
+		return nil, err
+	} else if theirs {
+		return readOnlyOverlay(own, dir)
+	}
+	tree, err := idmapped(dir, c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings)
+	if err != nil {
+		return nil, err
+	}
+	defer tree.Close()
+	// An overlay takes its layers by name, so the mapped directory needs one for
+	// as long as it takes to make the overlay: its own, in a mount namespace
+	// that nobody else sees.
+	var view *os.File
+	err = onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return os.NewSyscallError("mount", err)
+		}
+		if err := unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			return &os.PathError{Op: "move_mount", Path: dir, Err: err}
+		}
+		var err error
+		view, err = readOnlyOverlay(own, dir)
+		return err
+	})
+	return view, err
+}
+
+// replaceImages writes files of the same names as a dump has them into own.
+func replaceImages(dir, own, pattern string, mode os.FileMode, content func([]byte) []byte) error {
+	names, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(own, filepath.Base(name))
+		if err := os.WriteFile(path, content(data), mode); err != nil {
+			return err
+		}
+		// Whatever the umask is.
+		if err := os.Chmod(path, mode); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ownedByRoot tells whether a directory belongs to the root of the spec's user
@@ -87,9 +164,8 @@ func ownedByRoot(spec *specs.Spec, dir string) (bool, error) {
 	return false, nil
 }
 
-// idmapped shows a directory to the root of a user namespace as its own: a dump
-// is readable for root alone, and CRIU reads part of it from inside. It is
-// mounted nowhere (mount_setattr(2), MOUNT_ATTR_IDMAP).
+// idmapped shows a directory of root's to the root of a user namespace as its
+// own. It is mounted nowhere (mount_setattr(2), MOUNT_ATTR_IDMAP).
 func idmapped(dir string, uids, gids []specs.LinuxIDMapping) (*os.File, error) {
 	userns, err := mount.GetUsernsFD(idMap(uids), idMap(gids))
 	if err != nil {
@@ -117,64 +193,36 @@ func idMap(mappings []specs.LinuxIDMapping) string {
 	return strings.Join(lines, ",")
 }
 
-// setHostname names a running container. It is for what renameHost cannot do.
-func setHostname(pid int, host, domain string) error {
-	return inNamespace(fmt.Sprintf("/proc/%d/ns/uts", pid), unix.CLONE_NEWUTS, func() error {
-		if err := unix.Sethostname([]byte(host)); err != nil {
-			return os.NewSyscallError("sethostname", err)
-		}
-		if domain == "" {
-			return nil
-		}
-		return os.NewSyscallError("setdomainname", unix.Setdomainname([]byte(domain)))
-	})
-}
-
-// renameHost shows the dump in dir with another host name: an overlay with one
-// file of its own, in own, which the caller removes after use. It is mounted
-// nowhere, and gone with the last file that is open in it. A clone must not run for a moment under the name of the original,
-// and the dump itself is not ours to change: others restore from it.
-//
-// Links in a directory would not do: CRIU opens some images after it has changed
-// its root.
-func renameHost(dir, own, host, domain string) (*os.File, error) {
-	if err := os.Mkdir(own, 0o700); err != nil {
-		return nil, err
-	}
-	images, err := filepath.Glob(filepath.Join(dir, "utsns-*.img"))
-	if err != nil {
-		return nil, err
-	}
-	for _, image := range images {
-		if err := os.WriteFile(filepath.Join(own, filepath.Base(image)), utsImage(host, domain), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	return readOnlyOverlay(own, dir)
-}
-
 // readOnlyOverlay merges directories, the first on top.
 func readOnlyOverlay(dirs ...string) (*os.File, error) {
+	// fsconfig(2) takes no more than 255 bytes, and ':' has a meaning there: say
+	// it by file descriptors.
+	fds := make([]string, len(dirs))
 	for i, dir := range dirs {
-		dirs[i] = strings.NewReplacer(`\`, `\\`, `:`, `\:`).Replace(dir)
+		fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+		}
+		defer unix.Close(fd)
+		fds[i] = fmt.Sprintf("/proc/self/fd/%d", fd)
 	}
-	lower := strings.Join(dirs, ":")
+	lower := strings.Join(fds, ":")
 	ctx, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("fsopen overlay", err)
 	}
 	defer unix.Close(ctx)
 	if err := unix.FsconfigSetString(ctx, "lowerdir", lower); err != nil {
-		return nil, fmt.Errorf("overlay of %s: %w", lower, err)
+		return nil, fmt.Errorf("overlay of %s: %w", strings.Join(dirs, " and "), err)
 	}
 	if err := unix.FsconfigCreate(ctx); err != nil {
-		return nil, fmt.Errorf("overlay of %s: %w", lower, err)
+		return nil, fmt.Errorf("overlay of %s: %w", strings.Join(dirs, " and "), err)
 	}
 	mnt, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
 	if err != nil {
 		return nil, os.NewSyscallError("fsmount overlay", err)
 	}
-	return os.NewFile(uintptr(mnt), "overlay:"+lower), nil
+	return os.NewFile(uintptr(mnt), "overlay:"+dirs[0]), nil
 }
 
 // utsImage is CRIU's image of a UTS namespace: the marks, the length of the one

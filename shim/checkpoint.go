@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,6 +33,10 @@ import (
 // builder is the program that packs an image. It is not part of the shim, which
 // would carry containerd's client in memory for as long as the container lives.
 const builder = "cracctl"
+
+// diffTimeout bounds how long a workload stands still for its layer of changes
+// to be taken; for a checkpoint that ends it, for the whole image.
+const diffTimeout = 10 * time.Minute
 
 // checkpointRequest is what a checkpoint call asks for, whoever makes it.
 type checkpointRequest struct {
@@ -129,7 +134,7 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	} else if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(r.criu.WorkDir, 0o700); err != nil {
+	if err := errors.Join(os.MkdirAll(r.criu.WorkDir, 0o700), clearDump(r.dir)); err != nil {
 		return err
 	}
 	manifest := c.manifest(version, r.criu.TCP)
@@ -142,6 +147,17 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 		}
 		var err error
 		if build, err = s.startBuild(c, r, manifest, frozen); err != nil {
+			return err
+		}
+		// A client that has gone, or a builder that hangs, must not keep the
+		// workload frozen.
+		ctx, cancel := context.WithTimeout(ctx, diffTimeout)
+		defer cancel()
+		defer context.AfterFunc(ctx, build.kill)()
+		if r.exit {
+			// Nobody waits for the thaw, and without the image the workload
+			// would be lost.
+			_, err := build.wait()
 			return err
 		}
 		return build.untilDiffed()
@@ -193,35 +209,66 @@ func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
 	return m
 }
 
+// inventory is the file of a dump that CRIU writes last.
+const inventory = "inventory.img"
+
 // writeDumpManifest puts a manifest beside a dump that a client will keep, so
 // that a restore from it is gated like one from an image. Of the files it lists
-// the inventory alone, which CRIU writes last: to read all the memory once more
-// while the workload waits would buy little for a directory on this host.
+// the inventory alone: to read all the memory once more while the workload waits
+// would buy little for a directory on this host.
 func writeDumpManifest(dir string, m *oci.Manifest) error {
-	const inventory = "inventory.img"
-	data, err := os.ReadFile(filepath.Join(dir, inventory))
+	file, err := describeInventory(dir)
 	if err != nil {
 		return err
 	}
 	full := *m
-	full.Files = []oci.File{{
-		Name:   inventory,
-		Size:   int64(len(data)),
-		Digest: fmt.Sprintf("sha256:%x", sha256.Sum256(data)),
-	}}
-	if data, err = full.Encode(); err != nil {
+	full.Files = []oci.File{file}
+	data, err := full.Encode()
+	if err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(dir, manifestInDump), data, 0o600)
 }
 
+func describeInventory(dir string) (oci.File, error) {
+	data, err := os.ReadFile(filepath.Join(dir, inventory))
+	if err != nil {
+		return oci.File{}, err
+	}
+	return oci.File{Name: inventory, Size: int64(len(data)), Digest: fmt.Sprintf("sha256:%x", sha256.Sum256(data))}, nil
+}
+
+// checkInventory tells whether a dump is the one that its manifest describes.
+func checkInventory(dir string, m *oci.Manifest) error {
+	file, err := describeInventory(dir)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(m.Files, file) {
+		return fmt.Errorf("%s is not the dump that its %s describes: %w", dir, manifestInDump, images.ErrDamaged)
+	}
+	return nil
+}
+
+// clearDump removes what makes an earlier dump in dir look whole, so that one
+// that fails half-way cannot pass for it.
+func clearDump(dir string) error {
+	for _, name := range []string{manifestInDump, inventory} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
 // imageBuild is a running builder.
 type imageBuild struct {
-	cmd    *exec.Cmd
-	wait_  func() error
-	events *bufio.Scanner
-	stderr *bytes.Buffer
-	done   *images.BuildEvent
+	cmd     *exec.Cmd
+	waitCmd func() error
+	events  *bufio.Scanner
+	stderr  *bytes.Buffer
+	done    *images.BuildEvent
+	ended   bool // waited for
 }
 
 // startBuild starts to build the image while the container is frozen.
@@ -252,7 +299,7 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 	if err != nil {
 		return nil, err
 	}
-	if b.wait_, err = s.reaper.Start(b.cmd); err != nil {
+	if b.waitCmd, err = s.reaper.Start(b.cmd); err != nil {
 		return nil, fmt.Errorf("start %s: %w", path, err)
 	}
 	b.events = bufio.NewScanner(out)
@@ -278,7 +325,7 @@ func findBuilder() (string, error) {
 // next reads one event. The end of the events is the end of the builder.
 func (b *imageBuild) next() (*images.BuildEvent, error) {
 	if !b.events.Scan() {
-		err := errors.Join(b.events.Err(), b.wait_())
+		err := errors.Join(b.events.Err(), b.drain())
 		if words := strings.TrimSpace(b.stderr.String()); words != "" {
 			return nil, errors.New(words)
 		}
@@ -321,6 +368,9 @@ func (b *imageBuild) wait() (*images.BuildEvent, error) {
 	if b == nil {
 		return nil, nil
 	}
+	if b.ended {
+		return b.done, nil
+	}
 	for b.done == nil {
 		if _, err := b.next(); err != nil {
 			return nil, err
@@ -333,7 +383,8 @@ func (b *imageBuild) wait() (*images.BuildEvent, error) {
 func (b *imageBuild) drain() error {
 	for b.events.Scan() {
 	}
-	return b.wait_()
+	b.ended = true
+	return b.waitCmd()
 }
 
 // abort ends a build that is of no use any more. It may be called on nil.
@@ -341,6 +392,10 @@ func (b *imageBuild) abort() {
 	if b == nil {
 		return
 	}
-	_ = b.cmd.Process.Kill()
-	_ = b.drain()
+	b.kill()
+	if !b.ended {
+		_ = b.drain()
+	}
 }
+
+func (b *imageBuild) kill() { _ = b.cmd.Process.Kill() }

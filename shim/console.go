@@ -61,6 +61,7 @@ func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {
 	if sink == nil {
 		sink = nopCloser{io.Discard}
 	}
+	p.closers = append(p.closers, sink)
 	p.copyOut(sink, cons)
 	return nil
 }

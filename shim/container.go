@@ -138,6 +138,7 @@ func (c *container) delete(ctx context.Context) error {
 	c.init.abandon(0)
 	c.init.closeIO()
 	for _, p := range c.takeExecs() {
+		p.abandon(0)
 		p.closeIO()
 	}
 	return errors.Join(err, c.unmount(ctx))
@@ -147,7 +148,8 @@ func (c *container) takeExecs() map[string]*process {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	execs := c.execs
-	c.execs = nil
+	c.execs = make(map[string]*process)
+	c.ended = true
 	return execs
 }
 

@@ -57,16 +57,10 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if c.criu.work == "" {
 		c.criu.work = filepath.Join(c.work, "criu")
 	}
-	if err := s.reserve(c); err != nil {
+	if err := s.reserve(c.id); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			s.mu.Lock()
-			delete(s.containers, c.id)
-			s.mu.Unlock()
-		}
-	}()
+	defer func() { s.publish(c, err == nil) }()
 
 	if err := os.Remove(c.keptLog()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.G(ctx).WithError(err).Warn("failed to remove the log of an earlier restore")
@@ -132,15 +126,27 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	return c, s.createInit(ctx, c)
 }
 
-// reserve takes the container's id.
-func (s *service) reserve(c *container) error {
+// reserve takes a container's id.
+func (s *service) reserve(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.containers[c.id]; ok {
-		return fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
+	_, made := s.containers[id]
+	if _, making := s.creating[id]; made || making {
+		return fmt.Errorf("container %s: %w", id, errdefs.ErrAlreadyExists)
 	}
-	s.containers[c.id] = c
+	s.creating[id] = struct{}{}
 	return nil
+}
+
+// publish ends what reserve began: the container can be seen now that it is
+// whole, or its id is free again.
+func (s *service) publish(c *container, whole bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.creating, c.id)
+	if whole {
+		s.containers[c.id] = c
+	}
 }
 
 // askedOf reads our annotations and environment.
@@ -259,6 +265,13 @@ func (s *service) watchOOM(c *container) {
 	}()
 }
 
+// startedError is a failure of a start after which there is a process: it is
+// watched, and its end will be announced. It is no reason to start cold.
+type startedError struct{ err error }
+
+func (e *startedError) Error() string { return e.err.Error() }
+func (e *startedError) Unwrap() error { return e.err }
+
 // startInit lets the workload run, from the dump if there is one.
 func (s *service) startInit(ctx context.Context, c *container) error {
 	if _, ended := c.init.ended(); ended {
@@ -269,36 +282,48 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 	if warm == nil {
 		return c.rt.Start()
 	}
-	proc, err := s.restore(ctx, c, warm)
+	err := s.restore(ctx, c, warm)
 	if err == nil {
-		c.dumped = warm.manifest
-		s.watchInit(c, proc)
 		return nil
 	}
+	var started *startedError
+	if errors.As(err, &started) {
+		return err
+	}
 	if err := s.cold(c, reasonOf(err, warm.required)); err != nil {
+		// Nothing will run in it any more.
+		c.init.abandon(255)
 		return err
 	}
 	if err := s.createInit(ctx, c); err != nil {
+		if proc := c.init.running(); proc != nil {
+			_ = c.rt.Signal(unix.SIGKILL, true)
+			s.watchInit(c, proc)
+		}
 		return err
 	}
-	if err := c.rt.Start(); err != nil {
-		return err
-	}
-	s.watchInit(c, c.init.running())
-	return nil
+	defer s.watchInit(c, c.init.running()) // whatever becomes of it
+	return c.rt.Start()
 }
 
 // killInit signals a container's init, or all of its processes.
 func (s *service) killInit(c *container, sig unix.Signal, all bool) error {
-	if c.init.running() == nil {
-		// It waits to be restored: nothing runs, and nothing ever will.
-		if _, ended := c.init.ended(); ended || (sig != unix.SIGKILL && sig != unix.SIGTERM) {
-			return fmt.Errorf("signal container %s: %w", c.id, runtime.ErrNotRunning)
-		}
-		s.exited(c, c.init, runtime.Exit{Status: 128 + int(sig), At: time.Now()})
-		return nil
+	if c.init.running() != nil {
+		return c.rt.Signal(sig, all)
 	}
-	return c.rt.Signal(sig, all)
+	// It waits to be restored, or is being restored: a start that is under way
+	// decides first what there is to kill.
+	c.init.announce.Lock()
+	defer c.init.announce.Unlock()
+	if c.init.running() != nil {
+		return c.rt.Signal(sig, all)
+	}
+	if _, ended := c.init.ended(); ended || (sig != unix.SIGKILL && sig != unix.SIGTERM) {
+		return fmt.Errorf("signal container %s: %w", c.id, runtime.ErrNotRunning)
+	}
+	c.endExecs()
+	s.exited(c, c.init, runtime.Exit{Status: 128 + int(sig), At: time.Now()})
+	return nil
 }
 
 // maskMount hides a dump that is part of the container's root file system.

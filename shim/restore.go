@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
@@ -160,6 +161,9 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 	if err != nil {
 		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s: %w", f.Name(), err)}
 	}
+	if err := checkInventory(dir, manifest); err != nil {
+		return nil, &coldReason{code: "damaged", err: err}
+	}
 	if err := s.gate(manifest, spec); err != nil {
 		return nil, err
 	}
@@ -221,14 +225,15 @@ func (s *service) cold(c *container, why *coldReason) error {
 	return nil
 }
 
-// restore starts the workload from the dump.
-func (s *service) restore(ctx context.Context, c *container, r *restore) (_ *runtime.Process, err error) {
+// restore starts the workload from the dump, and watches it. A *startedError
+// says that it has run.
+func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	began := time.Now()
 	if err := os.MkdirAll(c.criu.work, 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	if _, err := s.criu(); err != nil {
-		return nil, &coldReason{code: images.CodeNoCRIU, err: err}
+		return &coldReason{code: images.CodeNoCRIU, err: err}
 	}
 	io := c.init.io
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
@@ -237,24 +242,33 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) (_ *run
 		ExternalUnixSockets: true,
 		ConfigFile:          c.criu.config,
 	}, r.mounts, io.child)
+	if proc != nil {
+		c.init.started(proc)
+		c.dumped = r.manifest
+		// After the start was announced, or its failure.
+		defer s.watchInit(c, proc)
+	}
 	if err != nil {
 		var failed *runtime.CRIUError
 		if errors.As(err, &failed) {
 			failed.Log = keepLog(failed.Log, c)
-			return nil, &coldReason{code: "criu", err: err}
+			return &coldReason{code: "criu", err: err}
 		}
-		return nil, err
+		if proc != nil {
+			return &startedError{err}
+		}
+		return err
 	}
 	io.afterStart()
-	c.init.started(proc)
 	if c.init.config.Terminal {
 		if err := io.attachConsole(ctx, s.owner(c, "")); err != nil {
-			return nil, err
+			_ = c.rt.Signal(unix.SIGKILL, true)
+			return &startedError{err}
 		}
 	}
 	s.watchOOM(c)
-	log.G(s.ctx).WithField("id", c.id).WithField("ms", time.Since(began).Milliseconds()).Info("restored from checkpoint")
-	return proc, nil
+	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "ms": time.Since(began).Milliseconds()}).Info("restored from checkpoint")
+	return nil
 }
 
 // keptLog is where the log of a failed restore outlives its container: beside

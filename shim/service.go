@@ -53,6 +53,7 @@ type service struct {
 
 	mu         sync.Mutex
 	containers map[string]*container
+	creating   map[string]struct{} // ids that are taken, but not to be seen yet
 
 	criuMu      sync.Mutex
 	criuVersion int // 0 until a CRIU was found
@@ -77,6 +78,7 @@ func NewService(ctx context.Context, containerd string, publisher events.Publish
 		reaper:     reaper,
 		trimmer:    newTrimmer(),
 		containers: make(map[string]*container),
+		creating:   make(map[string]struct{}),
 	}
 	// The service's Done is closed when the callbacks have returned, so it cannot
 	// tell the sender, for which a callback waits, to finish.
@@ -182,6 +184,9 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 }
 
 func (s *service) startExec(ctx context.Context, c *container, p *process) (err error) {
+	if _, ended := p.ended(); ended || p.running() != nil {
+		return fmt.Errorf("process %s was started before: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
 	release, err := c.beginExec()
 	if err != nil {
 		return err
@@ -192,9 +197,6 @@ func (s *service) startExec(ctx context.Context, c *container, p *process) (err 
 			p.abandon(255)
 		}
 	}()
-	if _, ended := p.ended(); ended || p.running() != nil {
-		return fmt.Errorf("process %s was started before: %w", p.id, errdefs.ErrFailedPrecondition)
-	}
 	owner := s.owner(c, p.id)
 	io, err := newProcessIO(ctx, p.config, owner)
 	if err != nil {
@@ -276,9 +278,12 @@ func (s *service) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi.
 		return nil, toGRPC(err)
 	}
 	if r.ExecID != "" {
+		p.announce.Lock() // a start that is under way decides first
+		defer p.announce.Unlock()
 		if p.execStatus() == task.Status_RUNNING {
 			return nil, toGRPC(fmt.Errorf("delete process %s of container %s: it is running: %w", r.ExecID, r.ID, errdefs.ErrFailedPrecondition))
 		}
+		p.abandon(0) // one that never started has an end now
 		p.closeIO()
 		c.removeExec(r.ExecID)
 	} else {
@@ -492,7 +497,7 @@ func (s *service) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskap
 func (s *service) Shutdown(context.Context, *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.containers) == 0 {
+	if len(s.containers)+len(s.creating) == 0 {
 		s.shutdown.Shutdown()
 	}
 	return empty, nil

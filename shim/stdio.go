@@ -167,7 +167,8 @@ func (p *processIO) pipes(ctx context.Context, owner stdioOwner, c stdioConfig) 
 		if s, ok := sink.(*sharedSink); ok {
 			s.users.Add(1)
 		}
-		p.closers = append(p.closers, r)
+		// The sink too: a copy may be stuck in a write that nobody reads.
+		p.closers = append(p.closers, r, sink)
 		p.copyOut(sink, r)
 	}
 	if c.Stdin == "" {
@@ -232,7 +233,8 @@ func (p *processIO) copyOut(sink io.WriteCloser, r io.Reader) {
 	go func() {
 		defer p.copies.Done()
 		defer sink.Close()
-		if err := copyAll(sink, r); err != nil && !errors.Is(err, os.ErrClosed) {
+		// A terminal whose process has ended reads as EIO.
+		if err := copyAll(sink, r); err != nil && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.EIO) {
 			log.L.WithError(err).Warn("failed to copy output")
 		}
 	}()
@@ -352,7 +354,7 @@ func loggerCommand(u *url.URL, owner stdioOwner) *exec.Cmd {
 	var args []string
 	for k, vs := range u.Query() {
 		args = append(args, k)
-		if len(vs) > 0 && vs[0] != "" {
+		if len(vs) > 0 {
 			args = append(args, vs[0])
 		}
 	}
