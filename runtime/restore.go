@@ -96,7 +96,7 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	// A mount that cannot be made must be known before anything runs.
-	trees, err := detachedTrees(mounts)
+	trees, err := detachedTrees(tmpfsOwners(c.spec, mounts))
 	defer trees.close()
 	if err != nil {
 		return nil, err

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -149,6 +151,50 @@ func replaceImages(dir, own, pattern string, mode os.FileMode, content func([]by
 	return nil
 }
 
+// tmpfsOwners gives each new tmpfs to whom it would belong if it were mounted
+// from inside of the spec's user namespace, as it is in a cold start. Of one that
+// belongs to the host's root the workload sees nobody as the owner, and CRIU
+// cannot dump it.
+func tmpfsOwners(spec *specs.Spec, mounts []specs.Mount) []specs.Mount {
+	if !private(spec, specs.UserNamespace) {
+		return mounts
+	}
+	owned := slices.Clone(mounts)
+	for i, m := range owned {
+		if m.Type != "tmpfs" {
+			continue
+		}
+		for key, maps := range map[string][]specs.LinuxIDMapping{"uid=": spec.Linux.UIDMappings, "gid=": spec.Linux.GIDMappings} {
+			id := uint64(0)
+			options := slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool {
+				value, ok := strings.CutPrefix(o, key)
+				if !ok {
+					return false
+				}
+				n, err := strconv.ParseUint(value, 10, 32)
+				if err == nil {
+					id = n
+				}
+				return err == nil // the mount itself says what is wrong with it
+			})
+			if host, ok := hostID(maps, uint32(id)); ok {
+				m.Options = append(options, fmt.Sprintf("%s%d", key, host))
+			}
+		}
+		owned[i] = m
+	}
+	return owned
+}
+
+func hostID(maps []specs.LinuxIDMapping, id uint32) (uint32, bool) {
+	for _, m := range maps {
+		if id >= m.ContainerID && id-m.ContainerID < m.Size {
+			return m.HostID + id - m.ContainerID, true
+		}
+	}
+	return 0, false
+}
+
 // ownedByRoot tells whether a directory belongs to the root of the spec's user
 // namespace.
 func ownedByRoot(spec *specs.Spec, dir string) (bool, error) {
@@ -156,12 +202,8 @@ func ownedByRoot(spec *specs.Spec, dir string) (bool, error) {
 	if err := unix.Stat(dir, &st); err != nil {
 		return false, &os.PathError{Op: "stat", Path: dir, Err: err}
 	}
-	for _, m := range spec.Linux.UIDMappings {
-		if m.ContainerID == 0 {
-			return m.Size > 0 && m.HostID == st.Uid, nil
-		}
-	}
-	return false, nil
+	root, ok := hostID(spec.Linux.UIDMappings, 0)
+	return ok && root == st.Uid, nil
 }
 
 // idmapped shows a directory of root's to the root of a user namespace as its

@@ -28,6 +28,8 @@ import (
 // containers without a user namespace of their own, and changes nothing.
 type owners struct {
 	uids, gids []specs.LinuxIDMapping
+	// mountPoints are the places of mounts, and the directories on the way.
+	mountPoints map[string]bool
 }
 
 func ownersOf(spec *specs.Spec) *owners {
@@ -36,7 +38,13 @@ func ownersOf(spec *specs.Spec) *owners {
 	}) {
 		return nil
 	}
-	return &owners{spec.Linux.UIDMappings, spec.Linux.GIDMappings}
+	o := &owners{uids: spec.Linux.UIDMappings, gids: spec.Linux.GIDMappings, mountPoints: make(map[string]bool)}
+	for _, m := range spec.Mounts {
+		for p := path.Join("/", m.Destination); p != "/"; p = path.Dir(p) {
+			o.mountPoints[p] = true
+		}
+	}
+	return o
 }
 
 // toContainer finds the container's ID of a host's.
@@ -124,6 +132,13 @@ func (o *owners) header(h *tar.Header) error {
 	h.Format = tar.FormatPAX
 	if strings.HasPrefix(path.Base(h.Name), ".wh.") {
 		return nil // a whiteout has no owner
+	}
+	if h.Uid == 0 && h.Gid == 0 && o.mountPoints[path.Join("/", h.Name)] {
+		// Where a mount is added to a restored container, the runtime makes
+		// the mount point, as the host's root.
+		if _, ok := toContainer(o.uids, 0); !ok {
+			return nil
+		}
 	}
 	uid, ok := toContainer(o.uids, h.Uid)
 	if !ok {
