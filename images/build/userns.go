@@ -155,6 +155,8 @@ func (o *owners) header(h *tar.Header) error {
 			return err
 		}
 		h.PAXRecords[fileCapability] = string(c)
+		// The reader puts attributes there, too, and the writer prefers it.
+		h.Xattrs = nil //nolint:staticcheck // deprecated, but both sides use it
 	}
 	return nil
 }
