@@ -113,6 +113,16 @@ func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 	return reasons
 }
 
+// InDump tells whether CRIU makes a mount anew, with what was in it: a request
+// need not have it. Others come from outside.
+func InDump(m oci.Mount) bool {
+	switch m.Type {
+	case "tmpfs", "proc", "sysfs", "mqueue", "devpts":
+		return true
+	}
+	return false
+}
+
 func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 	add := func(code, format string, a ...any) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
@@ -142,6 +152,9 @@ func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 	}
 	var missing []string
 	for _, need := range m.Mounts {
+		if InDump(need) {
+			continue
+		}
 		if !slices.ContainsFunc(r.Mounts, func(have oci.Mount) bool { return have.Destination == need.Destination }) {
 			missing = append(missing, need.Destination)
 		}

@@ -26,6 +26,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/crac-shim/crac/integration/harness"
@@ -369,9 +370,13 @@ func (f *facts) of(id string) map[string]any {
 			if err != nil {
 				f.t.Fatal(err)
 			}
-			s, ok := v.(*structpb.Struct)
-			if !ok {
-				f.t.Fatalf("event %s is a %T", e.Topic, v)
+			told, ok := v.(*status.Status)
+			if !ok || len(told.Details) != 1 || told.Message == "" {
+				f.t.Fatalf("event %s is a %T: %v", e.Topic, v, v)
+			}
+			var s structpb.Struct
+			if err := told.Details[0].UnmarshalTo(&s); err != nil {
+				f.t.Fatal(err)
 			}
 			if m := s.AsMap(); m["container_id"] == id {
 				return m

@@ -40,7 +40,11 @@ func MountsOf(spec *specs.Spec) []Mount {
 		if _, ok := byPlace[place]; !ok {
 			places = append(places, place)
 		}
-		byPlace[place] = Mount{Destination: place, Type: m.Type}
+		kind := m.Type
+		if slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
+			kind = "bind" // whatever it is called
+		}
+		byPlace[place] = Mount{Destination: place, Type: kind}
 	}
 	slices.Sort(places)
 	mounts := make([]Mount, len(places))

@@ -93,7 +93,7 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		r.dir = o.ImagePath
 	}
 	if o.ParentPath != "" {
-		return nil, fmt.Errorf("checkpoint option ParentPath: this version makes full dumps only: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("checkpoint option ParentPath: this version makes full dumps only: %w", errdefs.ErrInvalidArgument)
 	}
 	return r, nil
 }
@@ -178,7 +178,7 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	name := r.dir
 	if done != nil {
 		name = done.Name
-		s.events.sendFacts(CheckpointImageTopic, map[string]any{
+		s.events.sendFacts(CheckpointImageTopic, fmt.Sprintf("container %s was checkpointed into %s", c.id, done.Name), map[string]any{
 			"container_id": c.id,
 			"image":        done.Name,
 			"digest":       done.Digest,

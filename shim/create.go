@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	securejoin "github.com/cyphar/filepath-securejoin"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -83,6 +84,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		spec.Mounts = append(spec.Mounts, maskMount)
 	}
 	if found.warm != nil {
+		if err := makeMountPoints(spec, c.rootfs, found.warm.manifest); err != nil {
+			return nil, err
+		}
 		found.warm.mounts = mountsBeyond(spec, found.warm.manifest)
 		if found.path {
 			ownCgroup(spec, c.id)
@@ -160,7 +164,7 @@ func askedOf(spec *specs.Spec) (oci.Options, error) {
 		return asked, classified{err, errdefs.ErrInvalidArgument}
 	}
 	if not := asked.Unsupported(); len(not) > 0 {
-		return asked, fmt.Errorf("this version of the runtime cannot do what is asked by %s; remove it: %w", strings.Join(not, ", "), errdefs.ErrNotImplemented)
+		return asked, fmt.Errorf("this version of the runtime cannot do what is asked by %s; remove it: %w", strings.Join(not, ", "), errdefs.ErrInvalidArgument)
 	}
 	return asked, nil
 }
@@ -349,6 +353,28 @@ func ownCgroup(spec *specs.Spec, id string) {
 	spec.Linux.CgroupsPath = filepath.Join(filepath.Dir(path), id)
 }
 
+// makeMountPoints makes the mount points of mounts that are in the dump and not
+// in the request. For those in the request libcontainer does it.
+func makeMountPoints(spec *specs.Spec, rootfs string, m *oci.Manifest) error {
+	if m == nil || rootfs == "" {
+		return nil
+	}
+	for _, d := range m.Mounts {
+		if !images.InDump(d) || slices.ContainsFunc(spec.Mounts, func(sm specs.Mount) bool { return filepath.Clean("/"+sm.Destination) == d.Destination }) {
+			continue
+		}
+		// Nothing runs in the root file system yet, but its links are hostile.
+		path, err := securejoin.SecureJoin(rootfs, d.Destination)
+		if err != nil {
+			return fmt.Errorf("mount point %s: %w", d.Destination, err)
+		}
+		if err := os.MkdirAll(path, 0o755); err != nil && !errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("mount point %s: %w", d.Destination, err)
+		}
+	}
+	return nil
+}
+
 // mountsBeyond lists the mounts of the spec that the dump does not have: they
 // are attached after the restore.
 func mountsBeyond(spec *specs.Spec, m *oci.Manifest) []specs.Mount {
@@ -358,6 +384,9 @@ func mountsBeyond(spec *specs.Spec, m *oci.Manifest) []specs.Mount {
 	var more []specs.Mount
 	for _, sm := range spec.Mounts {
 		dest := filepath.Clean("/" + sm.Destination)
+		if sm.Type == "cgroup" {
+			continue // a set of mounts that only a container's start can make
+		}
 		if !slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return d.Destination == dest }) {
 			more = append(more, sm)
 		}

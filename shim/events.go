@@ -8,18 +8,23 @@ import (
 	"github.com/containerd/containerd/v2/core/events"
 	cruntime "github.com/containerd/containerd/v2/core/runtime"
 	"github.com/containerd/log"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
+// Our own events are of type google.rpc.Status, one of the few general ones that
+// ctr and nerdctl can show: the message is for people, and the one detail, a
+// google.protobuf.Struct, has the facts for programs.
+
 // ColdStartTopic is the topic of the event that tells why a container that has
-// a checkpoint was started cold. The event is a google.protobuf.Struct, which
-// every client can decode, with the string fields container_id, reason and, if
-// known, code.
+// a checkpoint was started cold. The facts are the strings container_id, reason
+// and, if known, code.
 const ColdStartTopic = "/crac/cold-start"
 
 // CheckpointImageTopic is the topic of the event that tells of a checkpoint
-// image that was built: a google.protobuf.Struct with the fields container_id,
-// image, digest, size and frozen_ms.
+// image that was built. The facts are container_id, image, digest, size (bytes)
+// and frozen_ms.
 const CheckpointImageTopic = "/crac/checkpoint-image"
 
 // eventQueue is how many events may wait before senders do.
@@ -51,13 +56,16 @@ func (s *eventSender) send(event any) {
 }
 
 // sendFacts queues an event of our own.
-func (s *eventSender) sendFacts(topic string, facts map[string]any) {
-	event, err := structpb.NewStruct(facts)
-	if err != nil {
-		log.L.WithError(err).WithField("topic", topic).Error("failed to make event")
-		return
+func (s *eventSender) sendFacts(topic, message string, facts map[string]any) {
+	detail, err := structpb.NewStruct(facts)
+	if err == nil {
+		event := &status.Status{Message: message, Details: make([]*anypb.Any, 1)}
+		if event.Details[0], err = anypb.New(detail); err == nil {
+			s.sendTo(topic, event)
+			return
+		}
 	}
-	s.sendTo(topic, event)
+	log.L.WithError(err).WithField("topic", topic).Error("failed to make event")
 }
 
 func (s *eventSender) sendTo(topic string, event any) {

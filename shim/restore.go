@@ -137,6 +137,9 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 	if err := ck.Verify(); err != nil {
 		return nil, &coldReason{code: "damaged", err: err}
 	}
+	if err := gatePrivileges(ck.CRIUDir(), spec); err != nil {
+		return nil, err
+	}
 	return c.fitted(ck.CRIUDir(), ck.Manifest), nil
 }
 
@@ -145,6 +148,9 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore, error) {
 	if _, err := os.Stat(filepath.Join(dir, "inventory.img")); err != nil {
 		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s holds no CRIU dump: %w", dir, err)}
+	}
+	if err := gatePrivileges(dir, spec); err != nil {
+		return nil, err
 	}
 	f, err := os.Open(filepath.Join(dir, manifestInDump))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -184,7 +190,21 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec) error {
 		asked.Mounts = append(asked.Mounts[:len(asked.Mounts):len(asked.Mounts)], maskMount)
 	}
 	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
-	reasons := images.Gate(m, images.ThisHost(version), request)
+	return refusal(images.Gate(m, images.ThisHost(version), request))
+}
+
+// gatePrivileges asks whether the dump holds more than the request allows: CRIU
+// gives a workload what the dump says, and whoever made the image wrote that.
+func gatePrivileges(dir string, spec *specs.Spec) error {
+	reasons, err := images.CheckPrivileges(dir, images.PrivilegesOf(spec))
+	if err != nil {
+		return err
+	}
+	return refusal(reasons)
+}
+
+// refusal makes one reason of all; nil of none.
+func refusal(reasons []images.Reason) error {
 	if len(reasons) == 0 {
 		return nil
 	}
@@ -221,7 +241,7 @@ func (s *service) cold(c *container, why *coldReason) error {
 		return fmt.Errorf("container %s cannot be restored: %w", c.id, classified{why.err, errdefs.ErrFailedPrecondition})
 	}
 	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "code": why.code, "reason": why.Error()}).Warn("starting cold instead of restoring the checkpoint")
-	s.events.sendFacts(ColdStartTopic, map[string]any{"container_id": c.id, "code": why.code, "reason": why.Error()})
+	s.events.sendFacts(ColdStartTopic, fmt.Sprintf("container %s starts cold: %s", c.id, why), map[string]any{"container_id": c.id, "code": why.code, "reason": why.Error()})
 	return nil
 }
 

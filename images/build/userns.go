@@ -225,7 +225,7 @@ func (o *owners) remapped(key, chain string) bool {
 	byContainer := func(a, b specs.LinuxIDMapping) int { return cmp.Compare(a.ContainerID, b.ContainerID) }
 	var mark struct {
 		Parent string
-		IDMap  struct{ UidMap, GidMap []specs.LinuxIDMapping } //nolint:revive,staticcheck // containerd's spelling, which is hashed
+		IDMap  struct{ UidMap, GidMap []specs.LinuxIDMapping } // spelt as containerd does: it is hashed
 	}
 	mark.Parent = chain
 	mark.IDMap.UidMap = slices.SortedStableFunc(slices.Values(o.uids), byContainer)
