@@ -168,7 +168,8 @@ type checker struct {
 
 	capabilities, seccomp, newPrivileges, namespaces, mounts finding
 
-	excess uint64 // of capabilities
+	excess uint64      // of capabilities
+	root   *mountEntry // of the first mount namespace
 }
 
 // finding is one kind of excess: how often, and where it was seen first.
@@ -209,8 +210,8 @@ func (c *checker) reasons() (reasons []Reason) {
 			f.where, f.and("threads"))
 	}
 	if f := c.namespaces; f.count > 0 {
-		add(CodeNamespaces, "the checkpoint's %s%s and the request asks for namespaces apart; make the checkpoint of a container with the namespaces of the request",
-			f.where, f.and("times another"))
+		add(CodeNamespaces, "the checkpoint's %s%s; the request asks for namespaces of its own; make the checkpoint of a container with the namespaces of the request",
+			f.where, f.and("cases"))
 	}
 	if f := c.mounts; f.count > 0 {
 		add(CodeMounts, "the checkpoint mounts what the request does not: %s%s; make the checkpoint of a container with the request's mounts and paths",
@@ -441,7 +442,13 @@ var fsMagic = map[uint32]int64{
 type mountEntry struct {
 	fstype, id, parent, device, flags    uint32
 	root, mountpoint, source, fsname, by string
+	options                              string
 	external                             bool
+}
+
+// partOf tells whether CRIU makes m by binding a part of b, and not anew.
+func (m mountEntry) partOf(b mountEntry) bool {
+	return m.device == b.device && m.fstype == b.fstype && m.source == b.source && m.options == b.options && below(m.root, b.root)
 }
 
 func (m mountEntry) readonly() bool { return m.flags&unix.MS_RDONLY != 0 }
@@ -475,7 +482,7 @@ func parseMount(data []byte) (m mountEntry, err error) {
 	for _, s := range []struct {
 		field protowire.Number
 		to    *string
-	}{{6, &m.root}, {7, &m.mountpoint}, {8, &m.source}, {14, &m.fsname}, {18, &m.by}} {
+	}{{6, &m.root}, {7, &m.mountpoint}, {8, &m.source}, {9, &m.options}, {14, &m.fsname}, {18, &m.by}} {
 		if *s.to, err = f.text(s.field); err != nil {
 			return m, err
 		}
@@ -498,25 +505,28 @@ func (c *checker) mountpoints(name string) error {
 		return err
 	}
 	all := make([]mountEntry, len(messages))
-	ids := make(map[uint32]bool, len(messages))
+	byID := make(map[uint32]*mountEntry, len(messages))
 	for i, data := range messages {
 		if all[i], err = parseMount(data); err != nil {
 			return err
 		}
 		// Paths that lead elsewhere than they seem to. The root of a cgroup mount
 		// may honestly begin with "..".
-		m := all[i]
+		m := &all[i]
 		if !path.IsAbs(m.mountpoint) || path.Clean(m.mountpoint) != m.mountpoint {
 			return fmt.Errorf("has the mount point %q", m.mountpoint)
 		}
 		if m.fstype != fsCgroup && m.fstype != fsCgroup2 && slices.Contains(strings.Split(m.root, "/"), "..") {
 			return fmt.Errorf("has the root %q of a mount", m.root)
 		}
-		ids[m.id] = true
+		if byID[m.id] != nil {
+			return fmt.Errorf("has two mounts %d", m.id)
+		}
+		byID[m.id] = m
 	}
 	var root *mountEntry
 	for i, m := range all {
-		if m.mountpoint == "/" && (!ids[m.parent] || m.parent == m.id) {
+		if m.mountpoint == "/" && (byID[m.parent] == nil || m.parent == m.id) {
 			if root != nil {
 				return errors.New("has two root mounts")
 			}
@@ -526,31 +536,70 @@ func (c *checker) mountpoints(name string) error {
 	if root == nil {
 		return errors.New("has no root mount")
 	}
+	// CRIU binds one root, the container's, and mounts others as the dump says.
+	if c.root == nil {
+		c.root = root
+	} else if !root.partOf(*c.root) || !c.root.partOf(*root) {
+		c.mounts.add("another root file system")
+	}
 	if c.allowed.ReadonlyRootfs && !root.readonly() {
 		c.mounts.add("a writable root file system")
 	}
-	readonly := make(map[string]bool, len(all)) // whether all mounts at a place are read-only
+	shared := []mountEntry{*root} // what others may be a part of
+	for _, m := range all {
+		if m.external {
+			shared = append(shared, m)
+		}
+	}
+	whole := map[string]int{} // how many proc and sysfs are at a place
 	for i, m := range all {
-		before, again := readonly[m.mountpoint]
-		readonly[m.mountpoint] = m.readonly() && (before || !again)
-		if &all[i] != root && !c.mayMount(m, *root) {
+		if &all[i] == root {
+			continue
+		}
+		if m.fstype == fsProc || m.fstype == fsSysfs {
+			if m.root == "/" && !m.external {
+				whole[m.mountpoint]++
+			}
+		}
+		// A second one would hide what protects the first.
+		if !c.mayMount(m, shared) || whole[m.mountpoint] > 1 && !c.allowed.has(unix.CAP_SYS_ADMIN) {
 			c.mounts.add(m.String())
 		}
 	}
-	if !c.allowed.has(unix.CAP_SYS_ADMIN) {
-		// Who has it can write there anyway.
-		for _, p := range c.allowed.ReadonlyPaths {
-			p = path.Clean(p)
-			is, there := readonly[p]
-			if !there && !exists(p) {
-				continue // nothing to protect, on this kernel
-			}
-			if !is {
-				c.mounts.add("a writable " + p)
+	c.readonlyPaths(all, byID)
+	return nil
+}
+
+// readonlyPaths looks for the read-only mounts of the request's paths.
+func (c *checker) readonlyPaths(all []mountEntry, byID map[uint32]*mountEntry) {
+	if c.allowed.has(unix.CAP_SYS_ADMIN) {
+		return // it can write there anyway
+	}
+	for _, p := range c.allowed.ReadonlyPaths {
+		p = path.Clean(p)
+		var above string // the place of the mount that p is in
+		there, writable := false, false
+		for _, m := range all {
+			if m.mountpoint == p {
+				there = true
+			} else if below(p, m.mountpoint) && len(m.mountpoint) > len(above) {
+				above = m.mountpoint
 			}
 		}
+		for _, m := range all {
+			if m.mountpoint != p {
+				continue
+			}
+			parent := byID[m.parent]
+			if !m.readonly() || parent == nil || (parent.mountpoint != above && parent.mountpoint != p) {
+				writable = true // or hidden by what it should be in
+			}
+		}
+		// What this kernel does not have needs no protection.
+		if writable || !there && exists(p) {
+			c.mounts.add("a writable " + p)
+		}
 	}
-	return nil
 }
 
 func exists(path string) bool {
@@ -558,43 +607,56 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// mayMount tells whether CRIU may make a mount that is not the root.
-func (c *checker) mayMount(m, root mountEntry) bool {
+// mayMount tells whether CRIU may make a mount that is not the root. shared are
+// the mounts that bring their file systems from outside of the dump.
+func (c *checker) mayMount(m mountEntry, shared []mountEntry) bool {
+	anything := func(specs.Mount) bool { return true }
 	if m.external {
 		// The request's own mount or device; CRIU refuses other keys. But whether
 		// it may be written is up to the dump.
-		asked := c.asked(m.by, func(specs.Mount) bool { return true })
+		asked := c.asked(m.by, anything)
 		return asked == nil || !readonlyMount(asked) || m.readonly()
 	}
 	if m.by != "" || (m.fsname != "" && m.fsname != fsNames[m.fstype]) {
 		return false
 	}
-	if m.device == root.device && m.fstype == root.fstype && m.source == root.source {
-		return true // a bind of the root file system
+	bound := false
+	for _, s := range shared {
+		if !m.partOf(s) {
+			continue
+		}
+		bound = true
+		protected := c.allowed.ReadonlyRootfs
+		if s.external {
+			asked := c.asked(s.by, anything)
+			protected = asked != nil && readonlyMount(asked)
+		}
+		if protected && !m.readonly() {
+			return false
+		}
 	}
+	privileged := c.allowed.has(unix.CAP_SYS_ADMIN)
 	ofType := func(a specs.Mount) bool { return a.Type == fsNames[m.fstype] }
 	switch m.fstype {
 	case fsTmpfs, fsDevpts, fsMqueue:
 		return true // new and empty, or filled by the dump
 	case fsProc, fsSysfs:
-		if c.allowed.has(unix.CAP_SYS_ADMIN) || c.bindBrings(m) {
+		if privileged || c.bindBrings(m) || (m.root != "/" && m.readonly()) {
 			return true
 		}
-		if m.root != "/" {
-			// A part of what is there, under write protection; or just there.
-			return m.readonly() || c.asked(strings.TrimSuffix(m.mountpoint, m.root), ofType) != nil
-		}
-		asked := c.asked(m.mountpoint, ofType)
-		return asked != nil && (!readonlyMount(asked) || m.readonly())
+		// The whole, or a part where it is anyway.
+		asked := c.asked(strings.TrimSuffix(m.mountpoint, strings.TrimSuffix(m.root, "/")), ofType)
+		return asked != nil && (!readonlyMount(asked) || m.readonly()) &&
+			(m.readonly() || !slices.ContainsFunc(c.allowed.ReadonlyPaths, func(p string) bool { return below(m.mountpoint, p) }))
 	case fsCgroup, fsCgroup2:
-		if c.allowed.has(unix.CAP_SYS_ADMIN) || c.bindBrings(m) {
-			return true
-		}
-		return slices.ContainsFunc(c.allowed.Mounts, func(a specs.Mount) bool {
+		return privileged || c.bindBrings(m) || slices.ContainsFunc(c.allowed.Mounts, func(a specs.Mount) bool {
 			return strings.HasPrefix(a.Type, "cgroup") && below(m.mountpoint, a.Destination)
 		})
 	}
-	return slices.Contains(fsOfKernel, m.fstype) && (c.allowed.has(unix.CAP_SYS_ADMIN) || c.asked(m.mountpoint, ofType) != nil)
+	if slices.Contains(fsOfKernel, m.fstype) && (privileged || c.asked(m.mountpoint, ofType) != nil) {
+		return true
+	}
+	return bound
 }
 
 // asked finds the last of the request's mounts at a place.
@@ -674,7 +736,6 @@ func (c *checker) read(name string, magic uint32) ([][]byte, error) {
 func parseImage(data []byte, magic uint32) (messages [][]byte, err error) {
 	magics := []uint32{magicCommon, magic}
 	if magic == magicInventory {
-		// Its second one is the version, which is a message's size in others.
 		magics = magics[1:]
 	}
 	for _, want := range magics {
