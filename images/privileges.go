@@ -678,7 +678,7 @@ func (c *checker) bindBrings(m mountEntry) bool {
 		}
 		var st unix.Statfs_t
 		err := unix.Statfs(filepath.Join(a.Source, strings.TrimPrefix(m.mountpoint, path.Clean(a.Destination))), &st)
-		return err == nil && int64(st.Type) == fsMagic[m.fstype]
+		return err == nil && int64(st.Type) == fsMagic[m.fstype] //nolint:unconvert // not an int64 everywhere
 	})
 }
 
@@ -731,8 +731,9 @@ func (c *checker) read(name string, magic uint32) ([][]byte, error) {
 	return parseImage(data, magic)
 }
 
-// parseImage takes an image file apart: two magic numbers (the inventory has only
-// its own), and messages with their sizes before them.
+// parseImage takes an image file apart: two magic numbers (the inventory, which
+// tells the form of the others, has only its own), and messages with their sizes
+// before them.
 func parseImage(data []byte, magic uint32) (messages [][]byte, err error) {
 	magics := []uint32{magicCommon, magic}
 	if magic == magicInventory {
