@@ -167,9 +167,16 @@ func TestNerdctlRunsCheckpointImage(tb *testing.T) {
 		t.Errorf("the clone's /etc/hosts: %q", out)
 	}
 
-	// Made without these mounts, run with them.
+	// Made by ctr without these mounts, run with them. ctr gives containers no
+	// seccomp filter and nerdctl does: a clone must not be freer than asked for.
 	made, last := checkpointed(t)
-	bare := nerdctlRun(t, made, nil, "--hostname", "bare", "--annotation", "io.containerd.crac.restore=require")
+	freer := newID(t)
+	_, err := t.Nerdctl(t.Ctx, "run", "-d", "--runtime", cracRuntime, "--name", freer, "--annotation", "io.containerd.crac.restore=require", made)
+	if err == nil || !strings.Contains(err.Error(), "seccomp") {
+		t.Errorf("a clone without the seccomp filter that nerdctl asks for: %v", err)
+	}
+	t.NerdctlOK("rm", "-f", freer)
+	bare := nerdctlRun(t, made, nil, "--hostname", "bare", "--security-opt", "seccomp=unconfined", "--annotation", "io.containerd.crac.restore=require")
 	t.Eventually("the log goes on", func() bool { return len(bare.ticks()) >= 3 })
 	if first := bare.ticks()[0]; first != last+1 {
 		t.Errorf("the container counts on from %d, want %d", first, last+1)

@@ -3,7 +3,6 @@ package runtime
 import (
 	"fmt"
 	"os"
-	goruntime "runtime"
 	"slices"
 	"strings"
 
@@ -180,31 +179,20 @@ func newMount(fstype, source string, data []string) (int, error) {
 // inMountNamespace runs fn in the mount namespace of a process, with that
 // namespace's root.
 func inMountNamespace(pid int, fn func() error) error {
-	return inNamespace(fmt.Sprintf("/proc/%d/ns/mnt", pid), unix.CLONE_NEWNS, fn)
-}
-
-// inNamespace runs fn on a thread of its own in another namespace.
-func inNamespace(path string, kind int, fn func() error) error {
-	ns, err := os.Open(path)
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid))
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	result := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine.
-		goruntime.LockOSThread()
+	return onOwnThread(func() error {
 		// setns(2): a thread that shares its root with others cannot move to
 		// another mount namespace.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			result <- os.NewSyscallError("unshare", err)
-			return
+			return os.NewSyscallError("unshare", err)
 		}
-		if err := unix.Setns(int(ns.Fd()), kind); err != nil {
-			result <- os.NewSyscallError("setns", err)
-			return
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("setns", err)
 		}
-		result <- fn()
-	}()
-	return <-result
+		return fn()
+	})
 }
