@@ -4,7 +4,6 @@ import (
 	"context"
 	"time"
 
-	eventstypes "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/core/events"
 	cruntime "github.com/containerd/containerd/v2/core/runtime"
 	"github.com/containerd/log"
@@ -52,7 +51,7 @@ func newEventSender(publisher events.Publisher, done <-chan struct{}) *eventSend
 
 // send queues one of containerd's own events.
 func (s *eventSender) send(event any) {
-	s.sendTo(topicOf(event), event)
+	s.sendTo(cruntime.GetTopic(event), event)
 }
 
 // sendFacts queues an event of our own.
@@ -100,31 +99,4 @@ func (s *eventSender) publish(ctx context.Context, e queuedEvent) {
 	if err := s.publisher.Publish(ctx, e.topic, e.event); err != nil {
 		log.G(ctx).WithError(err).WithField("topic", e.topic).Error("failed to publish event")
 	}
-}
-
-// topicOf is containerd's topic for each of its events that a shim sends.
-func topicOf(event any) string {
-	switch event.(type) {
-	case *eventstypes.TaskCreate:
-		return cruntime.TaskCreateEventTopic
-	case *eventstypes.TaskStart:
-		return cruntime.TaskStartEventTopic
-	case *eventstypes.TaskOOM:
-		return cruntime.TaskOOMEventTopic
-	case *eventstypes.TaskExit:
-		return cruntime.TaskExitEventTopic
-	case *eventstypes.TaskDelete:
-		return cruntime.TaskDeleteEventTopic
-	case *eventstypes.TaskExecAdded:
-		return cruntime.TaskExecAddedEventTopic
-	case *eventstypes.TaskExecStarted:
-		return cruntime.TaskExecStartedEventTopic
-	case *eventstypes.TaskPaused:
-		return cruntime.TaskPausedEventTopic
-	case *eventstypes.TaskResumed:
-		return cruntime.TaskResumedEventTopic
-	case *eventstypes.TaskCheckpointed:
-		return cruntime.TaskCheckpointedEventTopic
-	}
-	return cruntime.TaskUnknownTopic
 }

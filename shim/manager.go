@@ -39,11 +39,8 @@ import (
 // Name is the runtime's name in containerd.
 const Name = "io.containerd.crac.v2"
 
-// Version and Revision are set at build time.
-var (
-	Version  = "dev"
-	Revision = ""
-)
+// Version is what this runtime calls itself in -info. The program sets it.
+var Version = "dev"
 
 // groupLabels are the annotations that put several containers into one shim, in
 // order of precedence: the same as runc's shim knows.
@@ -298,7 +295,7 @@ func (Manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 func (Manager) Info(_ context.Context, options io.Reader) (*types.RuntimeInfo, error) {
 	info := &types.RuntimeInfo{
 		Name:    Name,
-		Version: &types.RuntimeVersion{Version: Version, Revision: Revision},
+		Version: &types.RuntimeVersion{Version: Version},
 	}
 	data, err := io.ReadAll(options)
 	if err != nil {

@@ -7,6 +7,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	goruntime "runtime"
+	"slices"
 
 	cshim "github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
@@ -17,7 +19,16 @@ import (
 	"github.com/crac-shim/crac/shim"
 )
 
+// version is set at build time.
+var version = "dev"
+
 func main() {
+	shim.Version = version
+	if len(os.Args) == 2 && slices.Contains([]string{"-v", "-version", "--version"}, os.Args[1]) {
+		// containerd's package would tell containerd's own.
+		fmt.Printf("containerd-shim-crac-v2 %s (%s)\n", version, goruntime.Version())
+		return
+	}
 	ctx := context.Background()
 	if done, err := shim.LegacyStart(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", shim.Name, err)
