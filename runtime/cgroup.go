@@ -2,6 +2,7 @@ package runtime
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -53,6 +54,33 @@ func (c *Container) OOM() (<-chan struct{}, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.lc.NotifyOOM()
+}
+
+// OOMKilled tells whether the kernel has killed a process of the container for
+// want of memory. On cgroup v2 the channel of OOM can miss the last kill: the
+// kernel puts off a notice that follows closely on another (cgroup-v2.rst,
+// memory.events; cgroup_file_notify), and the notice that the cgroup is empty,
+// which ends the watch, overtakes it. On v1 it cannot, and this is false.
+func (c *Container) OOMKilled() bool {
+	if ccgroups.Mode() != ccgroups.Unified {
+		return false
+	}
+	c.mu.Lock()
+	state, err := c.lc.State()
+	c.mu.Unlock()
+	if err != nil {
+		return false
+	}
+	data, err := os.ReadFile(filepath.Join(state.CgroupPaths[""], "memory.events"))
+	if err != nil {
+		return false // the cgroup has no memory controller
+	}
+	for line := range strings.Lines(string(data)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strings.TrimSpace(n) != "0"
+		}
+	}
+	return false
 }
 
 // Update changes the container's resources. What r leaves out stays as it is,

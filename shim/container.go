@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -32,6 +33,9 @@ type container struct {
 	// dumped is the manifest of the dump that this container was restored from;
 	// nil if it was started cold, or from a dump without one.
 	dumped *oci.Manifest
+
+	// oomed says that a kill for want of memory was announced.
+	oomed atomic.Bool
 
 	// checkpointing lets one checkpoint at a time in.
 	checkpointing sync.Mutex

@@ -264,9 +264,18 @@ func (s *service) watchOOM(c *container) {
 	}
 	go func() {
 		for range oom {
+			c.oomed.Store(true)
 			s.events.send(&eventstypes.TaskOOM{ContainerID: c.id})
 		}
 	}()
+}
+
+// lastOOM announces the kill that has ended the container, if the watch has
+// announced none.
+func (s *service) lastOOM(c *container) {
+	if c.rt.OOMKilled() && !c.oomed.Swap(true) {
+		s.events.send(&eventstypes.TaskOOM{ContainerID: c.id})
+	}
 }
 
 // startedError is a failure of a start after which there is a process: it is

@@ -241,6 +241,7 @@ func (s *service) watchInit(c *container, proc *runtime.Process) {
 		c.endExecs()
 		c.init.announce.Lock()
 		defer c.init.announce.Unlock()
+		s.lastOOM(c)
 		e := proc.Exit()
 		if err := writeExit(c.bundle, exitRecord{Pid: proc.Pid(), Status: e.Status, At: e.At}); err != nil && !errors.Is(err, os.ErrNotExist) {
 			log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("failed to record the exit status")
