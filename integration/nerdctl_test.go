@@ -10,7 +10,9 @@ import (
 )
 
 // served is a workload that counts on its standard output and on a page.
-const served = `mkdir -p /www; httpd -p 8080 -h /www; i=0; while :; do i=$((i+1)); echo tick $i; echo $i >/www/n; sleep 0.05; done`
+// The page is in a tmpfs, which is part of a dump: nerdctl starts a checkpoint on
+// the files of today, and CRIU refuses one in which an open file has changed.
+const served = `mkdir -p /dev/shm/www; httpd -p 8080 -h /dev/shm/www; i=0; while :; do i=$((i+1)); echo tick $i; echo $i >/dev/shm/www/n; sleep 0.05; done`
 
 // neb is a container that nerdctl started.
 type neb struct {

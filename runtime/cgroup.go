@@ -37,7 +37,10 @@ func (c *Container) Stats() (any, error) {
 		if path == "" {
 			return "", cgroup1.ErrControllerNotActive
 		}
-		return strings.TrimPrefix(path, filepath.Join(cgroupRoot, string(name))), nil
+		// The first element is the hierarchy, under whatever name: several
+		// controllers may share one (cpu,cpuacct).
+		_, below, _ := strings.Cut(strings.TrimPrefix(path, cgroupRoot+"/"), "/")
+		return "/" + below, nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("load the cgroups of container %s: %w", c.cfg.ID, err)

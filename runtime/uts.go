@@ -130,16 +130,19 @@ func (c *Container) viewFromInside(dir, own string) (*os.File, error) {
 
 // replaceImages writes files of the same names as a dump has them into own.
 func replaceImages(dir, own, pattern string, mode os.FileMode, content func([]byte) []byte) error {
-	names, err := filepath.Glob(filepath.Join(dir, pattern))
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		data, err := os.ReadFile(name)
+	for _, e := range entries {
+		if ok, err := filepath.Match(pattern, e.Name()); err != nil || !ok {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
 		if err != nil {
 			return err
 		}
-		path := filepath.Join(own, filepath.Base(name))
+		path := filepath.Join(own, e.Name())
 		if err := os.WriteFile(path, content(data), mode); err != nil {
 			return err
 		}

@@ -173,6 +173,7 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	}
 	done, err := build.wait()
 	if err != nil {
+		build.abort()
 		return fmt.Errorf("build image %s: %w", r.ref, err)
 	}
 	name := r.dir

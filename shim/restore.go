@@ -263,6 +263,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		ConfigFile:          c.criu.config,
 	}, r.mounts, io.child)
 	if proc != nil {
+		io.afterStart()
 		c.init.started(proc)
 		c.dumped = r.manifest
 		// After the start was announced, or its failure.
@@ -279,7 +280,6 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		}
 		return err
 	}
-	io.afterStart()
 	if c.init.config.Terminal {
 		if err := io.attachConsole(ctx, s.owner(c, "")); err != nil {
 			_ = c.rt.Signal(unix.SIGKILL, true)
