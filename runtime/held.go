@@ -44,26 +44,16 @@ func holdNetwork(spec *specs.Spec) (*heldNetwork, error) {
 	return h, nil
 }
 
+// hold makes the namespace and stays in it until retire.
 func (h *heldNetwork) hold(spec *specs.Spec, ready chan<- error) {
-	// Never unlocked, so that the thread ends with this goroutine.
-	goruntime.LockOSThread()
-	if unix.Gettid() == unix.Getpid() {
-		// The first thread cannot end, and /proc/PID shows its namespaces as
-		// the whole process's. Keep it busy while another thread is found.
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			h.hold(spec, ready)
-		}()
-		<-done
-		goruntime.UnlockOSThread()
-		return
-	}
-	err := h.setUp(spec)
-	ready <- err
-	if err == nil {
-		<-h.done
-	}
+	_ = onOwnThread(func() error {
+		err := h.setUp(spec)
+		ready <- err
+		if err == nil {
+			<-h.done
+		}
+		return nil
+	})
 }
 
 func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
@@ -92,8 +82,9 @@ func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
 func onOwnThread(fn func() error) error {
 	result := make(chan error, 1)
 	go func() {
-		// Never unlocked, but on the first thread, which cannot end: keep it
-		// busy while another is found.
+		// Never unlocked, but on the first thread, which cannot end, and whose
+		// namespaces /proc/PID shows as the whole process's: keep it busy while
+		// another is found.
 		goruntime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
 			result <- onOwnThread(fn)

@@ -396,7 +396,7 @@ func mountsBeyond(spec *specs.Spec, m *oci.Manifest) []specs.Mount {
 		if sm.Type == "cgroup" {
 			continue // a set of mounts that only a container's start can make
 		}
-		if !slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return d.Destination == dest }) {
+		if !hasMount(m, dest) {
 			more = append(more, sm)
 		}
 	}

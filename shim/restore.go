@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -121,12 +122,7 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 }
 
 func hasMount(m *oci.Manifest, destination string) bool {
-	for _, d := range m.Mounts {
-		if d.Destination == destination {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return d.Destination == destination })
 }
 
 // fitImage gates and verifies the checkpoint of an image.
@@ -146,7 +142,7 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 // fitPath gates a dump that the request names. One from another runtime has no
 // manifest, and CRIU has the only word.
 func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore, error) {
-	if _, err := os.Stat(filepath.Join(dir, "inventory.img")); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, inventory)); err != nil {
 		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s holds no CRIU dump: %w", dir, err)}
 	}
 	if err := gatePrivileges(dir, spec); err != nil {
