@@ -46,7 +46,9 @@ func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {
 		master.Close()
 		return fmt.Errorf("epoll for terminals: %w", err)
 	}
+	p.mu.Lock()
 	p.master = cons
+	p.mu.Unlock()
 	if p.config.Stdin != "" {
 		in, err := p.openInput(p.config.Stdin)
 		if err != nil {
@@ -109,10 +111,17 @@ func (p *processIO) consoleSink(ctx context.Context, owner stdioOwner) (io.Write
 	return nil, fmt.Errorf("stdout %q: unknown scheme %q; known are fifo, file, binary and binary-v2", p.config.Stdout, u.Scheme)
 }
 
+// terminal is the master of the process's terminal; nil while there is none.
+func (p *processIO) terminal() console.Console {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.master
+}
+
 // hangUp ends the copying of a terminal whose process has ended: other
 // processes may hold it open.
 func (p *processIO) hangUp() {
-	if c, ok := p.master.(*console.EpollConsole); ok {
+	if c, ok := p.terminal().(*console.EpollConsole); ok {
 		if epoller, err := consoles(); err == nil {
 			_ = c.Shutdown(epoller.CloseConsole)
 		}
@@ -121,10 +130,11 @@ func (p *processIO) hangUp() {
 
 // resize sets the terminal's size. Without a terminal there is nothing to do.
 func (p *processIO) resize(width, height uint16) error {
-	if p.master == nil {
+	master := p.terminal()
+	if master == nil {
 		return nil
 	}
-	return p.master.Resize(console.WinSize{Width: width, Height: height})
+	return master.Resize(console.WinSize{Width: width, Height: height})
 }
 
 // receiveFile receives one open file over a unix socket (unix(7), SCM_RIGHTS).

@@ -57,7 +57,11 @@ type processIO struct {
 	copies sync.WaitGroup
 
 	console *os.File // our end of the socket that the terminal comes through
-	master  console.Console
+
+	// mu guards master: a client may ask for a size while the start that brings
+	// the terminal is under way.
+	mu     sync.Mutex
+	master console.Console
 
 	logger  *logger
 	closers []io.Closer
@@ -329,8 +333,8 @@ func (p *processIO) wait() {
 
 // close gives everything up.
 func (p *processIO) close() {
-	if p.master != nil {
-		p.master.Close()
+	if master := p.terminal(); master != nil {
+		master.Close()
 	}
 	if p.console != nil {
 		p.console.Close()
