@@ -47,13 +47,6 @@ const (
 
 	CheckpointAllowNone     = "none" // the default
 	CheckpointAllowWorkload = "workload"
-
-	// FDPolicyError refuses to dump what CRIU cannot carry. The values are
-	// those of CRaC's resource policies.
-	FDPolicyError  = "error" // the default
-	FDPolicyIgnore = "ignore"
-	FDPolicyClose  = "close"
-	FDPolicyReopen = "reopen"
 )
 
 // DefaultHookTimeout is how long one notification may take.
@@ -74,7 +67,9 @@ type Options struct {
 	HookAfterResume      string
 
 	CheckpointAllow string
-	FDPolicy        string
+	// FDPolicy is a policy's text (ParseFDPolicy), or where in the image one is
+	// (FDPolicyPath); empty: none.
+	FDPolicy string
 }
 
 // option is one known key: how its value is read and, when this version cannot
@@ -122,8 +117,10 @@ func knownOptions() []option {
 		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }),
 		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
 			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload)),
-		enum("fd-policy", func(o *Options) *string { return &o.FDPolicy },
-			func(v string) bool { return v != "" && v != FDPolicyError }, FDPolicyError, FDPolicyIgnore, FDPolicyClose, FDPolicyReopen),
+		{key: "fd-policy", values: "rules (docs/fd-policy.md), or file:/path/in/the/image", set: func(o *Options, v string) error {
+			o.FDPolicy = v
+			return checkFDPolicy(v)
+		}, unsupported: func(o *Options) bool { return o.FDPolicy != "" }},
 	}
 }
 
@@ -173,7 +170,7 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 	o := Options{
 		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
-		CheckpointAllow: CheckpointAllowNone, FDPolicy: FDPolicyError,
+		CheckpointAllow: CheckpointAllowNone,
 	}
 	known := knownOptions()
 
@@ -202,7 +199,7 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 			continue
 		}
 		if err := k.set(&o, value); err != nil {
-			return Options{}, fmt.Errorf("%s has the value %q (%w); possible: %s", source, value, err, k.values)
+			return Options{}, fmt.Errorf("%s has the value %.200q (%w); possible: %s", source, value, err, k.values)
 		}
 	}
 	return o, nil

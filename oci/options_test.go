@@ -10,7 +10,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none", FDPolicy: "error",
+		CheckpointAllow: "none",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -35,9 +35,9 @@ func TestParseOptions(t *testing.T) {
 			want: with(func(o *Options) { o.Restore, o.TCP = RestoreRequire, TCPClose }),
 		},
 		{
-			name: "environment", env: []string{"CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=close", "CRAC_HOOK_TIMEOUT=1m"},
+			name: "environment", env: []string{"CRAC_CHECKPOINT_EXIT=true", "CRAC_FD_POLICY=type: socket\naction: close", "CRAC_HOOK_TIMEOUT=1m"},
 			want: with(func(o *Options) {
-				o.CheckpointExit, o.FDPolicy, o.HookTimeout = true, FDPolicyClose, time.Minute
+				o.CheckpointExit, o.FDPolicy, o.HookTimeout = true, "type: socket\naction: close", time.Minute
 			}),
 		},
 		{
@@ -55,6 +55,10 @@ func TestParseOptions(t *testing.T) {
 		{
 			name: "the last variable counts", env: []string{"CRAC_TCP=close", "CRAC_TCP=established"},
 			want: with(func(o *Options) { o.TCP = TCPEstablished }),
+		},
+		{
+			name: "policy in the image", env: []string{"CRAC_FD_POLICY=file:/etc/crac/policy.yaml"},
+			want: with(func(o *Options) { o.FDPolicy = "file:/etc/crac/policy.yaml" }),
 		},
 		{name: "facts on an image are no options", annotations: map[string]string{AnnotationPageSize: "4096", LayerAnnotation: "checkpoint"}, want: defaults},
 		{
@@ -74,6 +78,10 @@ func TestParseOptions(t *testing.T) {
 		{name: "image name with a space", annotations: map[string]string{p("checkpoint.image"): "a b"}, wantErr: "' '"},
 		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
 		{name: "bad duration", annotations: map[string]string{p("hook.timeout"): "10"}, wantErr: "a duration"},
+		{name: "bad policy", annotations: map[string]string{p("fd-policy"): "type: socket\naction: shut"}, wantErr: `unknown action "shut"`},
+		{name: "policy of a relative path", env: []string{"CRAC_FD_POLICY=file:policy.yaml"}, wantErr: "absolute"},
+		{name: "policy that climbs", env: []string{"CRAC_FD_POLICY=file:/a/../../b"}, wantErr: "clean"},
+		{name: "long policy in a short message", annotations: map[string]string{p("fd-policy"): strings.Repeat("x", 1000)}, wantErr: `xxx" (`},
 		{name: "no duration", annotations: map[string]string{p("hook.timeout"): "0s"}, wantErr: "longer than 0"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -111,10 +119,10 @@ func TestUnsupported(t *testing.T) {
 		want        []string
 	}{
 		{nil, nil},
-		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "fd-policy": "error", "checkpoint.allow": "none"}, nil},
+		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "checkpoint.allow": "none"}, nil},
 		{map[string]string{"memory": "lazy"}, []string{"memory"}},
 		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x"}, []string{"hooks", "hook.timeout", "hook.after-restore"}},
-		{map[string]string{"checkpoint.allow": "workload", "fd-policy": "reopen"}, []string{"checkpoint.allow", "fd-policy"}},
+		{map[string]string{"checkpoint.allow": "workload", "fd-policy": "type: pipe\naction: error"}, []string{"checkpoint.allow", "fd-policy"}},
 	} {
 		annotations := make(map[string]string)
 		for k, v := range tt.annotations {
