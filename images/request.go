@@ -25,7 +25,9 @@ type BuildRequest struct {
 	// record says how long it was until it could run again.
 	Frozen time.Time `json:"frozen,omitzero"`
 	// Compression of the new layers: zstd (the default) or gzip.
-	Compression string `json:"compression,omitempty"`
+	Compression oci.Compression `json:"compression,omitempty"`
+	// Push sends the image to the registry in its name once it is there.
+	Push bool `json:"push,omitempty"`
 }
 
 // Kinds of BuildEvent.
@@ -36,9 +38,14 @@ const (
 	EventProgress = "progress"
 	// EventWarning: the image will be made, but Error should be known.
 	EventWarning = "warning"
-	// EventDone: the image is there.
+	// EventDone: the image is there. Without a push it is the last event.
 	EventDone = "done"
-	// EventError: it is not, and why.
+	// EventPushing: Done of Total bytes of the image are in the registry.
+	EventPushing = "pushing"
+	// EventPushed: all of them, and Uploaded of them were not there before.
+	EventPushed = "pushed"
+	// EventError: what was asked for is not done, and why. After EventDone it is
+	// about the push alone: the image is there.
 	EventError = "error"
 )
 
@@ -56,8 +63,10 @@ type BuildEvent struct {
 	LayerSize   int64 `json:"layerSize,omitempty"`
 	DumpSize    int64 `json:"dumpSize,omitempty"`
 	ChangesSize int64 `json:"changesSize,omitempty"`
-	// Done and Total are bytes of the dump.
-	Done  int64  `json:"done,omitempty"`
-	Total int64  `json:"total,omitempty"`
-	Error string `json:"error,omitempty"`
+	// Done and Total are bytes: of the dump while it is packed, of the image as
+	// stored while it is pushed. Uploaded of Done were sent to the registry.
+	Done     int64  `json:"done,omitempty"`
+	Total    int64  `json:"total,omitempty"`
+	Uploaded int64  `json:"uploaded,omitempty"`
+	Error    string `json:"error,omitempty"`
 }

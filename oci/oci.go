@@ -6,7 +6,10 @@
 // program start: no compiled patterns, no filled maps.
 package oci
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // The checkpoint layer, as paths relative to a root file system:
 //
@@ -58,6 +61,8 @@ type CheckpointOptions struct {
 	Ref string `json:"ref"`
 	// Exit stops the container after the dump.
 	Exit bool `json:"exit"`
+	// Compression of the new layers; empty is the container's own option.
+	Compression Compression `json:"compression,omitempty"`
 }
 
 // CheckRef refuses what cannot be an image's name anywhere. containerd itself
@@ -78,6 +83,26 @@ func CheckRef(ref string) error {
 		default:
 			return fmt.Errorf("image name %q holds %q, which no image name can", ref, c)
 		}
+	}
+	return nil
+}
+
+// CheckPushRef refuses what CheckRef does, and names by which an image cannot be
+// pushed: they need a registry's host and a tag. Docker's short names mean its
+// hub, but containerd takes the first part for a host, so neither is guessed.
+func CheckPushRef(ref string) error {
+	if err := CheckRef(ref); err != nil {
+		return err
+	}
+	host, rest, ok := strings.Cut(ref, "/")
+	if !ok || !strings.ContainsAny(host, ".:") && host != "localhost" {
+		return fmt.Errorf("image name %s gives no registry to push to; give one such as registry.example/%[1]s, or docker.io/library/%[1]s", ref)
+	}
+	if strings.Contains(rest, "@") {
+		return fmt.Errorf("image name %s has a digest, which only an image that is there already can have; give a tag to push to", ref)
+	}
+	if _, tag, ok := strings.Cut(rest[strings.LastIndexByte(rest, '/')+1:], ":"); !ok || tag == "" {
+		return fmt.Errorf("image name %s has no tag to push to; give one such as %s:warm", ref, strings.TrimSuffix(ref, ":"))
 	}
 	return nil
 }

@@ -18,6 +18,9 @@ type MemoryMode string
 // TCPMode says what happens to established TCP connections.
 type TCPMode string
 
+// Compression is how layers are stored.
+type Compression string
+
 // HooksMode says whether participants are told, and whether there must be one.
 type HooksMode string
 
@@ -41,6 +44,9 @@ const (
 	// TCPError refuses to dump while there are any.
 	TCPError TCPMode = "error"
 
+	CompressionZstd Compression = "zstd" // the default
+	CompressionGzip Compression = "gzip" // for readers that know no other
+
 	HooksOptional HooksMode = "optional" // the default
 	HooksOff      HooksMode = "off"
 	HooksRequired HooksMode = "required"
@@ -59,8 +65,12 @@ type Options struct {
 	TCP             TCPMode
 	CheckpointImage string
 	CheckpointExit  bool
-	Hooks           HooksMode
-	HookTimeout     time.Duration
+	// CheckpointPush sends a new checkpoint image to the registry in its name.
+	CheckpointPush bool
+	// CheckpointCompression of the layers of a checkpoint image.
+	CheckpointCompression Compression
+	Hooks                 HooksMode
+	HookTimeout           time.Duration
 
 	HookBeforeCheckpoint string
 	HookAfterRestore     string
@@ -96,10 +106,10 @@ func knownOptions() []option {
 			o.CheckpointImage = v
 			return CheckRef(v)
 		}},
-		{key: "checkpoint.exit", values: "true, false", set: func(o *Options, v string) (err error) {
-			o.CheckpointExit, err = strconv.ParseBool(v)
-			return err
-		}},
+		boolean("checkpoint.exit", func(o *Options) *bool { return &o.CheckpointExit }),
+		// An image that chose to be pushed would send its memory where it likes.
+		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
+		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, nil, CompressionZstd, CompressionGzip),
 		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks },
 			func(v HooksMode) bool { return v == HooksRequired }, HooksOptional, HooksOff, HooksRequired),
 		{key: "hook.timeout", values: "a duration such as 10s, longer than 0", set: func(o *Options, v string) error {
@@ -122,6 +132,13 @@ func knownOptions() []option {
 			return checkFDPolicy(v)
 		}, unsupported: func(o *Options) bool { return o.FDPolicy != "" }},
 	}
+}
+
+func boolean(key string, field func(*Options) *bool) option {
+	return option{key: key, values: "true, false", set: func(o *Options, v string) (err error) {
+		*field(o), err = strconv.ParseBool(v)
+		return err
+	}}
 }
 
 func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bool, values ...T) option {
@@ -165,10 +182,10 @@ func envName(key string) string {
 // An annotation below AnnotationPrefix that is neither an option nor reserved
 // is an error: a mistyped option must not pass for a default. An unknown CRAC_*
 // variable is not, because a workload may use the prefix for itself. The options
-// checkpoint.image and checkpoint.allow are annotations only.
+// checkpoint.image, checkpoint.push and checkpoint.allow are annotations only.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
-		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
+		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose, CheckpointCompression: CompressionZstd,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
 		CheckpointAllow: CheckpointAllowNone,
 	}

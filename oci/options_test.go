@@ -10,7 +10,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none",
+		CheckpointAllow: "none", CheckpointCompression: "zstd",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -42,7 +42,11 @@ func TestParseOptions(t *testing.T) {
 		},
 		{
 			name: "an image does not choose for the operator",
-			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload"}, want: defaults,
+			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload", "CRAC_CHECKPOINT_PUSH=true"}, want: defaults,
+		},
+		{
+			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip"},
+			want: with(func(o *Options) { o.CheckpointPush, o.CheckpointCompression = true, CompressionGzip }),
 		},
 		{
 			name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},
@@ -76,6 +80,8 @@ func TestParseOptions(t *testing.T) {
 		{name: "empty value", annotations: map[string]string{p("restore"): ""}, wantErr: `value ""`},
 		{name: "empty image", annotations: map[string]string{p("checkpoint.image"): " "}, wantErr: "an image name"},
 		{name: "image name with a space", annotations: map[string]string{p("checkpoint.image"): "a b"}, wantErr: "' '"},
+		{name: "unknown compression", annotations: map[string]string{p("checkpoint.compression"): "lz4"}, wantErr: "zstd, gzip"},
+		{name: "bad push", annotations: map[string]string{p("checkpoint.push"): "later"}, wantErr: "true, false"},
 		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
 		{name: "bad duration", annotations: map[string]string{p("hook.timeout"): "10"}, wantErr: "a duration"},
 		{name: "bad policy", annotations: map[string]string{p("fd-policy"): "type: socket\naction: shut"}, wantErr: `unknown action "shut"`},
@@ -109,6 +115,29 @@ func TestCheckRef(t *testing.T) {
 	} {
 		if err := CheckRef(ref); (err == nil) != ok {
 			t.Errorf("%q: %v", ref, err)
+		}
+	}
+}
+
+func TestCheckPushRef(t *testing.T) {
+	for ref, want := range map[string]string{
+		"registry.example/app:warm":          "",
+		"localhost/app:warm":                 "",
+		"localhost:5000/a/b:1":               "",
+		"[::1]:5000/a:1":                     "",
+		"docker.io/library/app:1":            "",
+		"app:warm":                           "no registry",
+		"library/app:warm":                   "no registry",
+		"registry.example/app":               "no tag",
+		"registry.example:5000/app":          "no tag",
+		"registry.example/app:":              "such as registry.example/app:warm",
+		"registry.example/a:1@sha256:abcdef": "digest",
+		"registry.example/a:1 ":              "holds",
+		"":                                   "empty",
+	} {
+		err := CheckPushRef(ref)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: got %v, want an error with %q", ref, err, want)
 		}
 	}
 }

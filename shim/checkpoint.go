@@ -42,17 +42,22 @@ const diffTimeout = 10 * time.Minute
 type checkpointRequest struct {
 	dir  string // where the dump goes; empty: nowhere but into the image
 	ref  string // of the image to build; empty: none
+	push bool   // the image
 	exit bool
-	criu runtime.CRIUOptions
+	// compression of the image's new layers
+	compression oci.Compression
+	criu        runtime.CRIUOptions
 }
 
 // checkpointOptions reads the options of a checkpoint call: runc's, ours, or
 // none, which is all that clients send to a runtime that they do not know.
 func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpointRequest, error) {
 	r := &checkpointRequest{
-		dir:  path,
-		ref:  c.options.CheckpointImage,
-		exit: c.options.CheckpointExit,
+		dir:         path,
+		ref:         c.options.CheckpointImage,
+		push:        c.options.CheckpointPush,
+		exit:        c.options.CheckpointExit,
+		compression: c.options.CheckpointCompression,
 		criu: runtime.CRIUOptions{
 			WorkDir:    c.criu.work,
 			TCP:        tcpMode(c.options.TCP),
@@ -72,6 +77,9 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		}
 		if o.Ref != "" {
 			r.ref = o.Ref
+		}
+		if o.Compression != "" {
+			r.compression = o.Compression
 		}
 		r.exit = r.exit || o.Exit
 		return r, nil
@@ -118,7 +126,11 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	}
 	if r.ref != "" {
 		// Before anything stands still for it.
-		if err := oci.CheckRef(r.ref); err != nil {
+		check := oci.CheckRef
+		if r.push {
+			check = oci.CheckPushRef
+		}
+		if err := check(r.ref); err != nil {
 			return classified{err, errdefs.ErrInvalidArgument}
 		}
 	}
@@ -177,19 +189,25 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 		return fmt.Errorf("build image %s: %w", r.ref, err)
 	}
 	name := r.dir
+	var notPushed error
 	if done != nil {
 		name = done.Name
-		s.events.sendFacts(CheckpointImageTopic, fmt.Sprintf("container %s was checkpointed into %s", c.id, done.Name), map[string]any{
+		notPushed = build.end()
+		facts := map[string]any{
 			"container_id": c.id,
 			"image":        done.Name,
 			"digest":       done.Digest,
 			"size":         done.Size,
 			"frozen_ms":    thawed.Milliseconds(),
-		})
+		}
+		if r.push {
+			facts["pushed"] = notPushed == nil
+		}
+		s.events.sendFacts(CheckpointImageTopic, fmt.Sprintf("container %s was checkpointed into %s", c.id, done.Name), facts)
 	}
 	s.events.send(&eventstypes.TaskCheckpointed{ContainerID: c.id, Checkpoint: name})
 	log.G(ctx).WithFields(log.Fields{"id": c.id, "checkpoint": name, "frozen_ms": thawed.Milliseconds()}).Info("checkpointed")
-	return nil
+	return notPushed
 }
 
 // manifest says what a dump of this container needs, but for its files.
@@ -279,14 +297,16 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 		return nil, err
 	}
 	request, err := json.Marshal(images.BuildRequest{
-		Address:   s.containerd,
-		Namespace: s.namespace,
-		Container: c.id,
-		Ref:       r.ref,
-		DumpDir:   r.dir,
-		SpecPath:  filepath.Join(c.bundle, "config.json"),
-		Manifest:  *m,
-		Frozen:    frozen,
+		Address:     s.containerd,
+		Namespace:   s.namespace,
+		Container:   c.id,
+		Ref:         r.ref,
+		DumpDir:     r.dir,
+		SpecPath:    filepath.Join(c.bundle, "config.json"),
+		Manifest:    *m,
+		Frozen:      frozen,
+		Push:        r.push,
+		Compression: r.compression,
 	})
 	if err != nil {
 		return nil, err
@@ -377,7 +397,29 @@ func (b *imageBuild) wait() (*images.BuildEvent, error) {
 			return nil, err
 		}
 	}
-	return b.done, b.drain()
+	return b.done, nil
+}
+
+// end waits for what comes after the image: its push, if one was asked for, and
+// the builder's end. It may be called once the image is there.
+func (b *imageBuild) end() error {
+	for !b.ended {
+		if !b.events.Scan() {
+			return errors.Join(b.events.Err(), b.drain())
+		}
+		var e images.BuildEvent
+		if err := json.Unmarshal(b.events.Bytes(), &e); err != nil {
+			return fmt.Errorf("%s said %q: %w", builder, b.events.Text(), err)
+		}
+		switch e.Event {
+		case images.EventError:
+			_ = b.drain()
+			return errors.New(e.Error)
+		case images.EventWarning:
+			log.L.Warn(e.Error)
+		}
+	}
+	return nil
 }
 
 // drain waits for the builder's end, whatever else it says.

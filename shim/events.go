@@ -23,7 +23,7 @@ const ColdStartTopic = "/crac/cold-start"
 
 // CheckpointImageTopic is the topic of the event that tells of a checkpoint
 // image that was built. The facts are container_id, image, digest, size (bytes)
-// and frozen_ms.
+// frozen_ms and, if it was to be pushed, pushed.
 const CheckpointImageTopic = "/crac/checkpoint-image"
 
 // eventQueue is how many events may wait before senders do.

@@ -488,17 +488,19 @@ func TestImageBuild(t *testing.T) {
 	}
 	const request = "read -r request\ncase $1$request in build-image{*'\"r\"'*) ;; *) echo \"asked for $1 $request\" >&2; exit 1 ;; esac\n"
 	for name, tt := range map[string]struct {
-		script     string
-		diff, wait string // what the errors say; none if empty
+		script          string
+		diff, wait, end string // what the errors say; none if empty
 	}{
-		"good":                  {`echo '{"event":"progress"}'; echo '{"event":"diffed"}'; echo '{"event":"done","name":"r","digest":"d"}'`, "", ""},
-		"says why":              {`echo '{"event":"error","error":"no space"}'; exit 1`, "no space", ""},
-		"says why, later":       {`echo '{"event":"diffed"}'; echo '{"event":"error","error":"no space"}'; exit 1`, "", "no space"},
-		"dies":                  {`echo oops >&2; exit 3`, "oops", ""},
-		"dies without a word":   {`exit 3`, "exit status 3", ""},
-		"ends too early":        {`echo '{"event":"diffed"}'`, "", "ended early"},
-		"is no builder":         {`echo hello`, `said "hello"`, ""},
-		"fails after its words": {`echo '{"event":"diffed"}'; echo '{"event":"done","name":"r"}'; exit 4`, "", "exit status 4"},
+		"good":                  {`echo '{"event":"progress"}'; echo '{"event":"diffed"}'; echo '{"event":"done","name":"r","digest":"d"}'`, "", "", ""},
+		"says why":              {`echo '{"event":"error","error":"no space"}'; exit 1`, "no space", "", ""},
+		"says why, later":       {`echo '{"event":"diffed"}'; echo '{"event":"error","error":"no space"}'; exit 1`, "", "no space", ""},
+		"dies":                  {`echo oops >&2; exit 3`, "oops", "", ""},
+		"dies without a word":   {`exit 3`, "exit status 3", "", ""},
+		"ends too early":        {`echo '{"event":"diffed"}'`, "", "ended early", ""},
+		"is no builder":         {`echo hello`, `said "hello"`, "", ""},
+		"fails after its words": {`echo '{"event":"diffed"}'; echo '{"event":"done","name":"r","digest":"d"}'; exit 4`, "", "", "exit status 4"},
+		"pushes":                {`echo '{"event":"diffed"}'; echo '{"event":"done","name":"r","digest":"d"}'; echo '{"event":"pushing"}'; echo '{"event":"pushed"}'`, "", "", ""},
+		"cannot push":           {`echo '{"event":"diffed"}'; echo '{"event":"done","name":"r","digest":"d"}'; echo '{"event":"pushing"}'; echo '{"event":"error","error":"no such registry"}'; exit 1`, "", "", "no such registry"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			noMoreFiles(t)
@@ -520,8 +522,18 @@ func TestImageBuild(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), tt.wait) {
 					t.Errorf("until the image is there: %v, want %q", err, tt.wait)
 				}
-			} else if err != nil || done.Name != "r" || done.Digest != "d" {
-				t.Errorf("%+v, %v", done, err)
+				return
+			}
+			if err != nil || done.Name != "r" || done.Digest != "d" {
+				t.Fatalf("%+v, %v", done, err)
+			}
+			for range 2 { // the second time there is nothing to wait for
+				if err = b.end(); err != nil {
+					break
+				}
+			}
+			if tt.end == "" && err != nil || tt.end != "" && (err == nil || !strings.Contains(err.Error(), tt.end)) {
+				t.Errorf("until the builder's end: %v, want %q", err, tt.end)
 			}
 		})
 	}

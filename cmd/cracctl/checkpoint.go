@@ -29,13 +29,16 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
 
 type checkpointFlags struct {
-	exit  bool
-	state string
-	quiet bool
+	exit        bool
+	push        bool
+	compression string
+	state       string
+	quiet       bool
 }
 
 func newCheckpoint(t *target) *cobra.Command {
@@ -49,8 +52,7 @@ io.containerd.crac.v2 it continues where the container was.
 
 The container runs on afterwards, unless --exit is given. It stands still only
 while its memory and its changes are taken, not while the image is packed.`,
-		Example: `  cracctl checkpoint web registry.example/shop/web:warm
-  ctr images push registry.example/shop/web:warm
+		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -58,6 +60,9 @@ while its memory and its changes are taken, not while the image is packed.`,
 		},
 	}
 	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
+	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
+	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd)")
+	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
@@ -65,7 +70,21 @@ while its memory and its changes are taken, not while the image is packed.`,
 
 func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string, out, errOut io.Writer) error {
 	// Before anything stands still for it.
-	if err := oci.CheckRef(ref); err != nil {
+	check := oci.CheckRef
+	if f.push {
+		check = oci.CheckPushRef
+	}
+	if err := check(ref); err != nil {
+		return err
+	}
+	compression := oci.Compression(f.compression)
+	switch compression {
+	case "", oci.CompressionZstd, oci.CompressionGzip:
+	default:
+		return fmt.Errorf("unknown compression %q; known are zstd and gzip", compression)
+	}
+	registries, err := registry.DefaultConfig()
+	if err != nil && f.push {
 		return err
 	}
 	ctx = namespaces.WithNamespace(ctx, t.namespace)
@@ -97,13 +116,17 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
-	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit})
+	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression})
 	took := time.Since(start)
 	done()
 	if err != nil {
 		return fmt.Errorf("checkpoint of container %s: %w", id, explain(err))
 	}
-	return report(ctx, client, ref, took, f.quiet, out)
+	if err := report(ctx, client, ref, took, f.quiet, out); err != nil || !f.push {
+		return err
+	}
+	// Here and not in the shim: whoever asks has the credentials, and waits.
+	return pushImage(ctx, client, registries, ref, f.quiet, out, errOut)
 }
 
 // isOurs knows the runtime by name or by its binary's path: containerd takes

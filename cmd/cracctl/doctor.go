@@ -36,6 +36,6 @@ needs is missing.`,
 		},
 	}
 	cmd.Flags().StringVar(&format, "format", "table", "table or json")
-	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	completions(cmd, "format", "table", "json")
 	return cmd
 }

@@ -10,11 +10,14 @@ import (
 	"os/signal"
 
 	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/log"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
 
 func main() {
+	// What containerd's client says at the level info is for a daemon's log.
+	_ = log.SetLevel("warn")
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	err := newCommand().ExecuteContext(ctx)
 	stop()
@@ -56,10 +59,16 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 	root.AddCommand(
 		newDoctor(&t),
 		newCheckpoint(&t),
+		newPush(&t),
 		newBuildImage(&t),
 		newVersion(),
 	)
 	return root
+}
+
+// completions offers a flag's values to the shell.
+func completions(cmd *cobra.Command, flag string, values ...string) {
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 }
 
 func env(name, otherwise string) string {

@@ -22,21 +22,22 @@ func watch(ctx context.Context, store content.Store, ref string, out io.Writer, 
 		return func() {}
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	show := lines(out)
-	if f, ok := out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-		show = bar(out)
-	}
+	show := newDisplay(out)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		defer show.end()
+		phase := dumping
 		tick := time.NewTicker(100 * time.Millisecond)
 		defer tick.Stop()
 		for {
-			// A failed poll is no reason to disturb a checkpoint.
+			// A failed poll is no reason to disturb a checkpoint. The layer's
+			// ingest is gone again while the image gets its name.
+			var written int64
 			if list, err := store.ListStatuses(ctx, "ref=="+quote(ref)); err == nil && len(list) > 0 {
-				show.written(list[0].Offset)
-			} else {
-				show.waiting()
+				phase, written = packing, list[0].Offset
+			}
+			if phase == dumping || written > 0 {
+				show.at(phase, written, -1)
 			}
 			select {
 			case <-ctx.Done():
@@ -51,58 +52,88 @@ func watch(ctx context.Context, store content.Store, ref string, out io.Writer, 
 	}
 }
 
+// What a display may be told.
+const (
+	dumping = "dumping the container"
+	packing = "packing the image"
+	pushing = "pushing the image"
+)
+
 // quote writes a value for containerd's filter language.
 func quote(s string) string { return fmt.Sprintf("%q", s) }
 
-// display is one way to show progress.
+// display is one way to show progress. It is used by one goroutine.
 type display struct {
-	waiting func()
-	written func(n int64)
-	end     func()
+	// at tells what is done at the moment, and how many bytes of how many; total
+	// is negative when nobody knows.
+	at  func(phase string, done, total int64)
+	end func()
+}
+
+// newDisplay is a bar for somebody who looks, else plain lines.
+func newDisplay(out io.Writer) display {
+	if f, ok := out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return bar(out)
+	}
+	return lines(out)
 }
 
 func bar(out io.Writer) display {
-	p := progressbar.NewOptions64(-1,
-		progressbar.OptionSetWriter(out),
-		progressbar.OptionSetDescription("dumping"),
-		progressbar.OptionShowBytes(true),
-		progressbar.OptionShowCount(),
-		progressbar.OptionSpinnerType(14),
-		progressbar.OptionClearOnFinish(),
-		progressbar.OptionThrottle(65*time.Millisecond),
+	var (
+		p     *progressbar.ProgressBar
+		shown string
 	)
-	// Errors of a terminal that goes away are not the checkpoint's.
+	// Errors of a terminal that goes away are not those of the work.
+	end := func() {
+		if p != nil {
+			_ = p.Finish()
+		}
+	}
 	return display{
-		waiting: func() { _ = p.RenderBlank() },
-		written: func(n int64) {
-			p.Describe("packing")
-			_ = p.Set64(n)
+		at: func(phase string, done, total int64) {
+			if phase != shown {
+				end()
+				shown, p = phase, progressbar.NewOptions64(total,
+					progressbar.OptionSetWriter(out),
+					progressbar.OptionSetDescription(phase),
+					progressbar.OptionShowBytes(true),
+					progressbar.OptionShowCount(),
+					progressbar.OptionSpinnerType(14),
+					progressbar.OptionClearOnFinish(),
+					progressbar.OptionThrottle(65*time.Millisecond),
+				)
+			}
+			if done == 0 {
+				_ = p.RenderBlank()
+				return
+			}
+			_ = p.Set64(done)
 		},
-		end: func() { _ = p.Finish() },
+		end: end,
 	}
 }
 
 // lines suits logs: what is done at the moment, and a sign of life now and then.
 func lines(out io.Writer) display {
 	var (
-		phase string
+		shown string
 		last  time.Time
 	)
-	say := func(now, text string) {
-		if phase == now && time.Since(last) < 5*time.Second {
-			return
-		}
-		phase, last = now, time.Now()
-		fmt.Fprintln(out, text)
-	}
 	return display{
-		// The layer's ingest is gone again while the image's name is given.
-		waiting: func() {
-			if phase != "packing" {
-				say("dumping", "dumping the container")
+		at: func(phase string, done, total int64) {
+			if phase == shown && time.Since(last) < 5*time.Second {
+				return
+			}
+			shown, last = phase, time.Now()
+			switch {
+			case done > 0 && total > 0:
+				fmt.Fprintf(out, "%s: %s of %s\n", phase, size(done), size(total))
+			case done > 0:
+				fmt.Fprintf(out, "%s: %s\n", phase, size(done))
+			default:
+				fmt.Fprintln(out, phase)
 			}
 		},
-		written: func(n int64) { say("packing", fmt.Sprintf("packing the image: %s", size(n))) },
-		end:     func() {},
+		end: func() {},
 	}
 }

@@ -28,6 +28,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -62,8 +63,9 @@ type services struct {
 }
 
 // Build makes the checkpoint image that r asks for and returns its manifest's
-// descriptor. ctx must carry the namespace. The container must stay frozen
-// until emit was called with images.EventDiffed; it is called from one goroutine.
+// descriptor, also beside a *PushError, which says that only the push failed. ctx
+// must carry the namespace. The container must stay frozen until emit was called
+// with images.EventDiffed; it is called by one goroutine at a time.
 func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
 	return build(ctx, services{
 		containers: client.ContainerService(),
@@ -82,7 +84,11 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, err
 	}
-	if err := oci.CheckRef(r.Ref); err != nil {
+	check := oci.CheckRef
+	if r.Push {
+		check = oci.CheckPushRef
+	}
+	if err := check(r.Ref); err != nil {
 		return none, err
 	}
 	spec, own, err := readSpec(r.SpecPath)
@@ -164,8 +170,37 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: changes.size(),
 	})
+	if r.Push {
+		return target, push(ctx, s.content, r.Ref, target, emit)
+	}
 	return target, nil
 }
+
+// push sends the finished image to its registry, with the settings of the host
+// that it was built on.
+func push(ctx context.Context, cs content.Store, ref string, target ocispec.Descriptor, emit func(Event)) error {
+	config, err := registry.DefaultConfig()
+	if err != nil {
+		return &PushError{err}
+	}
+	p, err := registry.Push(ctx, config, cs, ref, target, func(p registry.Progress) {
+		emit(Event{Event: images.EventPushing, Done: p.Done, Total: p.Total, Uploaded: p.Uploaded})
+	})
+	if err != nil {
+		return &PushError{err}
+	}
+	emit(Event{Event: images.EventPushed, Name: ref, Digest: target.Digest.String(), Done: p.Done, Total: p.Total, Uploaded: p.Uploaded})
+	return nil
+}
+
+// PushError is a push that failed: the image is there, under its name.
+type PushError struct{ Err error }
+
+func (e *PushError) Error() string {
+	return fmt.Sprintf("%v (the image is complete in containerd; cracctl push tries again)", e.Err)
+}
+
+func (e *PushError) Unwrap() error { return e.Err }
 
 func readSpec(path string) ([]byte, *owners, error) {
 	data, err := os.ReadFile(path)

@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -32,6 +34,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
+	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
@@ -458,7 +461,7 @@ func TestBuild(t *testing.T) {
 			w.must(os.WriteFile(filepath.Join(upper, ".crac", "v1", "x"), nil, 0o600))
 
 			r := w.request("c", "warm:1")
-			r.Compression = comp
+			r.Compression = oci.Compression(comp)
 			r.Frozen = time.Now()
 			desc, events, err := w.build(r)
 			w.must(err)
@@ -710,6 +713,48 @@ func TestBuildWarnsOfMissingLayers(t *testing.T) {
 	w.must(err)
 	if i := slices.IndexFunc(events, func(e Event) bool { return e.Event == images.EventWarning }); i < 0 || !strings.Contains(events[i].Error, gone.Digest.String()) {
 		t.Errorf("events %+v", events)
+	}
+}
+
+func TestBuildPushes(t *testing.T) {
+	srv := httptest.NewServer(registry.New(registry.Logger(stdlog.New(io.Discard, "", 0))))
+	defer srv.Close()
+	t.Setenv("NERDCTL_TOML", filepath.Join(t.TempDir(), "none"))
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	for ref, ok := range map[string]bool{strings.TrimPrefix(srv.URL, "http://") + "/a:1": true, "127.0.0.1:1/a:1": false} {
+		w := newWorld(t)
+		w.image("base:1", "overlayfs", "one")
+		w.container("c", "base:1", "overlayfs")
+		r := w.request("c", ref)
+		r.Push = true
+		desc, events, err := w.build(r)
+		// In either case the image is there, and known to be before the push began.
+		w.check(ref)
+		var kinds []string
+		for _, e := range events {
+			if !slices.Contains(kinds, e.Event) {
+				kinds = append(kinds, e.Event)
+			}
+		}
+		last := events[len(events)-1]
+		var perr *PushError
+		switch done := slices.Index(kinds, images.EventDone); {
+		case done < 0 || slices.Index(kinds, images.EventPushing) == 0:
+			t.Errorf("events %v", kinds)
+		case ok && (err != nil || last.Event != images.EventPushed || last.Uploaded != last.Total || last.Digest != desc.Digest.String()):
+			t.Errorf("%v, last event %+v", err, last)
+		case !ok && (!errors.As(err, &perr) || desc.Digest == "" || !strings.Contains(err.Error(), "complete in containerd")):
+			t.Errorf("got %v beside %s, want a *PushError beside the image", err, desc.Digest)
+		}
+	}
+	// Refused before anything is built.
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	r := w.request("c", "warm:1")
+	r.Push = true
+	if _, events, err := w.build(r); err == nil || len(events) > 0 {
+		t.Errorf("%v, %+v", err, events)
 	}
 }
 

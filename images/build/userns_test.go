@@ -17,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/image-spec/identity"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/oci"
 )
 
 var (
@@ -263,7 +265,7 @@ func TestBuildInUserNamespace(t *testing.T) {
 					t.Skipf("this needs root: %v", err)
 				}
 				r := w.request(id, "warm:"+id)
-				r.Compression = c.compression
+				r.Compression = oci.Compression(c.compression)
 				data, err := json.Marshal(spec)
 				w.must(err)
 				w.must(os.WriteFile(r.SpecPath, data, 0o600))

@@ -30,15 +30,15 @@ type compression struct {
 	writer    func(io.Writer) (io.WriteCloser, error)
 }
 
-func newCompression(name string) (compression, error) {
+func newCompression(name oci.Compression) (compression, error) {
 	switch name {
-	case "", "zstd":
+	case "", oci.CompressionZstd:
 		// The fastest level: on a JVM's dump the default one takes twice as
 		// long to save 5 %.
 		return compression{ocispec.MediaTypeImageLayerZstd, func(w io.Writer) (io.WriteCloser, error) {
 			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
 		}}, nil
-	case "gzip":
+	case oci.CompressionGzip:
 		return compression{ocispec.MediaTypeImageLayerGzip, func(w io.Writer) (io.WriteCloser, error) {
 			return gzip.NewWriterLevel(w, gzip.BestSpeed)
 		}}, nil

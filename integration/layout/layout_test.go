@@ -24,14 +24,15 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "oci", "runtime"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/registry", "oci", "runtime"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/hook", "images", "oci"},
 	"runtime":                     {"oci", "runtime/hook", "runtime/pager"},
 	"runtime/hook":                {"oci"},
 	"runtime/pager":               {},
 	"images":                      {"oci"},
-	"images/build":                {"images", "oci"},
+	"images/build":                {"images", "images/registry", "oci"},
+	"images/registry":             {"oci"},
 	"oci":                         {},
 	"integration/...":             {"..."},
 }
@@ -54,7 +55,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", "github.com/klauspost/"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/registry", "github.com/klauspost/"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{

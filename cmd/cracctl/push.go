@@ -1,0 +1,86 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images/registry"
+	"github.com/crac-shim/crac/oci"
+)
+
+func newPush(t *target) *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:   "push REF",
+		Short: "Push a checkpoint image to its registry",
+		Long: `Push an image to the registry in its name, with what the registry lacks of it.
+
+Credentials are those of docker login and nerdctl login (DOCKER_CONFIG). Hosts are
+configured as for nerdctl and containerd: hosts.toml below the hosts_dir of
+nerdctl.toml (NERDCTL_TOML), else below /etc/containerd/certs.d and
+/etc/docker/certs.d. Plain http is for loopback addresses, and where a hosts.toml
+says so.
+
+Memory holds secrets: whoever may pull the image can read all that the container
+had in its memory.`,
+		Example: `  cracctl push registry.example/shop/web:warm`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := oci.CheckPushRef(args[0]); err != nil {
+				return err
+			}
+			config, err := registry.DefaultConfig()
+			if err != nil {
+				return err
+			}
+			ctx := namespaces.WithNamespace(cmd.Context(), t.namespace)
+			client, err := connect(ctx, t.address)
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			return pushImage(ctx, client, config, args[0], quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
+	return cmd
+}
+
+// pushImage shows how it gets on, and what was sent.
+func pushImage(ctx context.Context, client *containerd.Client, config registry.Config, ref string, quiet bool, out, errOut io.Writer) error {
+	img, err := client.ImageService().Get(ctx, ref)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return noImage(ctx, ref, err)
+		}
+		return fmt.Errorf("find image %s: %w", ref, err)
+	}
+	var report func(registry.Progress)
+	if !quiet {
+		show := newDisplay(errOut)
+		defer show.end()
+		report = func(p registry.Progress) { show.at(pushing, p.Done, p.Total) }
+	}
+	start := time.Now()
+	p, err := registry.Push(ctx, config, client.ContentStore(), ref, img.Target, report)
+	if err != nil {
+		return fmt.Errorf("%w; the image is complete in containerd: cracctl push %s tries again", err, ref)
+	}
+	if !quiet {
+		fmt.Fprintf(out, "Pushed      %s in %s; the registry had the other %s\n", size(p.Uploaded), time.Since(start).Round(time.Millisecond), size(p.Total-p.Uploaded))
+	}
+	return nil
+}
+
+// noImage says where to look.
+func noImage(ctx context.Context, ref string, err error) error {
+	ns, _ := namespaces.Namespace(ctx)
+	return fmt.Errorf("no image %s in namespace %s; see cracctl ls and ctr -n %s images ls (nerdctl uses the namespace default, Kubernetes k8s.io): %w", ref, ns, ns, err)
+}
