@@ -142,7 +142,7 @@ func (c *Container) Create(io Stdio) (*Process, error) {
 }
 
 func (c *Container) create(io Stdio) (*Process, error) {
-	lp, err := newProcess(c.spec.Process, io)
+	lp, err := processConfig(c.spec.Process, io)
 	if err != nil {
 		return nil, err
 	}
@@ -162,9 +162,7 @@ func (c *Container) started(lp *libcontainer.Process) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{lp: lp, pid: pid, done: make(chan struct{})}
-	p.watch(c.cfg.Reaper)
-	return p, nil
+	return newProcess(pid, lp.Wait, c.cfg.Reaper), nil
 }
 
 // Start lets the workload of a created container run.
@@ -203,7 +201,7 @@ func (c *Container) Exec(p *specs.Process, io Stdio) (*Process, error) {
 	default:
 		return nil, fmt.Errorf("exec in container %s: it is %s; resume it first", c.cfg.ID, c.machine.state)
 	}
-	lp, err := newProcess(p, io)
+	lp, err := processConfig(p, io)
 	if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
 	}

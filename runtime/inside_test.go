@@ -269,14 +269,15 @@ func openFiles(t *testing.T) int {
 	return len(fds)
 }
 
-// What a workload makes of a path leads nowhere but below its own root.
+// What an image makes of a path leads nowhere but below the container's own root, and not into
+// /proc.
 func TestAttachMounts(t *testing.T) {
 	if !inside(t) {
 		return
 	}
 	dir := t.TempDir()
 	target := filepath.Join(dir, "target")
-	if err := errors.Join(os.Mkdir(target, 0o700), os.Symlink("target", filepath.Join(dir, "link")), os.Symlink("/proc/self/root", filepath.Join(dir, "magic"))); err != nil {
+	if err := errors.Join(os.Mkdir(target, 0o700), os.Symlink("target", filepath.Join(dir, "link")), os.Symlink("/proc/self/root", filepath.Join(dir, "magic")), os.Symlink("/proc/sys", filepath.Join(dir, "kernel"))); err != nil {
 		t.Fatal(err)
 	}
 	attach := func(destination string) error {
@@ -299,7 +300,7 @@ func TestAttachMounts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, destination := range []string{filepath.Join(dir, "none"), filepath.Join(dir, "magic", target)} {
+	for _, destination := range []string{filepath.Join(dir, "none"), filepath.Join(dir, "magic", target), filepath.Join(dir, "kernel"), "/proc/sys/kernel"} {
 		if err := attach(destination); err == nil || !strings.Contains(err.Error(), destination) {
 			t.Errorf("%s: error is %v, want one that names it", destination, err)
 		}

@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -37,8 +38,8 @@ func (t mountTrees) close() {
 	}
 }
 
-// attach puts the mounts into the mount namespace of a running process.
-// libcontainer has made the mount points, as it has for all mounts of the spec.
+// attach puts the mounts into the mount namespace of a process. Their mount points
+// are there: see makeMountPoints.
 func (t mountTrees) attach(pid int) error {
 	if len(t) == 0 {
 		return nil
@@ -59,8 +60,7 @@ func (t mountTrees) attach(pid int) error {
 }
 
 func (t mountTree) attach(root *os.File) error {
-	// The workload runs already and may have changed the path: whatever it put
-	// there, stay below its root.
+	// The links are hostile: wherever they lead, stay below the root.
 	target, err := unix.Openat2(int(root.Fd()), t.destination, &unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
@@ -69,6 +69,15 @@ func (t mountTree) attach(root *os.File) error {
 		return os.NewSyscallError("openat2", err)
 	}
 	defer unix.Close(target)
+	// As libcontainer, which made sure of it for a cold start: what a process
+	// writes to /proc to be confined must reach the kernel.
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(target, &fs); err != nil {
+		return os.NewSyscallError("fstatfs", err)
+	}
+	if fs.Type == unix.PROC_SUPER_MAGIC {
+		return errors.New("it is inside /proc")
+	}
 	err = unix.MoveMount(t.fd, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 	return os.NewSyscallError("move_mount", err)
 }

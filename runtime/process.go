@@ -36,8 +36,8 @@ var ErrNotStarted = errors.New("process was not started")
 
 // Process is one process that was started in a container: its init, or an exec.
 type Process struct {
-	lp  *libcontainer.Process
-	pid int
+	pid  int
+	wait func() (*os.ProcessState, error) // reaps it
 
 	done chan struct{}
 	exit Exit
@@ -72,10 +72,12 @@ func (p *Process) Signal(sig unix.Signal) error {
 	return nil
 }
 
-// watch waits for the process in the background. The caller holds the
-// subreaper, so that the process is owned before anybody else could reap it.
-func (p *Process) watch(r *Subreaper) {
-	r.Own(p.pid)
+// newProcess is a process that was started, and is waited for in the background
+// from now on. The caller holds the subreaper, so that the process is owned
+// before anybody else could reap it.
+func newProcess(pid int, wait func() (*os.ProcessState, error), r *Subreaper) *Process {
+	p := &Process{pid: pid, wait: wait, done: make(chan struct{})}
+	r.Own(pid)
 	go func() {
 		// Wait without reaping first: a signal must not meet a pid that is
 		// free to be used again (see Signal).
@@ -88,13 +90,14 @@ func (p *Process) watch(r *Subreaper) {
 		}
 		p.exit.At = time.Now()
 		p.signalMu.Lock()
-		state, err := p.lp.Wait()
+		state, err := p.wait()
 		p.reaped = true
 		p.signalMu.Unlock()
 		p.exit.Status = exitStatus(state, err)
 		r.Disown(p.pid)
 		close(p.done)
 	}()
+	return p
 }
 
 // exitStatus is the status a shell would show. A process whose status is lost
@@ -112,6 +115,24 @@ func exitStatus(state *os.ProcessState, err error) int {
 		return 128 + int(ws.Signal())
 	}
 	return state.ExitCode()
+}
+
+// names are what the streams are called in /proc/PID/fd. A dump names those that
+// a restore is to give to the processes again.
+func (s Stdio) names() ([]string, error) {
+	names := make([]string, 3)
+	for i, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
+		names[i] = os.DevNull
+		if f == nil {
+			continue
+		}
+		name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		if err != nil {
+			return nil, err
+		}
+		names[i] = name
+	}
+	return names, nil
 }
 
 var rlimits = map[string]int{
@@ -150,9 +171,9 @@ func checkProcess(p *specs.Process) error {
 	return nil
 }
 
-// newProcess turns what the OCI spec says of a process into what libcontainer
+// processConfig turns what the OCI spec says of a process into what libcontainer
 // wants to know.
-func newProcess(p *specs.Process, io Stdio) (*libcontainer.Process, error) {
+func processConfig(p *specs.Process, io Stdio) (*libcontainer.Process, error) {
 	if err := checkProcess(p); err != nil {
 		return nil, err
 	}

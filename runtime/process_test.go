@@ -28,7 +28,7 @@ func TestCheckProcess(t *testing.T) {
 		if tt.says == "" && err != nil || tt.says != "" && (err == nil || !strings.Contains(err.Error(), tt.says)) {
 			t.Errorf("%s: error is %v, want one that says %q", name, err, tt.says)
 		}
-		if _, nerr := newProcess(tt.process, Stdio{}); (nerr == nil) != (err == nil) {
+		if _, nerr := processConfig(tt.process, Stdio{}); (nerr == nil) != (err == nil) {
 			t.Errorf("%s: newProcess: %v, checkProcess: %v", name, nerr, err)
 		}
 	}
@@ -57,7 +57,7 @@ func TestNewProcess(t *testing.T) {
 	}
 	defer stdin.Close()
 
-	lp, err := newProcess(spec, Stdio{Stdin: stdin})
+	lp, err := processConfig(spec, Stdio{Stdin: stdin})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestNewProcess(t *testing.T) {
 		t.Errorf("streams %v, %v, %v, console %v", lp.Stdin, lp.Stdout, lp.Stderr, lp.ConsoleSocket)
 	}
 
-	lp, err = newProcess(spec, Stdio{Stdin: stdin, Console: stdin})
+	lp, err = processConfig(spec, Stdio{Stdin: stdin, Console: stdin})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,12 +91,12 @@ func TestNewProcess(t *testing.T) {
 
 	bad := *spec
 	bad.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_LUCK"}}
-	if _, err := newProcess(&bad, Stdio{}); err == nil || !strings.Contains(err.Error(), "RLIMIT_LUCK") {
+	if _, err := processConfig(&bad, Stdio{}); err == nil || !strings.Contains(err.Error(), "RLIMIT_LUCK") {
 		t.Errorf("an unknown limit: %v", err)
 	}
 	bad = *spec
 	bad.ExecCPUAffinity = &specs.CPUAffinity{Initial: "nonsense"}
-	if _, err := newProcess(&bad, Stdio{}); err == nil || !strings.Contains(err.Error(), "execCPUAffinity") {
+	if _, err := processConfig(&bad, Stdio{}); err == nil || !strings.Contains(err.Error(), "execCPUAffinity") {
 		t.Errorf("an affinity that is none: %v", err)
 	}
 }

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
+	"os"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -59,7 +59,7 @@ func (c *Container) remake() error {
 }
 
 // Restore starts the workload from the dump in dir, after PrepareRestore. mounts
-// are those that the dump lacks.
+// are those that the dump lacks; the workload finds them there when it first runs.
 //
 // With an error and no process, nothing of the workload has run, everything is
 // undone and the container is Created: Create and Start may start it cold. With
@@ -81,51 +81,39 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 }
 
 func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
-	lp, err := newProcess(c.spec.Process, io)
-	if err != nil {
-		return nil, err
-	}
-	lp.Init = true
 	view, err := c.view(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer view.Close()
-	opts, err := c.criuOptions(view.dir, o, 0)
-	if err != nil {
-		return nil, err
-	}
-	// A mount that cannot be made must be known before anything runs.
+	// A mount that cannot be made is known before CRIU has done any work.
 	trees, err := detachedTrees(tmpfsOwners(c.spec, mounts))
 	defer trees.close()
 	if err != nil {
 		return nil, err
 	}
 	defer c.cfg.Reaper.Hold()()
-	if err := c.lc.Restore(lp, opts); err != nil {
-		return nil, newCRIUError("restore", filepath.Join(opts.WorkDirectory, "restore.log"), err)
-	}
-	p, err := c.started(lp)
+	r := &criuRestore{c: c, dir: view.dir, o: o, stdio: io, beforeRun: trees.attach}
+	pid, err := r.run()
 	if err != nil {
 		return nil, err
 	}
-	c.init = p
-	return p, c.complete(p, trees)
+	proc, err := os.FindProcess(pid)
+	if err != nil {
+		return nil, err
+	}
+	c.init = newProcess(pid, proc.Wait, c.cfg.Reaper)
+	return c.init, c.complete()
 }
 
-// complete gives a restored process what CRIU could not.
-func (c *Container) complete(p *Process, trees mountTrees) error {
-	// libcontainer does not note the start time of what it has restored, and
-	// takes it for dead; the state that it has saved is right.
+// complete is what is left to do for a workload that runs.
+func (c *Container) complete() error {
 	lc, err := libcontainer.Load(c.cfg.Root, c.cfg.ID)
 	if err != nil {
 		return fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
 	}
 	c.lc = lc
 	c.held.retire()
-	if err := trees.attach(p.Pid()); err != nil {
-		return fmt.Errorf("restored container %s: %w", c.cfg.ID, err)
-	}
 	if !c.config.HasHook(configs.Poststart) {
 		return nil
 	}

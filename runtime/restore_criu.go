@@ -1,0 +1,348 @@
+package runtime
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"github.com/opencontainers/cgroups"
+	"github.com/opencontainers/cgroups/manager"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runc/libcontainer/system"
+	"github.com/opencontainers/runc/libcontainer/utils"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// restoreLog is CRIU's log in the work directory.
+const restoreLog = "restore.log"
+
+// criuRestore is one call of CRIU. libcontainer has one of its own, which calls
+// nobody between the restore of a workload and its first instruction; this one
+// does, and leaves behind what libcontainer would have left: a cgroup, and a
+// state file for libcontainer.Load.
+type criuRestore struct {
+	c     *Container
+	dir   string // of the dump, as CRIU is to see it
+	o     CRIUOptions
+	stdio Stdio
+	// beforeRun is called when every process is there, with its memory, files
+	// and mounts, and none has run: what it does, the workload finds done. pid is
+	// that of the first process. An error undoes the restore.
+	beforeRun func(pid int) error
+
+	extra []*os.File // CRIU's, beside stdio
+	pid   int        // of the first process, as soon as there is one
+}
+
+// run restores, and returns when the workload runs. On an error nothing of it has
+// run, and nothing is left of it but its cgroup.
+func (r *criuRestore) run() (pid int, err error) {
+	images, err := os.Open(r.dir)
+	if err != nil {
+		return 0, err
+	}
+	defer images.Close()
+	if r.o.WorkDir == "" {
+		r.o.WorkDir = r.dir
+	}
+	if err := os.Mkdir(r.o.WorkDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return 0, err
+	}
+	work, err := os.Open(r.o.WorkDir)
+	if err != nil {
+		return 0, err
+	}
+	defer work.Close()
+	if err := makeMountPoints(r.c.config.Rootfs, r.c.config.Mounts); err != nil {
+		return 0, err
+	}
+	root, unmount, err := r.root()
+	if err != nil {
+		return 0, err
+	}
+	defer unmount()
+	opts, err := r.options()
+	if err != nil {
+		return 0, err
+	}
+	opts.ImagesDirFd, opts.WorkDirFd, opts.Root = proto.Int32(int32(images.Fd())), proto.Int32(int32(work.Fd())), &root
+	defer func() {
+		for _, f := range r.extra {
+			f.Close()
+		}
+	}()
+	if err := r.namespaces(opts); err != nil {
+		return 0, err
+	}
+	criu, err := startSwrk([3]*os.File{r.stdio.Stdin, r.stdio.Stdout, r.stdio.Stderr}, r.extra)
+	if err != nil {
+		return 0, err
+	}
+	defer criu.close()
+	own, err := r.enterCgroup(criu.pid())
+	if err != nil {
+		return 0, err
+	}
+	for controller, path := range own {
+		opts.CgRoot = append(opts.CgRoot, &criurpc.CgroupRoot{Ctrl: proto.String(controller), Path: proto.String(path)})
+	}
+	if err := r.mounts(opts, own); err != nil {
+		return 0, err
+	}
+	var refused error
+	err = criu.call(&criurpc.CriuReq{Type: criurpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int, file *os.File) error {
+		refused = r.stage(stage, pid, file)
+		return refused
+	})
+	if err == nil && r.pid == 0 {
+		err = errors.New("CRIU did not say what it has restored")
+	}
+	if err == nil {
+		return r.pid, nil
+	}
+	if r.pid != 0 {
+		// CRIU kills what it has restored half-way, unless it has died itself.
+		// It is our child: the pid stays its own until it is reaped.
+		_ = unix.Kill(r.pid, unix.SIGKILL)
+		_ = unix.Waitid(unix.P_PID, r.pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+	}
+	if refused != nil {
+		return 0, err
+	}
+	return 0, newCRIUError("restore", filepath.Join(r.o.WorkDir, restoreLog), err)
+}
+
+// root mounts the root file system where CRIU wants it: it must be a mount, and
+// nothing may be mounted over its parent.
+func (r *criuRestore) root() (dir string, unmount func(), err error) {
+	dir, err = filepath.EvalSymlinks(filepath.Join(r.c.cfg.Root, r.c.cfg.ID))
+	if err != nil {
+		return "", nil, err
+	}
+	dir = filepath.Join(dir, "criu-root")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", nil, err
+	}
+	if err := unix.Mount(r.c.config.Rootfs, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		os.Remove(dir)
+		return "", nil, &os.PathError{Op: "bind mount", Path: r.c.config.Rootfs, Err: err}
+	}
+	return dir, func() {
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+		os.Remove(dir)
+	}, nil
+}
+
+// options are those that say how, and not what.
+func (r *criuRestore) options() (*criurpc.CriuOpts, error) {
+	emptyNS, err := emptyNamespaces(r.o.EmptyNamespaces)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.c.writeCRIUConfig(r.o, 0); err != nil {
+		return nil, err
+	}
+	mode := criurpc.CriuCgMode_IGNORE
+	if r.c.cgroupsMode() == "soft" {
+		mode = criurpc.CriuCgMode_SOFT
+	}
+	opts := &criurpc.CriuOpts{
+		LogFile:           proto.String(restoreLog),
+		LogLevel:          proto.Int32(4),
+		ConfigFile:        proto.String(r.c.cfg.criuConfig()),
+		NotifyScripts:     proto.Bool(true),
+		RstSibling:        proto.Bool(true), // the workload is our child, not CRIU's
+		EvasiveDevices:    proto.Bool(true),
+		OrphanPtsMaster:   proto.Bool(true),
+		ManageCgroups:     proto.Bool(true),
+		ManageCgroupsMode: &mode,
+		ShellJob:          proto.Bool(r.o.ShellJob),
+		ExtUnixSk:         proto.Bool(r.o.ExternalUnixSockets),
+		TcpEstablished:    proto.Bool(r.o.TCP == TCPEstablished),
+		FileLocks:         proto.Bool(true),
+		EmptyNs:           proto.Uint32(emptyNS),
+	}
+	if r.o.LSMProfile != "" {
+		opts.LsmProfile = proto.String(r.o.LSMProfile)
+	}
+	return opts, r.inheritStdio(opts)
+}
+
+// inheritStdio hands our ends of the standard streams to the processes that had
+// theirs when they were dumped. The dump names its pipes in a file of its own.
+func (r *criuRestore) inheritStdio(opts *criurpc.CriuOpts) error {
+	f, err := os.Open(filepath.Join(r.dir, "descriptors.json"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var names []string
+	if err := json.NewDecoder(io.LimitReader(f, 1<<16)).Decode(&names); err != nil {
+		return fmt.Errorf("descriptors.json of the dump: %w", err)
+	}
+	for i, name := range names {
+		// The descriptors behind the three are not a dump's to choose from.
+		if i < 3 && strings.HasPrefix(name, "pipe:") {
+			opts.InheritFd = append(opts.InheritFd, &criurpc.InheritFd{Key: proto.String(name), Fd: proto.Int32(int32(i))})
+		}
+	}
+	return nil
+}
+
+// namespaces names those that exist already. Dumps mark the places of network
+// and pid namespaces under the names that libcontainer gives them; the others
+// CRIU joins.
+func (r *criuRestore) namespaces(opts *criurpc.CriuOpts) error {
+	external := map[configs.NamespaceType]string{configs.NEWNET: "extRootNetNS", configs.NEWPID: "extRootPidNS"}
+	for _, ns := range r.c.config.Namespaces {
+		if ns.Path == "" {
+			continue
+		}
+		if key := external[ns.Type]; key != "" {
+			f, err := os.Open(ns.Path)
+			if err != nil {
+				return fmt.Errorf("namespace of the request: %w", err)
+			}
+			opts.InheritFd = append(opts.InheritFd, &criurpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(int32(swrkExtra + len(r.extra)))})
+			r.extra = append(r.extra, f)
+			continue
+		}
+		if ns.Type == configs.NEWCGROUP {
+			return fmt.Errorf("CRIU cannot restore into the existing cgroup namespace %s", ns.Path)
+		}
+		opts.JoinNs = append(opts.JoinNs, &criurpc.JoinNamespace{Ns: proto.String(configs.NsName(ns.Type)), NsFile: proto.String(ns.Path)})
+	}
+	return nil
+}
+
+// enterCgroup makes the container's cgroup and puts CRIU into it, and so all that
+// it restores. It returns the paths by controller, as in /proc/PID/cgroup.
+func (r *criuRestore) enterCgroup(pid int) (map[string]string, error) {
+	cg, err := manager.New(r.c.config.Cgroups)
+	if err != nil {
+		return nil, err
+	}
+	if err := cg.Apply(pid); err != nil {
+		return nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
+	}
+	if err := cg.Set(r.c.config.Cgroups.Resources); err != nil {
+		return nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
+	}
+	return cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+}
+
+// mounts says where the mounts come from that the dump marks as external. A dump
+// may lack some of them: see mountTrees.
+func (r *criuRestore) mounts(opts *criurpc.CriuOpts, own map[string]string) error {
+	add := func(destination, source string) error {
+		inside, err := securejoin.SecureJoin(r.c.config.Rootfs, destination)
+		if err != nil {
+			return fmt.Errorf("mount %s: %w", destination, err)
+		}
+		opts.ExtMnt = append(opts.ExtMnt, &criurpc.ExtMountMap{Key: proto.String(strings.TrimPrefix(inside, r.c.config.Rootfs)), Val: proto.String(source)})
+		return nil
+	}
+	var errs []error
+	for _, m := range r.c.config.Mounts {
+		switch {
+		case m.Device == "bind":
+			errs = append(errs, add(m.Destination, m.Source))
+		case m.Device == "cgroup" && !cgroups.IsCgroup2UnifiedMode() && !private(r.c.spec, specs.CgroupNamespace):
+			// A bind mount for each hierarchy, of the container's place in it.
+			hierarchies, err := cgroups.GetCgroupMounts(false)
+			errs = append(errs, err)
+			for _, h := range hierarchies {
+				path, err := h.GetOwnCgroup(own)
+				if err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				below, err := filepath.Rel(h.Root, path)
+				errs = append(errs, err, add(filepath.Join(m.Destination, filepath.Base(h.Mountpoint)), filepath.Join(h.Mountpoint, below)))
+			}
+		}
+	}
+	if len(r.c.config.MaskPaths) > 0 {
+		errs = append(errs, add(os.DevNull, os.DevNull))
+	}
+	for _, d := range r.c.config.Devices {
+		errs = append(errs, add(d.Path, d.Path))
+	}
+	return errors.Join(errs...)
+}
+
+// stage does what is due at a stage of the restore.
+func (r *criuRestore) stage(stage string, pid int, file *os.File) error {
+	if pid != 0 {
+		r.pid = pid
+	}
+	switch stage {
+	case stageNamespaces:
+		// If they have not run yet: see PrepareRestore.
+		return r.c.runHooks(context.Background(), pid, specs.StateCreating, configs.Prestart, configs.CreateRuntime)
+	case stageRestored:
+		if err := r.saveState(); err != nil {
+			return err
+		}
+		return r.beforeRun(pid)
+	case stageTerminal:
+		if file == nil || r.stdio.Console == nil {
+			return errors.New("the dump has a terminal and the request has none")
+		}
+		return utils.SendFile(r.stdio.Console, file)
+	}
+	return nil
+}
+
+// saveState writes the file that libcontainer.Load reads.
+func (r *criuRestore) saveState() error {
+	state, err := r.c.lc.State()
+	if err != nil {
+		return err
+	}
+	stat, err := system.Stat(r.pid)
+	if err != nil {
+		return err
+	}
+	state.InitProcessPid, state.InitProcessStartTime, state.Created = r.pid, stat.StartTime, time.Now().UTC()
+	if !state.Config.Namespaces.Contains(configs.NEWTIME) && configs.IsNamespaceSupported(configs.NEWTIME) {
+		// CRIU has made one, for the clocks to go on from the dump; what is
+		// started in the container later must see the same time.
+		state.Config.Namespaces = append(state.Config.Namespaces, configs.Namespace{Type: configs.NEWTIME})
+	}
+	for _, t := range configs.NamespaceTypes() {
+		if configs.IsNamespaceSupported(t) {
+			state.NamespacePaths[t] = (&configs.Namespace{Type: t}).GetPath(r.pid)
+		}
+	}
+	for _, ns := range state.Config.Namespaces {
+		state.NamespacePaths[ns.Type] = ns.GetPath(r.pid)
+	}
+	state.ExternalDescriptors, err = r.stdio.names()
+	if err != nil {
+		return err
+	}
+	return writeState(filepath.Join(r.c.cfg.Root, r.c.cfg.ID, "state.json"), state)
+}
+
+func writeState(path string, state *libcontainer.State) error {
+	data, err := json.Marshal(state)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
