@@ -34,6 +34,7 @@ var may = map[string][]string{
 	"images/build":                {"images", "images/registry", "oci"},
 	"images/registry":             {"oci"},
 	"oci":                         {},
+	"sdk/...":                     {},
 	"integration/...":             {"..."},
 }
 

@@ -74,7 +74,8 @@ key() {
 install_host() {
   # For cgo (nsenter, seccomp), for CRIU's prefix, and for what the tests call.
   debian_packages gcc libc6-dev make pkg-config libseccomp-dev ca-certificates \
-    iproute2 iptables procps util-linux zstd patchelf mmdebstrap
+    iproute2 iptables procps util-linux zstd patchelf mmdebstrap \
+    python3 nodejs socat
 }
 
 install_go() {
