@@ -34,9 +34,10 @@ host:
 	@integration/tools/install.sh host go
 
 .PHONY: build
-build: host ## the shim and cracctl, into build/bin
+build: host ## the shim, cracctl and, with a JDK, the Java library, into build/bin
 	@mkdir -p $(BUILD)/bin
 	CGO_ENABLED=1 go build -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2 ./cmd/cracctl
+	@sdk/java/build.sh $(BUILD)/bin/crac.jar '$(VERSION)'
 
 .PHONY: tools
 tools: ## containerd, runc, nerdctl, registry, CNI plugins and CRIU, into build/tools
@@ -51,6 +52,7 @@ test: test-unit test-e2e ## unit tests, then end-to-end tests
 
 .PHONY: test-unit
 test-unit: host ## unit tests with the race detector
+	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
 .PHONY: test-e2e
@@ -96,11 +98,14 @@ fmt: ## format the Go source with gofumpt
 install: build ## the shim, cracctl and, where the host's is missing or too old, CRIU, into $(DESTDIR)$(PREFIX)
 	@integration/tools/install.sh criu
 	install -D -m 0755 -t '$(DESTDIR)$(PREFIX)/bin' $(BUILD)/bin/containerd-shim-crac-v2 $(BUILD)/bin/cracctl
+	[ ! -f $(BUILD)/bin/crac.jar ] || install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/crac' $(BUILD)/bin/crac.jar
 	@integration/tools/criu-install.sh install '$(PREFIX)' '$(DESTDIR)'
 
 .PHONY: uninstall
 uninstall: ## remove what install put there
 	rm -f '$(DESTDIR)$(PREFIX)/bin/containerd-shim-crac-v2' '$(DESTDIR)$(PREFIX)/bin/cracctl'
+	rm -f '$(DESTDIR)$(PREFIX)/share/crac/crac.jar'
+	@[ ! -d '$(DESTDIR)$(PREFIX)/share/crac' ] || rmdir --ignore-fail-on-non-empty '$(DESTDIR)$(PREFIX)/share/crac'
 	@integration/tools/criu-install.sh remove '$(PREFIX)' '$(DESTDIR)'
 
 .PHONY: clean

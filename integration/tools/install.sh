@@ -4,10 +4,11 @@
 #   bin/        containerd ctr containerd-shim-runc-v2 runc nerdctl registry
 #   cni/bin/    bridge host-local loopback portmap firewall tuning
 #   criu/       a CRIU new enough for today's kernels, with its own libraries
+#   jdk25/      the newer of the two JDKs that the Java library is tested with
 #   lint/       golangci-lint gofumpt
 #
-# usage: install.sh [TARGET...]   host go criu runc containerd cni registry nerdctl lint
-# Without a target: all but lint. Every tool is built only when it is missing or its
+# usage: install.sh [TARGET...]   host go jdk criu jdk25 runc containerd cni registry nerdctl lint
+# Without a target: all but lint and the JDKs. Every tool is built only when it is missing or its
 # version in versions.env changed, under another name first, so that an interrupted
 # run leaves the old tool or none, never half of one. Logs: build/logs.
 set -euo pipefail
@@ -76,6 +77,13 @@ install_host() {
   debian_packages gcc libc6-dev make pkg-config libseccomp-dev ca-certificates \
     iproute2 iptables procps util-linux zstd patchelf mmdebstrap \
     python3 nodejs socat
+}
+
+install_jdk() {
+  # Whatever JDK there is will do, unless it is older than the library's bytecode.
+  local have
+  have=$(javac -version 2>&1 | sed -n 's/^javac //p' || true)
+  have_version "$JDK_MIN" "${have:-0}" || debian_packages default-jdk-headless
 }
 
 install_go() {
@@ -308,6 +316,56 @@ criu_works() {
   rm -rf "$tmp/selftest"
 }
 
+# build_jdk25: takes the JDK and its libraries, down to libc, from Debian into a
+# prefix, as build_criu does: the host's libc may be older than it needs.
+build_jdk25() {
+  local apt=$tmp/jdk.apt root=$tmp/jdk.root new=$tmp/jdk25 home deb f to loader final=$1
+  mkdir -p "$apt"
+  private_apt "$apt" "$JDK25_SUITE"
+  apt-get "${APT_PRIVATE[@]}" -y --download-only install openjdk-25-jdk-headless
+  mkdir -p "$root" "$new/crac"
+  for deb in "$apt"/cache/archives/*.deb; do
+    case ${deb##*/} in
+    openjdk-25-* | libc6_* | libgcc-s1_* | libstdc++6_* | zlib1g_*) dpkg -x "$deb" "$root" ;;
+    esac
+  done
+  home=$(find "$root/usr/lib/jvm" -maxdepth 1 -type d -name 'java-25-openjdk-*')
+  cp -a "$home/." "$new/"
+  find "$root/usr/lib" "$root/lib" -path '*-linux-gnu/*' -name '*.so*' ! -path '*/gconv/*' ! -path '*/jvm/*' \
+    -exec cp -a -t "$new/crac" {} + 2>/dev/null || true
+  find "$root" -maxdepth 3 -name 'ld-linux*.so*' -type f -exec cp -an -t "$new/crac" {} +
+  # Its configuration is linked from /etc.
+  find "$new" -type l -lname '/etc/java-25-openjdk/*' -print | while read -r f; do
+    to=$(readlink "$f")
+    rm "$f"
+    cp -a "$root$to" "$f"
+  done
+  loader=$(find "$new/crac" -maxdepth 1 -name 'ld-linux*.so*' -type f | head -n1)
+  [ -n "$loader" ] || {
+    echo "no dynamic loader in $new/crac"
+    return 1
+  }
+  # The loader's path is absolute, the libraries' is not.
+  for f in "$new"/bin/*; do
+    patchelf --set-interpreter "$final/crac/${loader##*/}" --force-rpath \
+      --set-rpath "\$ORIGIN/../lib:\$ORIGIN/../lib/server:\$ORIGIN/../crac" "$f"
+  done
+  (cd "$apt/cache/archives" && ls -1 -- openjdk-25-*.deb) >"$new/crac/packages"
+  rm -rf "$final"
+  mv "$new" "$final"
+  "$final/bin/java" -version
+}
+
+install_jdk25() {
+  local want final
+  final=$(readlink -f "$tools")/jdk25
+  want="$(key "$JDK25_SUITE" build_jdk25) $final"
+  fresh jdk25 "$want" "$final/bin/java" && return 0
+  rm -f "$stamps/jdk25"
+  logged jdk25 "JDK 25: from Debian, into build/tools/jdk25" build_jdk25 "$final"
+  stamp jdk25 "$want"
+}
+
 install_criu() {
   local host want bin=$tools/criu/bin/criu
   host=$(command -v criu || true)
@@ -354,6 +412,8 @@ install_one() {
   case $1 in
   host) install_host ;;
   go) install_go ;;
+  jdk) install_jdk ;;
+  jdk25) install_jdk25 ;;
   criu) install_criu ;;
   containerd)
     install_built containerd "$CONTAINERD_VERSION" build_containerd \
@@ -371,7 +431,7 @@ install_one() {
     install_built lint "$GOLANGCI_LINT_VERSION $GOFUMPT_VERSION" build_lint \
       "$tools/lint/golangci-lint" "$tools/lint/gofumpt"
     ;;
-  *) die "unknown target '$1': the targets are host go criu runc containerd cni registry nerdctl lint" ;;
+  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry nerdctl lint" ;;
   esac
 }
 

@@ -1,0 +1,5 @@
+package org.crac;
+
+public class CheckpointException extends Exception {
+    private static final long serialVersionUID = 1L;
+}

@@ -1,0 +1,5 @@
+package org.crac;
+
+public class RestoreException extends Exception {
+    private static final long serialVersionUID = 1L;
+}
