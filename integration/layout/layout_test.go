@@ -36,6 +36,7 @@ var may = map[string][]string{
 	"oci":                         {},
 	"sdk/...":                     {},
 	"integration/...":             {"..."},
+	"sdk/java":                    {},
 }
 
 // never lists packages that ours must not link, however indirectly.
