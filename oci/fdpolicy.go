@@ -98,7 +98,7 @@ func (p FDPolicy) Match(fd FD) (rule FDRule, ok bool) {
 
 func (r FDRule) matches(fd FD) bool {
 	picked := r.Value >= 0 || r.regex != nil
-	if r.Type != fd.Type && !(r.Type == FDOther && picked) || fd.Stdio && !picked {
+	if fd.Stdio && !picked || r.Type != fd.Type && (r.Type != FDOther || !picked) {
 		return false
 	}
 	switch r.Type {

@@ -4,12 +4,13 @@ import (
 	"fmt"
 	"net"
 	"os"
-	goruntime "runtime"
 	"strings"
 	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/thread"
 )
 
 // heldNetwork is the network namespace that a restored container will have. It
@@ -79,22 +80,7 @@ func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
 
 // onOwnThread runs fn on a thread that ends with it, so that fn may change what
 // belongs to a thread.
-func onOwnThread(fn func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		// Never unlocked, but on the first thread, which cannot end, and whose
-		// namespaces /proc/PID shows as the whole process's: keep it busy while
-		// another is found.
-		goruntime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			result <- onOwnThread(fn)
-			goruntime.UnlockOSThread()
-			return
-		}
-		result <- fn()
-	}()
-	return <-result
-}
+func onOwnThread(fn func() error) error { return thread.Own(fn) }
 
 // raiseLoopback brings lo up in the calling thread's network namespace
 // (netdevice(7), SIOCSIFFLAGS).
