@@ -26,7 +26,7 @@ func facts() oci.Manifest {
 		Mounts: []oci.Mount{{Destination: "/data", Type: "bind"}},
 		Base:   oci.Base{Name: "base:1"},
 	}
-	ThisHost(40101).Describe(&m, 40100)
+	ThisHost(40101).Describe(&m)
 	return m
 }
 
@@ -45,7 +45,7 @@ func dump(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
 	for name, content := range map[string]string{
-		"inventory.img": "inv", "core-1.img": "core", "pages-1.img": strings.Repeat("memory", 10000), "empty-1.img": "",
+		"inventory.img": inventoryImage(0), "core-1.img": oneCore(), "pages-1.img": strings.Repeat("memory", 10000), "empty-1.img": "",
 		"descriptors.json": `["/dev/null"]`, "dump.log": "log", "stats-dump": "s", "crac-manifest.json": "{}",
 	} {
 		write(t, filepath.Join(dir, name), content)

@@ -1,6 +1,7 @@
 package images
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -26,6 +27,9 @@ const (
 	CodeTerminal      = "terminal"
 	CodeNamespaces    = "namespaces"
 	CodeMounts        = "mounts"
+	CodeKernel        = "kernel-features"
+	CodeRequires      = "requires"
+	CodeLSM           = "lsm"
 )
 
 // Request is what a create request asks for, as far as a restored workload
@@ -70,10 +74,12 @@ func (r Reason) String() string { return r.Text }
 // reason means that a restore may be tried. It never trusts the image with
 // more than a refusal.
 func Gate(m *oci.Manifest, h Host, r Request) []Reason {
-	return append(gateHost(m, h), gateRequest(m, r)...)
+	return append(GateHost(m, h), gateRequest(m, r)...)
 }
 
-func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
+// GateHost is the part of Gate that no request can change: what the checkpoint
+// needs of a host.
+func GateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 	add := func(code, format string, a ...any) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
 	}
@@ -110,7 +116,48 @@ func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 		add(CodeCgroupVersion, "the checkpoint was made under cgroup v%d and this host has v%d; make one on a host with v%d",
 			m.Host.CgroupVersion, h.CgroupVersion, h.CgroupVersion)
 	}
-	return reasons
+	var unknown, lacking []string
+	for _, r := range m.Requires {
+		switch {
+		case !slices.Contains(oci.KernelFeatures(), r):
+			unknown = append(unknown, r)
+		case !slices.Contains(h.Features, r):
+			lacking = append(lacking, r)
+		}
+	}
+	if len(unknown) > 0 {
+		add(CodeRequires, "the checkpoint requires what this version does not know: %s; install a newer one", strings.Join(unknown, " "))
+	}
+	if len(lacking) > 0 {
+		add(CodeKernel, "the checkpoint needs features that this host's kernel (%s) lacks: %s; enable them, or make a checkpoint on a kernel without them",
+			orUnknown(h.Kernel), strings.Join(lacking, " "))
+	}
+	return append(reasons, gateLSM(m.Container.LSM, h)...)
+}
+
+// gateLSM compares security modules: CRIU puts processes back into the profiles or
+// contexts that they had.
+func gateLSM(l *oci.LSM, h Host) []Reason {
+	switch {
+	case l == nil:
+		return nil
+	case l.Name != h.LSM:
+		return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint's processes were confined by %s (%s) and this host's kernel has %s; make one on a host with the same security module, or of a container that is not confined by one",
+			l.Name, strings.Join(l.Profiles, ", "), cmp.Or(h.LSM, "neither AppArmor nor SELinux"))}}
+	}
+	var missing []string
+	for _, p := range l.Profiles {
+		// Only AppArmor lists what it knows. A profile of another AppArmor
+		// namespace, or a stack of profiles, is not listed under this name.
+		if h.Profiles != nil && !strings.ContainsAny(p, ":&") && !slices.Contains(h.Profiles, p) {
+			missing = append(missing, p)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint needs AppArmor profiles that this host has not loaded: %s; load them with apparmor_parser, or start a container that uses them first",
+		strings.Join(missing, ", "))}}
 }
 
 // InDump tells whether CRIU makes a mount anew, with what was in it: a request

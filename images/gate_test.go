@@ -27,11 +27,6 @@ func TestGate(t *testing.T) {
 		{name: "the image's own command", change: func(m *oci.Manifest, _ *Host, r *Request) {
 			m.Base.Args, r.Args = []string{"/default"}, []string{"/default"}
 		}},
-		{name: "too old for the kernel", code: CodeCRIUTooOld, says: []string{"4.2", "4.1.1"}, change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel = "6.16.1-cloud" }},
-		{name: "new enough for the kernel", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.Kernel, h.CRIU = "7.1.0", 40200 }},
-		{name: "the image's own command", change: func(m *oci.Manifest, _ *Host, r *Request) {
-			m.Base.Args, r.Args = []string{"/default"}, []string{"/default"}
-		}},
 		{name: "newer CRIU", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.CRIU = 50000 }},
 		{name: "architecture", code: CodeArchitecture, says: []string{"riscv64"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Platform.Architecture = "riscv64" }},
 		{name: "page size", code: CodePageSize, says: []string{"65536"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Host.PageSize = 65536 }},
@@ -42,6 +37,32 @@ func TestGate(t *testing.T) {
 			m.Host.CPU.Features, h.CPU.Features = []string{"a"}, []string{"a", "b"}
 		}},
 		{name: "cgroup", code: CodeCgroupVersion, says: []string{"v1", "v2"}, change: func(m *oci.Manifest, h *Host, _ *Request) { m.Host.CgroupVersion, h.CgroupVersion = 1, 2 }},
+		{name: "kernel", code: CodeKernel, says: []string{"ipv6 rseq", "5.4-small"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Requires = []string{"ipv6", "rseq", "seccomp"}
+			h.Kernel, h.Features = "5.4-small", []string{"seccomp"}
+		}},
+		{name: "kernel that has more", change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Requires, h.Features = []string{"seccomp"}, oci.KernelFeatures()
+		}},
+		{name: "of a later version", code: CodeRequires, says: []string{"newer one", "parents"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Requires, h.Features = []string{"parents", "seccomp"}, []string{"seccomp"}
+		}},
+		{name: "no security module", code: CodeLSM, says: []string{"apparmor (web)", "neither"}, change: func(m *oci.Manifest, _ *Host, _ *Request) {
+			m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}
+		}},
+		{name: "other security module", code: CodeLSM, says: []string{"apparmor (web)", "selinux"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Container.LSM, h.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}, "selinux"
+		}},
+		{name: "profile that is not loaded", code: CodeLSM, says: []string{"loaded: web;"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"app", ":other:x", "a//&b", "web"}}
+			h.LSM, h.Profiles = "apparmor", []string{"app"}
+		}},
+		{name: "profiles that cannot be listed", change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Container.LSM, h.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}, "apparmor"
+		}},
+		{name: "SELinux", change: func(m *oci.Manifest, h *Host, _ *Request) {
+			m.Container.LSM, h.LSM = &oci.LSM{Name: "selinux", Profiles: []string{"u:r:t:s0"}}, "selinux"
+		}},
 		{name: "other command", code: CodeArgs, says: []string{"/app", "sh"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Args = []string{"sh"} }},
 		{name: "other user", code: CodeUser, says: []string{"user 7, group 8", "user 0, group 8"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.UID = 0 }},
 		{name: "other group", code: CodeUser, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.GID = 0 }},

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"path/filepath"
 	goruntime "runtime"
 	"slices"
 	"strings"
@@ -24,6 +25,12 @@ type Host struct {
 	CPU           oci.CPU
 	// CRIU is the version found, as oci.CRIU gives it; 0 when there is none.
 	CRIU int
+	// Features are those of oci.KernelFeatures that the kernel has.
+	Features []string
+	// LSM is the security module that confines containers, apparmor or selinux;
+	// empty for none. Profiles are those that AppArmor knows, if that can be read.
+	LSM      string
+	Profiles []string
 }
 
 // ThisHost describes the machine it runs on. criuVersion is what FindCRIU said.
@@ -44,7 +51,55 @@ func ThisHost(criuVersion int) Host {
 	if err := unix.Statfs("/sys/fs/cgroup", &st); err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
 		h.CgroupVersion = 2
 	}
+	for _, f := range oci.KernelFeatures() {
+		if kernelHas(f) {
+			h.Features = append(h.Features, f)
+		}
+	}
+	h.LSM, h.Profiles = securityModule("/")
 	return h
+}
+
+// kernelHas asks the kernel for one of oci.KernelFeatures.
+func kernelHas(feature string) bool {
+	switch feature {
+	case oci.RequireSeccomp:
+		return exists("/proc/sys/kernel/seccomp/actions_avail")
+	case oci.RequireRseq:
+		// Nothing at address 0 can be registered; a kernel without says so first.
+		_, _, errno := unix.RawSyscall6(unix.SYS_RSEQ, 0, 0, 0, 0, 0, 0)
+		return errno != unix.ENOSYS
+	case oci.RequireTimeNamespace:
+		return exists("/proc/self/ns/time")
+	case oci.RequireUserNamespace:
+		return exists("/proc/self/ns/user")
+	case oci.RequireIPv6:
+		return exists("/proc/self/net/if_inet6")
+	}
+	return false
+}
+
+// securityModule finds the module that gives processes profiles or contexts. root
+// is where proc and sys are.
+func securityModule(root string) (name string, profiles []string) {
+	if on, err := os.ReadFile(filepath.Join(root, "sys/module/apparmor/parameters/enabled")); err == nil && strings.TrimSpace(string(on)) == "Y" {
+		f, err := os.Open(filepath.Join(root, "sys/kernel/security/apparmor/profiles"))
+		if err != nil {
+			return "apparmor", nil
+		}
+		defer f.Close()
+		for s := bufio.NewScanner(f); s.Scan(); {
+			// The mode follows in brackets; the name may hold anything.
+			if i := strings.LastIndex(s.Text(), " ("); i > 0 {
+				profiles = append(profiles, s.Text()[:i])
+			}
+		}
+		return "apparmor", profiles
+	}
+	if exists(filepath.Join(root, "sys/fs/selinux/enforce")) {
+		return "selinux", nil
+	}
+	return "", nil
 }
 
 // MinimumCRIU is the oldest CRIU that works on the host's kernel. Since 6.16,
@@ -57,13 +112,22 @@ func (h Host) MinimumCRIU() int {
 	return MinimumCRIU
 }
 
-// Describe fills what a manifest says about the machine of the dump. minimum is
-// the oldest CRIU that can read what this one writes.
-func (h Host) Describe(m *oci.Manifest, minimum int) {
+// Describe fills what a manifest says about the machine of the dump.
+func (h Host) Describe(m *oci.Manifest) {
 	m.Version = oci.Version
 	m.Platform = oci.Platform{OS: h.OS, Architecture: h.Architecture}
 	m.Host = oci.Host{Kernel: h.Kernel, PageSize: h.PageSize, CgroupVersion: h.CgroupVersion, CPU: h.CPU}
-	m.CRIU = oci.CRIU{Version: h.CRIU, Minimum: minimum}
+	m.CRIU = oci.CRIU{Version: h.CRIU, Minimum: OldestReader(h.CRIU)}
+}
+
+// OldestReader is the oldest CRIU that can restore what a version of it dumped.
+// From 4.2 on the numbers of pages are where earlier ones do not look: they would
+// restore a process without its memory (criu's issue 2847).
+func OldestReader(version int) int {
+	if version >= 40200 {
+		return 40200
+	}
+	return MinimumCRIU
 }
 
 // cpu reads the first processor's block only: the kernel makes the file up as it

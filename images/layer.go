@@ -54,7 +54,7 @@ func DumpFiles(dir string) ([]oci.File, error) {
 
 // WriteLayer writes the checkpoint layer, an uncompressed tar, in one pass and
 // constant memory. m.Files are replaced by what DumpFiles finds, with the
-// digests of what was written. The same input gives the same bytes: fixed
+// digests of what was written, m.Requires and m.Container.LSM by Needs. The same input gives the same bytes: fixed
 // times and owners, entries sorted by name, which also puts the manifest after
 // the files it describes.
 //
@@ -78,6 +78,9 @@ func WriteLayer(w io.Writer, dumpDir string, spec []byte, m *oci.Manifest) error
 		files[i].Digest = digest
 	}
 	m.Files = files
+	if m.Requires, m.Container.LSM, err = Needs(dumpDir); err != nil {
+		return err
+	}
 	data, err := m.Encode()
 	if err != nil {
 		return err

@@ -105,7 +105,7 @@ func TestWriteLayer(t *testing.T) {
 	if got, err := os.ReadFile(c.SpecPath()); err != nil || !bytes.Equal(got, spec) {
 		t.Errorf("spec: %q, %v", got, err)
 	}
-	if got, err := os.ReadFile(filepath.Join(c.CRIUDir(), "core-1.img")); err != nil || string(got) != "core" {
+	if got, err := os.ReadFile(filepath.Join(c.CRIUDir(), "core-1.img")); err != nil || string(got) != oneCore() {
 		t.Errorf("core-1.img: %q, %v", got, err)
 	}
 }
@@ -175,7 +175,9 @@ func TestVerify(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
-		{name: "changed", file: "core-1.img", change: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "core-1.img"), "eroc") }},
+		{name: "changed", file: "core-1.img", change: func(t *testing.T, dir string) {
+			write(t, filepath.Join(dir, "core-1.img"), strings.Replace(oneCore(), "app", "ppa", 1))
+		}},
 		{name: "changed memory", file: "pages-1.img", all: true, change: func(t *testing.T, dir string) {
 			write(t, filepath.Join(dir, "pages-1.img"), strings.Repeat("Memory", 10000))
 		}},

@@ -332,6 +332,8 @@ type task struct {
 	capabilities    uint64 // of all sets together
 	filtered        bool
 	noNewPrivileges bool
+	rseq            bool
+	lsm             string // the security module's profile or context
 }
 
 // TASK_DEAD and TASK_ZOMBIE of CRIU's pid.h, SECCOMP_MODE_FILTER of the kernel's
@@ -405,9 +407,26 @@ func parseCore(data []byte) (t task, err error) {
 			t.capabilities |= uint64(w) << (32 * i)
 		}
 	}
+	if t.rseq, err = registeredRseq(thread); err != nil {
+		return t, err
+	}
+	if t.lsm, err = creds.text(15); err != nil {
+		return t, err
+	}
 	n, err := creds.number(18)
 	t.noNewPrivileges = n != 0
 	return t, err
+}
+
+// registeredRseq tells whether a thread has told the kernel of its restartable
+// sequences: CRIU also notes of one that has not where they are, at 0.
+func registeredRseq(thread fields) (bool, error) {
+	entry, err := thread.message(15)
+	if err != nil || entry == nil {
+		return false, err
+	}
+	address, err := entry.single(1, protowire.VarintType)
+	return address != nil && address.number != 0, err
 }
 
 // CRIU's numbers of file systems (fstype in mnt.proto) and their names.

@@ -30,6 +30,8 @@ const (
 	AnnotationCRIUMinimum    = ImagePrefix + "criu.minimum"
 	AnnotationTCPEstablished = ImagePrefix + "tcp-established"
 	AnnotationDumpBytes      = ImagePrefix + "dump-bytes"
+	AnnotationRequires       = ImagePrefix + "requires"
+	AnnotationLSM            = ImagePrefix + "lsm"
 
 	// The OCI image specification's own.
 	annotationCreated    = "org.opencontainers.image.created"
@@ -67,6 +69,7 @@ func Annotations(m *Manifest) map[string]string {
 		AnnotationPageSize:    strconv.Itoa(m.Host.PageSize),
 		AnnotationCRIUMinimum: VersionString(m.CRIU.Minimum),
 		AnnotationDumpBytes:   strconv.FormatInt(bytes, 10),
+		AnnotationRequires:    strings.Join(m.Requires, ","),
 
 		annotationCreated:    m.Created.UTC().Format(time.RFC3339),
 		annotationBaseName:   m.Base.Name,
@@ -74,6 +77,9 @@ func Annotations(m *Manifest) map[string]string {
 	}
 	if m.TCPEstablished {
 		all[AnnotationTCPEstablished] = "true"
+	}
+	if m.Container.LSM != nil {
+		all[AnnotationLSM] = m.Container.LSM.Name
 	}
 	for k, v := range all {
 		if v == "" {

@@ -38,6 +38,9 @@ type Manifest struct {
 	Base   Base    `json:"base"`
 	// TCPEstablished is true when the dump holds established connections.
 	TCPEstablished bool `json:"tcpEstablished,omitempty"`
+	// Requires names, sorted, what a reader must know and a host must have: see
+	// the constants Require….
+	Requires []string `json:"requires,omitempty"`
 
 	// Files are the files of the dump, by name below CRIUDirName, sorted.
 	Files []File `json:"files"`
@@ -89,6 +92,7 @@ type Container struct {
 	Namespaces  []string    `json:"namespaces,omitempty"`
 	UIDMappings []IDMapping `json:"uidMappings,omitempty"`
 	GIDMappings []IDMapping `json:"gidMappings,omitempty"`
+	LSM         *LSM        `json:"lsm,omitempty"`
 }
 
 // IDMapping is one line of a user namespace's map.
@@ -131,6 +135,10 @@ func (m *Manifest) Encode() ([]byte, error) {
 	slices.SortFunc(m.Mounts, func(a, b Mount) int { return strings.Compare(a.Destination, b.Destination) })
 	slices.Sort(m.Host.CPU.Features)
 	slices.Sort(m.Container.Namespaces)
+	slices.Sort(m.Requires)
+	if m.Container.LSM != nil {
+		slices.Sort(m.Container.LSM.Profiles)
+	}
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}
@@ -211,8 +219,15 @@ func (m *Manifest) Validate() error {
 	case len(m.Files) > MaxFiles:
 		return invalid("%d files; at most %d are allowed", len(m.Files), MaxFiles)
 	case max(len(m.Mounts), len(m.Container.Args), len(m.Base.Args), len(m.Container.AdditionalGids), len(m.Host.CPU.Features),
-		len(m.Container.Namespaces), len(m.Container.UIDMappings), len(m.Container.GIDMappings)) > maxList:
+		len(m.Container.Namespaces), len(m.Requires), len(m.Container.UIDMappings), len(m.Container.GIDMappings)) > maxList:
 		return invalid("a list with more than %d entries", maxList)
+	}
+
+	if i := slices.IndexFunc(m.Requires, func(s string) bool { return !validName(s) }); i >= 0 {
+		return invalid("requirement %q is no name of small letters, digits, - and .", m.Requires[i])
+	}
+	if !m.Container.LSM.valid() {
+		return invalid("container.lsm names no module or no profile")
 	}
 
 	// These strings reach annotations, logs and terminals.
@@ -261,6 +276,7 @@ func (m *Manifest) shownStrings() func(yield func(string, string) bool) {
 			{"container.hostname", m.Container.Hostname},
 			{"container.cwd", m.Container.Cwd},
 			{"container.namespaces", strings.Join(m.Container.Namespaces, "")},
+			{"container.lsm", m.Container.LSM.shown()},
 			{"base", m.Base.Name},
 		} {
 			if !yield(s[0], s[1]) {

@@ -219,7 +219,7 @@ func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
 		Mounts:         oci.MountsOf(spec),
 		TCPEstablished: tcp == runtime.TCPEstablished,
 	}
-	images.ThisHost(criu).Describe(m, images.MinimumCRIU)
+	images.ThisHost(criu).Describe(m)
 	m.Container.ID = c.id
 	if d := c.dumped; d != nil {
 		// A clone runs what the dump ran, whatever its request said.
@@ -242,6 +242,9 @@ func writeDumpManifest(dir string, m *oci.Manifest) error {
 	}
 	full := *m
 	full.Files = []oci.File{file}
+	if full.Requires, full.Container.LSM, err = images.Needs(dir); err != nil {
+		return err
+	}
 	data, err := full.Encode()
 	if err != nil {
 		return err

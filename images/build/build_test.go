@@ -276,7 +276,9 @@ func (w *world) request(container, ref string) Request {
 	w.t.Helper()
 	dir := w.t.TempDir()
 	for name, data := range map[string]string{
-		"inventory.img": "inv", "pages-1.img": strings.Repeat(container, 1<<16), "core-1.img": "core",
+		"inventory.img": "\x16\x31\x31\x58\x00\x00\x00\x00", "pages-1.img": strings.Repeat(container, 1<<16),
+		// One thread, which has nothing but empty credentials.
+		"core-1.img":       "\x19\x43\x56\x54\x47\x38\x05\x55\x04\x00\x00\x00\x2a\x02\x52\x00",
 		"descriptors.json": "[]", "dump.log": "log", "stats-dump": "s",
 	} {
 		w.must(os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600))
@@ -284,7 +286,7 @@ func (w *world) request(container, ref string) Request {
 	spec := filepath.Join(w.t.TempDir(), "spec.json")
 	w.must(os.WriteFile(spec, []byte(`{"ociVersion":"1.2.0"}`), 0o600))
 	r := Request{Container: container, Ref: ref, DumpDir: dir, SpecPath: spec}
-	images.ThisHost(40101).Describe(&r.Manifest, 40100)
+	images.ThisHost(40101).Describe(&r.Manifest)
 	r.Manifest.Created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	r.Manifest.Container = oci.Container{ID: container, Args: []string{"/app"}}
 	return r
@@ -476,7 +478,7 @@ func TestBuild(t *testing.T) {
 				size += layer.Size
 			}
 			if done.Name != "warm:1" || done.Digest != desc.Digest.String() || done.Size != size ||
-				done.LayerSize != l.manifest.Layers[3].Size || done.ChangesSize != l.manifest.Layers[2].Size || done.DumpSize != 65536+3+4+2 {
+				done.LayerSize != l.manifest.Layers[3].Size || done.ChangesSize != l.manifest.Layers[2].Size || done.DumpSize != 65536+8+16+2 {
 				t.Errorf("done: %+v", done)
 			}
 			img, err := w.images.Get(w.ctx, "warm:1")
