@@ -24,6 +24,9 @@ type Compression string
 // HooksMode says whether participants are told, and whether there must be one.
 type HooksMode string
 
+// JavaMode says how a JVM gets the Java library.
+type JavaMode string
+
 // The options' values. The zero value of each type behaves as its default.
 const (
 	RestoreAuto    RestoreMode = "auto"    // warm if possible, else cold with a reason; the default
@@ -51,6 +54,10 @@ const (
 	HooksOff      HooksMode = "off"
 	HooksRequired HooksMode = "required"
 
+	JavaOff  JavaMode = "off"  // the default: it does not, or the image sees to it
+	JavaAuto JavaMode = "auto" // by options after the program's name, if that is java
+	JavaEnv  JavaMode = "env"  // by JDK_JAVA_OPTIONS, for a JVM that a script starts
+
 	CheckpointAllowNone     = "none" // the default
 	CheckpointAllowWorkload = "workload"
 )
@@ -77,6 +84,8 @@ type Options struct {
 	HookAfterResume      string
 
 	CheckpointAllow string
+	Java            JavaMode
+
 	// FDPolicy is a policy's text (ParseFDPolicy), or where in the image one is
 	// (FDPolicyPath); empty: none.
 	FDPolicy string
@@ -127,6 +136,7 @@ func knownOptions() []option {
 		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }),
 		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
 			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload)),
+		enum("java", func(o *Options) *JavaMode { return &o.Java }, nil, JavaOff, JavaAuto, JavaEnv),
 		{key: "fd-policy", values: "rules (docs/fd-policy.md), or file:/path/in/the/image", set: func(o *Options, v string) error {
 			o.FDPolicy = v
 			return checkFDPolicy(v)
@@ -187,7 +197,7 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 	o := Options{
 		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose, CheckpointCompression: CompressionZstd,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
-		CheckpointAllow: CheckpointAllowNone,
+		CheckpointAllow: CheckpointAllowNone, Java: JavaOff,
 	}
 	known := knownOptions()
 

@@ -10,7 +10,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none", CheckpointCompression: "zstd",
+		CheckpointAllow: "none", CheckpointCompression: "zstd", Java: "off",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -48,6 +48,8 @@ func TestParseOptions(t *testing.T) {
 			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip"},
 			want: with(func(o *Options) { o.CheckpointPush, o.CheckpointCompression = true, CompressionGzip }),
 		},
+		{name: "java", env: []string{"CRAC_JAVA=env"}, annotations: map[string]string{p("java"): "auto"}, want: with(func(o *Options) { o.Java = JavaAuto })},
+		{name: "java of an image", env: []string{"CRAC_JAVA=env"}, want: with(func(o *Options) { o.Java = JavaEnv })},
 		{
 			name: "annotation wins", annotations: map[string]string{p("memory"): "eager"}, env: []string{"CRAC_MEMORY=lazy"},
 			want: with(func(o *Options) { o.Memory = MemoryEager }),

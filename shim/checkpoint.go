@@ -221,6 +221,9 @@ func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
 	}
 	images.ThisHost(criu).Describe(m)
 	m.Container.ID = c.id
+	if c.args != nil {
+		m.Container.Args = c.args
+	}
 	if d := c.dumped; d != nil {
 		// A clone runs what the dump ran, whatever its request said.
 		m.Container.Args, m.Container.Cwd = d.Container.Args, d.Container.Cwd

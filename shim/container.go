@@ -24,6 +24,7 @@ type container struct {
 	work    string
 	options oci.Options
 	criu    criuPaths
+	args    []string // what the request asked to run, where adaptJava has changed it
 
 	rt   *runtime.Container
 	init *process

@@ -239,6 +239,9 @@ func (c *container) mountRootfs(mounts []images.Mount, bundle string) error {
 
 // createInit starts the process that waits to become the workload.
 func (s *service) createInit(ctx context.Context, c *container) error {
+	if err := s.adaptJava(c); err != nil {
+		return err
+	}
 	proc, err := c.rt.Create(c.init.io.child)
 	if err != nil {
 		return err
