@@ -37,7 +37,7 @@ func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, nil, fmt.Errorf("read the dump: %w", err)
 	}
-	n := needs{checker: checker{fd: fd}, requires: map[string]bool{}, profiles: map[string]bool{}}
+	n := needs{dumpDir: dumpDir{fd}, requires: map[string]bool{}, profiles: map[string]bool{}}
 	for _, name := range names {
 		if err := n.file(name); err != nil {
 			return nil, nil, fmt.Errorf("%w: %s: %w", ErrNotDump, filepath.Join(dir, name), err)
@@ -58,7 +58,7 @@ func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
 }
 
 type needs struct {
-	checker
+	dumpDir
 	requires, profiles map[string]bool
 	lsm                string
 }
