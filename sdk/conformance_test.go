@@ -37,10 +37,11 @@ var libraries = []library{
 		command: func(tb testing.TB) []string { return []string{need(tb, "python3"), "testdata/conformance.py"} },
 		env:     pythonEnv,
 	},
-}
-
-func pythonEnv(tb testing.TB) []string {
-	return []string{"PYTHONPATH=" + here(tb, "python"), "PYTHONDONTWRITEBYTECODE=1"}
+	{
+		name:    "node",
+		command: func(tb testing.TB) []string { return []string{need(tb, "node"), "testdata/conformance.js"} },
+		env:     nodeEnv,
+	},
 }
 
 const (

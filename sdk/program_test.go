@@ -22,7 +22,8 @@ type program struct {
 	stdin  io.WriteCloser
 	lines  chan string
 	stderr lockedBuffer
-	done   chan error
+	done   chan struct{}
+	err    error // how it ended; to be read after done
 }
 
 type lockedBuffer struct {
@@ -45,7 +46,7 @@ func (l *lockedBuffer) String() string {
 // start runs a command of a container. The test's end ends it.
 func (s *shim) start(env []string, args ...string) *program {
 	s.Helper()
-	p := &program{TB: s.TB, lines: make(chan string, 1000), done: make(chan error, 1)}
+	p := &program{TB: s.TB, lines: make(chan string, 1000), done: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cmd = exec.CommandContext(ctx, args[0], args[1:]...)
 	// Its children, too, are to end with it.
@@ -70,7 +71,7 @@ func (s *shim) start(env []string, args ...string) *program {
 			p.lines <- lines.Text()
 		}
 		close(p.lines)
-		p.done <- p.cmd.Wait()
+		p.err = p.cmd.Wait()
 		close(p.done)
 	}()
 	s.Cleanup(func() {
@@ -132,9 +133,9 @@ func (p *program) wait() {
 	p.Helper()
 	_ = p.stdin.Close()
 	select {
-	case err := <-p.done:
-		if err != nil {
-			p.Fatal(err)
+	case <-p.done:
+		if p.err != nil {
+			p.Fatal(p.err)
 		}
 	case <-time.After(patience):
 		p.Fatalf("the program has not ended within %v", patience)

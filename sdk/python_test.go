@@ -8,6 +8,10 @@ import (
 	"time"
 )
 
+func pythonEnv(tb testing.TB) []string {
+	return []string{"PYTHONPATH=" + here(tb, "python"), "PYTHONDONTWRITEBYTECODE=1"}
+}
+
 // TestPython runs the tests that are written in Python.
 func TestPython(t *testing.T) {
 	t.Parallel()
@@ -17,7 +21,7 @@ func TestPython(t *testing.T) {
 // unitTest runs the tests of another language, which have to succeed.
 func unitTest(t *testing.T, env []string, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), env...)

@@ -1,0 +1,3 @@
+export * from './index.js';
+import * as crac from './index.js';
+export default crac;
