@@ -63,6 +63,11 @@ var never = []struct {
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{
+		[]string{"runtime/hook"},
+		[]string{"github.com/containerd/", "github.com/opencontainers/runc", "google.golang.org/"},
+		"it is usable and testable alone",
+	},
+	{
 		[]string{"images/build", "cmd/cracctl", "runtime/inspect"},
 		[]string{"github.com/opencontainers/runc"},
 		"libcontainer has one door, which is runtime",

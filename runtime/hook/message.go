@@ -64,16 +64,21 @@ const maxMessage = 1 << 20
 // line is the message as it is sent, with its newline. Bytes that are not UTF-8
 // become U+FFFD: JSON has no room for them.
 func (m Message) line() ([]byte, error) {
+	line, err := encode(m)
+	if err == nil && len(line) > maxMessage {
+		err = fmt.Errorf("the message has %d bytes and may have %d: start with fewer or shorter environment variables, arguments and annotations", len(line), maxMessage)
+	}
+	return line, err
+}
+
+// encode makes one line of JSON, in which < > & stay what they are: it is also read
+// by people and shell scripts.
+func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false) // for those who read it with a shell
-	if err := enc.Encode(m); err != nil {
-		return nil, err
-	}
-	if b.Len() > maxMessage {
-		return nil, fmt.Errorf("the message has %d bytes and may have %d: start with fewer or shorter environment variables, arguments and annotations", b.Len(), maxMessage)
-	}
-	return b.Bytes(), nil
+	enc.SetEscapeHTML(false)
+	err := enc.Encode(v)
+	return b.Bytes(), err
 }
 
 // NewID makes an identifier of 32 hexadecimal digits: for a checkpoint, for a
