@@ -35,7 +35,9 @@ const (
 // Request is what a create request asks for, as far as a restored workload
 // cannot be given it afterwards.
 type Request struct {
-	Args           []string
+	Args []string
+	// AnyArgs restores whatever the arguments are: the workload is told them.
+	AnyArgs        bool
 	Cwd            string
 	UID, GID       uint32
 	AdditionalGids []uint32
@@ -177,7 +179,7 @@ func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 	c := m.Container
 	// A client that is given no command takes the image's own.
 	unasked := len(m.Base.Args) > 0 && slices.Equal(m.Base.Args, r.Args)
-	if !slices.Equal(c.Args, r.Args) && !unasked {
+	if !slices.Equal(c.Args, r.Args) && !unasked && !r.AnyArgs {
 		add(CodeArgs, "the checkpoint runs %q and the request asks for %q; leave the command out to restore it", c.Args, r.Args)
 	}
 	if c.UID != r.UID || c.GID != r.GID || !sameSet(c.AdditionalGids, r.AdditionalGids) {

@@ -26,7 +26,11 @@ var ErrInvalid = errors.New("invalid checkpoint manifest")
 
 // Manifest is .crac/v1/manifest.json: what a checkpoint is and what it needs.
 type Manifest struct {
-	Version  string    `json:"version"`
+	Version string `json:"version"`
+	// Name is what the image was called when it was made; empty for a dump that
+	// is in no image.
+	Name string `json:"name,omitempty"`
+	// Created is when the workload stood still, to the microsecond.
 	Created  time.Time `json:"created"`
 	Platform Platform  `json:"platform"`
 	Host     Host      `json:"host"`
@@ -130,7 +134,7 @@ type File struct {
 // Encode validates the manifest and writes it: the same manifest gives the same
 // bytes. Lists whose order has no meaning are sorted, also in m.
 func (m *Manifest) Encode() ([]byte, error) {
-	m.Created = m.Created.UTC().Truncate(time.Second)
+	m.Created = m.Created.UTC().Truncate(time.Microsecond)
 	slices.SortFunc(m.Files, func(a, b File) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(m.Mounts, func(a, b Mount) int { return strings.Compare(a.Destination, b.Destination) })
 	slices.Sort(m.Host.CPU.Features)
@@ -269,6 +273,7 @@ func (m *Manifest) shownStrings() func(yield func(string, string) bool) {
 	return func(yield func(string, string) bool) {
 		for _, s := range [][2]string{
 			{"version", m.Version},
+			{"name", m.Name},
 			{"platform", m.Platform.OS + m.Platform.Architecture + m.Platform.Variant},
 			{"host.kernel", m.Host.Kernel},
 			{"host.cpu", m.Host.CPU.Vendor + m.Host.CPU.Model + strings.Join(m.Host.CPU.Features, "")},

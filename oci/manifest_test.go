@@ -21,6 +21,7 @@ func digestOf(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 func sample() *Manifest {
 	return &Manifest{
 		Version:  Version,
+		Name:     "registry.example/app:warm",
 		Created:  time.Date(2026, 3, 4, 5, 6, 7, 891011, time.FixedZone("", 3600)),
 		Platform: Platform{OS: "linux", Architecture: "amd64"},
 		Host: Host{

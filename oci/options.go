@@ -60,6 +60,9 @@ const (
 
 	CheckpointAllowNone     = "none" // the default
 	CheckpointAllowWorkload = "workload"
+
+	CheckpointWhenAsked = "asked" // the default: by a client, or by the workload if it may
+	CheckpointWhenReady = "ready" // also once, after a cold start, when the probe succeeds
 )
 
 // DefaultHookTimeout is how long one notification may take.
@@ -89,6 +92,14 @@ type Options struct {
 	// FDPolicy is a policy's text (ParseFDPolicy), or where in the image one is
 	// (FDPolicyPath); empty: none.
 	FDPolicy string
+
+	// CheckpointWhen asks for a checkpoint without anybody's call: see the
+	// CheckpointWhen constants. CheckpointProbe tells that the workload is ready:
+	// a URL or a command. CheckpointWarmup is how often the probe is repeated
+	// then, before the checkpoint.
+	CheckpointWhen   string
+	CheckpointProbe  string
+	CheckpointWarmup int
 }
 
 // option is one known key: how its value is read and, when this version cannot
@@ -119,8 +130,7 @@ func knownOptions() []option {
 		// An image that chose to be pushed would send its memory where it likes.
 		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
 		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, nil, CompressionZstd, CompressionGzip),
-		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks },
-			func(v HooksMode) bool { return v == HooksRequired }, HooksOptional, HooksOff, HooksRequired),
+		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks }, nil, HooksOptional, HooksOff, HooksRequired),
 		{key: "hook.timeout", values: "a duration such as 10s, longer than 0", set: func(o *Options, v string) error {
 			d, err := time.ParseDuration(v)
 			if err == nil && d <= 0 {
@@ -130,12 +140,23 @@ func knownOptions() []option {
 				o.HookTimeout = d
 			}
 			return err
-		}, unsupported: func(o *Options) bool { return o.HookTimeout != 0 && o.HookTimeout != DefaultHookTimeout }},
-		text("hook.before-checkpoint", "a command, URL or signal", func(o *Options) *string { return &o.HookBeforeCheckpoint }),
-		text("hook.after-restore", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterRestore }),
-		text("hook.after-resume", "a command, URL or signal", func(o *Options) *string { return &o.HookAfterResume }),
-		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow },
-			func(v string) bool { return v == CheckpointAllowWorkload }, CheckpointAllowNone, CheckpointAllowWorkload)),
+		}},
+		text("hook.before-checkpoint", hookValues, func(o *Options) *string { return &o.HookBeforeCheckpoint }),
+		text("hook.after-restore", hookValues, func(o *Options) *string { return &o.HookAfterRestore }),
+		text("hook.after-resume", hookValues, func(o *Options) *string { return &o.HookAfterResume }),
+		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow }, nil, CheckpointAllowNone, CheckpointAllowWorkload)),
+		annotationOnly(enum("checkpoint.when", func(o *Options) *string { return &o.CheckpointWhen }, nil, CheckpointWhenAsked, CheckpointWhenReady)),
+		text("checkpoint.probe", "an http URL in the container or a command", func(o *Options) *string { return &o.CheckpointProbe }),
+		{key: "checkpoint.warmup", values: "a number of requests, 0 to 1000000", set: func(o *Options, v string) error {
+			n, err := strconv.Atoi(v)
+			if err == nil && (n < 0 || n > 1000000) {
+				err = fmt.Errorf("out of range")
+			}
+			if err == nil {
+				o.CheckpointWarmup = n
+			}
+			return err
+		}},
 		enum("java", func(o *Options) *JavaMode { return &o.Java }, nil, JavaOff, JavaAuto, JavaEnv),
 		{key: "fd-policy", values: "rules (docs/fd-policy.md), or file:/path/in/the/image", set: func(o *Options, v string) error {
 			o.FDPolicy = v
@@ -169,7 +190,9 @@ func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bo
 	return o
 }
 
-// text is an option of a later version: any value of it is unsupported.
+const hookValues = "a command, an http URL in the container, signal:NAME"
+
+// text is an option whose value is read by whoever honours it.
 func text(key, values string, field func(*Options) *string) option {
 	return option{key: key, values: values, set: func(o *Options, v string) error {
 		if strings.TrimSpace(v) == "" {
@@ -177,7 +200,7 @@ func text(key, values string, field func(*Options) *string) option {
 		}
 		*field(o) = v
 		return nil
-	}, unsupported: func(o *Options) bool { return *field(o) != "" }}
+	}}
 }
 
 // envName is the environment variable that carries an option:
@@ -191,13 +214,13 @@ func envName(key string) string {
 //
 // An annotation below AnnotationPrefix that is neither an option nor reserved
 // is an error: a mistyped option must not pass for a default. An unknown CRAC_*
-// variable is not, because a workload may use the prefix for itself. The options
-// checkpoint.image, checkpoint.push and checkpoint.allow are annotations only.
+// variable is not, because a workload may use the prefix for itself. Some options
+// of checkpoints are annotations only.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
 		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose, CheckpointCompression: CompressionZstd,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
-		CheckpointAllow: CheckpointAllowNone, Java: JavaOff,
+		CheckpointAllow: CheckpointAllowNone, CheckpointWhen: CheckpointWhenAsked, Java: JavaOff,
 	}
 	known := knownOptions()
 
@@ -228,6 +251,9 @@ func ParseOptions(annotations map[string]string, env []string) (Options, error) 
 		if err := k.set(&o, value); err != nil {
 			return Options{}, fmt.Errorf("%s has the value %.200q (%w); possible: %s", source, value, err, k.values)
 		}
+	}
+	if o.CheckpointWhen == CheckpointWhenReady && (o.CheckpointProbe == "" || o.CheckpointImage == "") {
+		return Options{}, fmt.Errorf("annotation %[1]scheckpoint.when=ready needs %[1]scheckpoint.probe, which tells when that is, and %[1]scheckpoint.image, which says into what", AnnotationPrefix)
 	}
 	return o, nil
 }

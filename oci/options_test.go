@@ -10,7 +10,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none", CheckpointCompression: "zstd", Java: "off",
+		CheckpointAllow: "none", CheckpointCompression: "zstd", CheckpointWhen: "asked", Java: "off",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -42,7 +42,7 @@ func TestParseOptions(t *testing.T) {
 		},
 		{
 			name: "an image does not choose for the operator",
-			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload", "CRAC_CHECKPOINT_PUSH=true"}, want: defaults,
+			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload", "CRAC_CHECKPOINT_PUSH=true", "CRAC_CHECKPOINT_WHEN=ready"}, want: defaults,
 		},
 		{
 			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip"},
@@ -73,6 +73,16 @@ func TestParseOptions(t *testing.T) {
 				o.Hooks, o.HookBeforeCheckpoint, o.HookAfterRestore, o.HookAfterResume, o.CheckpointAllow = "required", "/a b", "http://x", "USR1", "workload"
 			}),
 		},
+		{
+			name: "when ready", annotations: map[string]string{p("checkpoint.when"): "ready", p("checkpoint.image"): "app:warm"}, env: []string{"CRAC_CHECKPOINT_PROBE=http://localhost/", "CRAC_CHECKPOINT_WARMUP=20"},
+			want: with(func(o *Options) {
+				o.CheckpointWhen, o.CheckpointImage, o.CheckpointProbe, o.CheckpointWarmup = "ready", "app:warm", "http://localhost/", 20
+			}),
+		},
+		{name: "ready without a probe", annotations: map[string]string{p("checkpoint.when"): "ready", p("checkpoint.image"): "app:warm"}, wantErr: "checkpoint.probe"},
+		{name: "ready without an image", annotations: map[string]string{p("checkpoint.when"): "ready", p("checkpoint.probe"): "true"}, wantErr: "checkpoint.image"},
+		{name: "warm-up out of range", annotations: map[string]string{p("checkpoint.warmup"): "-1"}, wantErr: "a number of requests"},
+		{name: "warm-up that is no number", annotations: map[string]string{p("checkpoint.warmup"): "many"}, wantErr: "a number of requests"},
 
 		{name: "unknown key", annotations: map[string]string{p("restor"): "auto"}, wantErr: p("checkpoint.image")},
 		{name: "unknown key is named", annotations: map[string]string{p("restor"): "auto"}, wantErr: `"io.containerd.crac.restor"`},
@@ -152,8 +162,8 @@ func TestUnsupported(t *testing.T) {
 		{nil, nil},
 		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "checkpoint.allow": "none"}, nil},
 		{map[string]string{"memory": "lazy"}, []string{"memory"}},
-		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x"}, []string{"hooks", "hook.timeout", "hook.after-restore"}},
-		{map[string]string{"checkpoint.allow": "workload", "fd-policy": "type: pipe\naction: error"}, []string{"checkpoint.allow", "fd-policy"}},
+		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x", "checkpoint.allow": "workload"}, nil},
+		{map[string]string{"memory": "lazy", "fd-policy": "type: pipe\naction: error"}, []string{"memory", "fd-policy"}},
 	} {
 		annotations := make(map[string]string)
 		for k, v := range tt.annotations {

@@ -206,13 +206,26 @@ func OwnNetwork(spec *specs.Spec) bool {
 	return private(spec, specs.NetworkNamespace) && !private(spec, specs.UserNamespace)
 }
 
+// DumpOptions say what happens around a dump. The zero value works.
+type DumpOptions struct {
+	// Exit ends the workload after a dump that went well, Pause leaves it
+	// paused; otherwise it is as it came.
+	Exit, Pause bool
+	// BeforeDump, unless nil, runs when the workload is frozen and before it is
+	// dumped, with the ids of its processes. It must not call the Container.
+	BeforeDump func(pids []int) error
+	// WhileFrozen, unless nil, runs after the dump and before the workload does:
+	// what it sees of the files agrees with the memory. It must not call the
+	// Container.
+	WhileFrozen func() error
+}
+
 // Dump writes the workload's memory and kernel state into dir, which it makes
 // if need be. From a Running or Paused container it goes to Quiesced and back,
-// or to Stopped if exit is set. whileFrozen, unless nil, runs after the dump and
-// before the workload does: what it sees of the files agrees with the memory.
+// or to what the options ask for.
 //
 // On any error the container is as it was.
-func (c *Container) Dump(dir string, o CRIUOptions, exit bool, whileFrozen func() error) (err error) {
+func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.refresh()
@@ -224,7 +237,7 @@ func (c *Container) Dump(dir string, o CRIUOptions, exit bool, whileFrozen func(
 		return err
 	}
 	// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
-	// nothing runs between the dump and whileFrozen.
+	// nothing runs between the dump and WhileFrozen.
 	if came == Running {
 		if err := c.freeze(); err != nil {
 			_ = c.machine.to(Running)
@@ -233,33 +246,45 @@ func (c *Container) Dump(dir string, o CRIUOptions, exit bool, whileFrozen func(
 	}
 	defer func() {
 		next := came
+		if err == nil && d.Pause {
+			next = Paused
+		}
 		switch {
 		case c.stopped():
 			next = Stopped
-		case err == nil && exit:
+		case err == nil && d.Exit:
 			if err = c.lc.Signal(unix.SIGKILL); err == nil {
 				<-c.init.Done()
 				next = Stopped
 			}
-		case came == Running:
+		case next == Running:
 			err = errors.Join(err, c.lc.Resume())
 		}
 		_ = c.machine.to(next)
 	}()
+	if d.BeforeDump != nil {
+		pids, err := c.lc.Processes()
+		if err != nil {
+			return err
+		}
+		if err := d.BeforeDump(pids); err != nil {
+			return err
+		}
+	}
 	opts, err := c.criuOptions(dir, o, c.init.Pid())
 	if err != nil {
 		return err
 	}
 	// Established connections outlive a killed process only if CRIU kills it
 	// while they are locked.
-	opts.LeaveRunning = !exit || o.TCP != TCPEstablished
+	opts.LeaveRunning = !d.Exit || o.TCP != TCPEstablished
 	if err := c.criuDump(opts); err != nil {
 		return err
 	}
-	if whileFrozen == nil {
+	if d.WhileFrozen == nil {
 		return nil
 	}
-	return whileFrozen()
+	return d.WhileFrozen()
 }
 
 func (c *Container) stopped() bool {

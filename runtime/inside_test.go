@@ -300,7 +300,19 @@ func TestAttachMounts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, destination := range []string{filepath.Join(dir, "none"), filepath.Join(dir, "magic", target), filepath.Join(dir, "kernel"), "/proc/sys/kernel"} {
+	// A mount point may be missing: that of a mount in a file system of the dump.
+	for _, destination := range []string{filepath.Join(dir, "none"), filepath.Join(dir, "link", "far", "none")} {
+		if err := attach(destination); err != nil {
+			t.Errorf("%s: %v", destination, err)
+		}
+		if err := unix.Unmount(destination, unix.MNT_DETACH); err != nil {
+			t.Errorf("%s: nothing is mounted there: %v", destination, err)
+		}
+	}
+	if err := os.Symlink("nowhere", filepath.Join(dir, "dangling")); err != nil {
+		t.Fatal(err)
+	}
+	for _, destination := range []string{filepath.Join(dir, "dangling"), filepath.Join(dir, "dangling", "below"), filepath.Join(dir, "magic", target), filepath.Join(dir, "kernel"), "/proc/sys/kernel"} {
 		if err := attach(destination); err == nil || !strings.Contains(err.Error(), destination) {
 			t.Errorf("%s: error is %v, want one that names it", destination, err)
 		}

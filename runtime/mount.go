@@ -60,13 +60,20 @@ func (t mountTrees) attach(pid int) error {
 }
 
 func (t mountTree) attach(root *os.File) error {
-	// The links are hostile: wherever they lead, stay below the root.
-	target, err := unix.Openat2(int(root.Fd()), t.destination, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	target, err := openInRoot(root, t.destination)
+	if errors.Is(err, unix.ENOENT) {
+		// It lies in a file system that came with the dump.
+		var st unix.Stat_t
+		if err := unix.Fstat(t.fd, &st); err != nil {
+			return os.NewSyscallError("fstat", err)
+		}
+		if err := makeMountPoint("/", t.destination, st.Mode&unix.S_IFMT != unix.S_IFDIR); err != nil {
+			return err
+		}
+		target, err = openInRoot(root, t.destination)
+	}
 	if err != nil {
-		return os.NewSyscallError("openat2", err)
+		return err
 	}
 	defer unix.Close(target)
 	// As libcontainer, which made sure of it for a cold start: what a process
@@ -80,6 +87,16 @@ func (t mountTree) attach(root *os.File) error {
 	}
 	err = unix.MoveMount(t.fd, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 	return os.NewSyscallError("move_mount", err)
+}
+
+// openInRoot opens a path as the container would. Its links are hostile: wherever
+// they lead, it stays below the root.
+func openInRoot(root *os.File, name string) (int, error) {
+	fd, err := unix.Openat2(int(root.Fd()), name, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	return fd, os.NewSyscallError("openat2", err)
 }
 
 // mountAttributes are the mount options that mount_setattr(2) knows.

@@ -28,6 +28,7 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/hook"
 )
 
 // builder is the program that packs an image. It is not part of the shim, which
@@ -40,6 +41,7 @@ const diffTimeout = 10 * time.Minute
 
 // checkpointRequest is what a checkpoint call asks for, whoever makes it.
 type checkpointRequest struct {
+	id   string // of this checkpoint, as participants are told
 	dir  string // where the dump goes; empty: nowhere but into the image
 	ref  string // of the image to build; empty: none
 	push bool   // the image
@@ -49,11 +51,10 @@ type checkpointRequest struct {
 	criu        runtime.CRIUOptions
 }
 
-// checkpointOptions reads the options of a checkpoint call: runc's, ours, or
-// none, which is all that clients send to a runtime that they do not know.
-func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpointRequest, error) {
-	r := &checkpointRequest{
-		dir:         path,
+// ownCheckpoint is the checkpoint that the container's options alone ask for.
+func (c *container) ownCheckpoint() *checkpointRequest {
+	return &checkpointRequest{
+		id:          hook.NewID(),
 		ref:         c.options.CheckpointImage,
 		push:        c.options.CheckpointPush,
 		exit:        c.options.CheckpointExit,
@@ -67,6 +68,13 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 			ExternalUnixSockets: true,
 		},
 	}
+}
+
+// checkpointOptions reads the options of a checkpoint call: runc's, ours, or
+// none, which is all that clients send to a runtime that they do not know.
+func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpointRequest, error) {
+	r := c.ownCheckpoint()
+	r.dir = path
 	if len(opts.GetValue()) == 0 {
 		return r, nil
 	}
@@ -106,17 +114,25 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 	return r, nil
 }
 
-// checkpoint dumps a container and builds an image of it, if one is asked for.
-// A failure leaves the container as it was, and no image.
-func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.CheckpointTaskRequest) (err error) {
-	if !c.checkpointing.TryLock() {
-		return fmt.Errorf("another checkpoint is being made: %w", errdefs.ErrUnavailable)
-	}
-	defer c.checkpointing.Unlock()
+// checkpoint does what a client's call asks for.
+func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.CheckpointTaskRequest) error {
 	r, err := c.checkpointOptions(call.Path, call.Options)
 	if err != nil {
 		return err
 	}
+	if !c.checkpointing.TryLock() {
+		return errBusy
+	}
+	defer c.checkpointing.Unlock()
+	return s.makeCheckpoint(ctx, c, r)
+}
+
+// makeCheckpoint tells the workload, dumps it, and builds an image of it, if one
+// is asked for. A failure leaves the container as it was, and no image. The
+// caller holds c.checkpointing.
+func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpointRequest) (err error) {
+	end := c.hooks.begin(r.id)
+	defer func() { end(err) }()
 	version, err := s.criu()
 	if err != nil {
 		return classified{err, errdefs.ErrFailedPrecondition}
@@ -149,43 +165,21 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 	if err := errors.Join(os.MkdirAll(r.criu.WorkDir, 0o700), clearDump(r.dir)); err != nil {
 		return err
 	}
-	manifest := c.manifest(version, r.criu.TCP)
-
 	var build *imageBuild
-	frozen := time.Now()
-	err = c.rt.Dump(r.dir, r.criu, r.exit, func() error {
-		if r.ref == "" {
-			return nil
+	defer func() {
+		if err != nil {
+			build.abort()
 		}
-		var err error
-		if build, err = s.startBuild(c, r, manifest, frozen); err != nil {
-			return err
-		}
-		// A client that has gone, or a builder that hangs, must not keep the
-		// workload frozen.
-		ctx, cancel := context.WithTimeout(ctx, diffTimeout)
-		defer cancel()
-		defer context.AfterFunc(ctx, build.kill)()
-		if r.exit {
-			// Nobody waits for the thaw, and without the image the workload
-			// would be lost.
-			_, err := build.wait()
-			return err
-		}
-		return build.untilDiffed()
-	})
-	thawed := time.Since(frozen)
+	}()
+	frozen, manifest, err := s.dump(ctx, c, r, version, &build)
 	if err != nil {
-		build.abort()
 		return err
 	}
 	if err := writeDumpManifest(r.dir, manifest); err != nil {
-		build.abort()
 		return err
 	}
 	done, err := build.wait()
 	if err != nil {
-		build.abort()
 		return fmt.Errorf("build image %s: %w", r.ref, err)
 	}
 	name := r.dir
@@ -198,7 +192,7 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 			"image":        done.Name,
 			"digest":       done.Digest,
 			"size":         done.Size,
-			"frozen_ms":    thawed.Milliseconds(),
+			"frozen_ms":    frozen.Milliseconds(),
 		}
 		if r.push {
 			facts["pushed"] = notPushed == nil
@@ -206,18 +200,80 @@ func (s *service) checkpoint(ctx context.Context, c *container, call *taskapi.Ch
 		s.events.sendFacts(CheckpointImageTopic, fmt.Sprintf("container %s was checkpointed into %s", c.id, done.Name), facts)
 	}
 	s.events.send(&eventstypes.TaskCheckpointed{ContainerID: c.id, Checkpoint: name})
-	log.G(ctx).WithFields(log.Fields{"id": c.id, "checkpoint": name, "frozen_ms": thawed.Milliseconds()}).Info("checkpointed")
+	log.G(ctx).WithFields(log.Fields{"id": c.id, "checkpoint": name, "frozen_ms": frozen.Milliseconds()}).Info("checkpointed")
 	return notPushed
 }
 
+// dump dumps the workload between the notifications, and starts the build of the
+// image while it stands still. It returns how long that was.
+func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, version int, build **imageBuild) (frozen time.Duration, m *oci.Manifest, err error) {
+	// Clients pause the workload before they ask; what is frozen answers nobody.
+	paused := c.rt.State() == runtime.Paused
+	thawed := paused && c.hooks.anybody()
+	if thawed {
+		if err := c.rt.Resume(); err != nil {
+			return 0, nil, err
+		}
+		c.hooks.clientResumed(ctx) // of an earlier checkpoint, if that waits still
+	}
+	defer func() {
+		switch {
+		case err != nil && (thawed || !paused):
+			c.hooks.afterResume(ctx, resumedMessage(r.id, err))
+			if thawed {
+				err = errors.Join(err, c.rt.Pause())
+			}
+		case r.exit:
+		case paused:
+			c.hooks.onResume(resumedMessage(r.id, err))
+		default:
+			c.hooks.afterResume(ctx, resumedMessage(r.id, nil))
+		}
+	}()
+	if err := c.hooks.before(ctx, r.id); err != nil {
+		return 0, nil, err
+	}
+	defer c.hooks.suspend()()
+	manifest := c.manifest(version, r)
+	began := time.Now()
+	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
+		Exit:  r.exit,
+		Pause: paused,
+		WhileFrozen: func() error {
+			if r.ref == "" {
+				return nil
+			}
+			started, err := s.startBuild(c, r, manifest, began)
+			if err != nil {
+				return err
+			}
+			*build = started
+			// A client that has gone, or a builder that hangs, must not keep the
+			// workload frozen.
+			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
+			defer cancel()
+			defer context.AfterFunc(ctx, started.kill)()
+			if r.exit {
+				// Nobody waits for the thaw, and without the image the workload
+				// would be lost.
+				_, err := started.wait()
+				return err
+			}
+			return started.untilDiffed()
+		},
+	})
+	return time.Since(began), manifest, err
+}
+
 // manifest says what a dump of this container needs, but for its files.
-func (c *container) manifest(criu int, tcp runtime.TCPMode) *oci.Manifest {
+func (c *container) manifest(criu int, r *checkpointRequest) *oci.Manifest {
 	spec := c.rt.Spec()
 	m := &oci.Manifest{
+		Name:           r.ref,
 		Created:        time.Now().UTC(),
 		Container:      oci.ContainerOf(spec),
 		Mounts:         oci.MountsOf(spec),
-		TCPEstablished: tcp == runtime.TCPEstablished,
+		TCPEstablished: r.criu.TCP == runtime.TCPEstablished,
 	}
 	images.ThisHost(criu).Describe(m)
 	m.Container.ID = c.id

@@ -14,6 +14,7 @@ import (
 
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/hook"
 )
 
 // container is one container of this shim, with its processes.
@@ -26,8 +27,10 @@ type container struct {
 	criu    criuPaths
 	args    []string // what the request asked to run, where adaptJava has changed it
 
-	rt   *runtime.Container
-	init *process
+	rt    *runtime.Container
+	init  *process
+	hooks *hooks      // nil if the workload is told nothing
+	ready *hook.Probe // nil unless it is to be checkpointed when it succeeds
 
 	// warm is the restore that Start is to do; nil once done, or for a cold start.
 	warm *restore
@@ -146,7 +149,7 @@ func (c *container) delete(ctx context.Context) error {
 		p.abandon(0)
 		p.closeIO()
 	}
-	return errors.Join(err, c.unmount(ctx))
+	return errors.Join(err, c.removeHooks(), c.unmount(ctx))
 }
 
 func (c *container) takeExecs() map[string]*process {

@@ -58,6 +58,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if c.criu.work == "" {
 		c.criu.work = filepath.Join(c.work, "criu")
 	}
+	if c.ready, err = c.readyProbe(); err != nil {
+		return nil, err
+	}
 	if err := s.reserve(c.id); err != nil {
 		return nil, err
 	}
@@ -75,13 +78,21 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			err = errors.Join(err, c.unmount(s.ctx))
 		}
 	}()
+	if found.masked {
+		spec.Mounts = append(spec.Mounts, maskMount)
+	}
+	if err := s.addHooks(c, spec, found.hooked); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.removeHooks())
+		}
+	}()
 	if found.warm == nil && found.why != nil {
 		if err := s.cold(c, found.why); err != nil {
 			return nil, err
 		}
-	}
-	if found.masked {
-		spec.Mounts = append(spec.Mounts, maskMount)
 	}
 	if found.warm != nil {
 		if err := makeMountPoints(spec, c.rootfs, found.warm.manifest); err != nil {
@@ -296,7 +307,7 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 	warm := c.warm
 	c.warm = nil
 	if warm == nil {
-		return c.rt.Start()
+		return s.startCold(c)
 	}
 	err := s.restore(ctx, c, warm)
 	if err == nil {
@@ -319,7 +330,18 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 		return err
 	}
 	defer s.watchInit(c, c.init.running()) // whatever becomes of it
-	return c.rt.Start()
+	return s.startCold(c)
+}
+
+// startCold lets a workload run that createInit has made.
+func (s *service) startCold(c *container) error {
+	if err := c.rt.Start(); err != nil {
+		return err
+	}
+	if c.ready != nil {
+		go s.checkpointWhenReady(c)
+	}
+	return nil
 }
 
 // killInit signals a container's init, or all of its processes.

@@ -34,6 +34,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/hook"
 )
 
 // Name is the runtime's name in containerd.
@@ -282,6 +283,9 @@ func (Manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 	killed := time.Now()
 	if err := mount.UnmountRecursive(filepath.Join(bundle, "rootfs"), 0); err != nil {
 		log.G(ctx).WithError(err).Warn("failed to unmount the root file system")
+	}
+	if err := hook.RemoveDir(filepath.Join(bundle, hooksDir)); err != nil {
+		log.G(ctx).WithError(err).Warn("failed to remove the directory of hooks")
 	}
 	if e, err := readExit(bundle); err == nil {
 		return shim.StopStatus{Pid: e.Pid, ExitStatus: e.Status, ExitedAt: e.At}, nil

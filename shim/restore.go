@@ -74,6 +74,7 @@ func reasonOf(err error, required bool) *coldReason {
 type findings struct {
 	mounts []images.Mount // for the root file system
 	masked bool           // the container would see the dump
+	hooked bool           // the dump has a directory of hooks, so the clone must
 	path   bool           // the request named the dump
 	warm   *restore
 	why    *coldReason // why there is no restore though there is a checkpoint
@@ -92,6 +93,9 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 	if path == "" {
 		path = opts.CriuImagePath
 	}
+	// What the shim itself mounts in every container is no question.
+	offered := *spec
+	offered.Mounts = append(slices.Clone(spec.Mounts), hooksMount(c.bundle))
 	required := c.options.Restore == oci.RestoreRequire
 	if path != "" {
 		// Named by the client for this start alone: a cold start is not it,
@@ -104,10 +108,10 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 	case c.options.Restore == oci.RestoreNever && (path != "" || checkpoint != nil || err != nil):
 		f.why = &coldReason{code: "restore-never", err: errors.New("the option restore=never asks for it")}
 	case path != "":
-		f.warm, err = s.fitPath(path, spec, c)
+		f.warm, err = s.fitPath(path, &offered, c)
 	case err != nil:
 	case checkpoint != nil:
-		f.warm, err = s.fitImage(checkpoint, spec, c)
+		f.warm, err = s.fitImage(checkpoint, &offered, c)
 	}
 	if err != nil && f.why == nil {
 		f.why = reasonOf(err, required)
@@ -115,8 +119,9 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 	if f.warm != nil {
 		f.warm.required = required
 	}
-	if f.warm != nil && f.warm.manifest != nil && hasMount(f.warm.manifest, maskMount.Destination) {
-		f.masked = true // the dump has the mask, so the clone must
+	if f.warm != nil && f.warm.manifest != nil {
+		f.masked = f.masked || hasMount(f.warm.manifest, maskMount.Destination) // the dump has the mask, so the clone must
+		f.hooked = hasMount(f.warm.manifest, hooksMountPoint)
 	}
 	return f
 }
@@ -127,7 +132,7 @@ func hasMount(m *oci.Manifest, destination string) bool {
 
 // fitImage gates and verifies the checkpoint of an image.
 func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container) (*restore, error) {
-	if err := s.gate(ck.Manifest, spec); err != nil {
+	if err := s.gate(ck.Manifest, spec, c); err != nil {
 		return nil, err
 	}
 	if err := ck.Verify(); err != nil {
@@ -150,7 +155,7 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 	}
 	f, err := os.Open(filepath.Join(dir, manifestInDump))
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := s.gate(nil, spec); err != nil {
+		if err := s.gate(nil, spec, c); err != nil {
 			return nil, err
 		}
 		return c.fitted(dir, nil), nil
@@ -166,14 +171,14 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 	if err := checkInventory(dir, manifest); err != nil {
 		return nil, &coldReason{code: "damaged", err: err}
 	}
-	if err := s.gate(manifest, spec); err != nil {
+	if err := s.gate(manifest, spec, c); err != nil {
 		return nil, err
 	}
 	return c.fitted(dir, manifest), nil
 }
 
 // gate asks whether this host and this request fit the dump.
-func (s *service) gate(m *oci.Manifest, spec *specs.Spec) error {
+func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 	version, err := s.criu()
 	if m == nil {
 		if err != nil {
@@ -186,6 +191,8 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec) error {
 		asked.Mounts = append(asked.Mounts[:len(asked.Mounts):len(asked.Mounts)], maskMount)
 	}
 	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
+	// Who insists on the restore passes arguments to the workload that runs.
+	request.AnyArgs = c.options.Restore == oci.RestoreRequire && c.options.Hooks != oci.HooksOff
 	return refusal(images.Gate(m, images.ThisHost(version), request))
 }
 
@@ -236,6 +243,7 @@ func (s *service) cold(c *container, why *coldReason) error {
 	if why.required {
 		return fmt.Errorf("container %s cannot be restored: %w", c.id, classified{why.err, errdefs.ErrFailedPrecondition})
 	}
+	c.hooks.startedCold(why)
 	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "code": why.code, "reason": why.Error()}).Warn("starting cold instead of restoring the checkpoint")
 	s.events.sendFacts(ColdStartTopic, fmt.Sprintf("container %s starts cold: %s", c.id, why), map[string]any{"container_id": c.id, "code": why.code, "reason": why.Error()})
 	return nil
@@ -251,6 +259,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	if _, err := s.criu(); err != nil {
 		return &coldReason{code: images.CodeNoCRIU, err: err}
 	}
+	c.hooks.restoring(r.manifest)
 	io := c.init.io
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
 		WorkDir:             c.criu.work,
@@ -283,7 +292,12 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		}
 	}
 	s.watchOOM(c)
-	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "ms": time.Since(began).Milliseconds()}).Info("restored from checkpoint")
+	restored := time.Since(began)
+	if err := c.hooks.afterRestore(ctx, r.manifest); err != nil {
+		_ = c.rt.Signal(unix.SIGKILL, true)
+		return &startedError{err}
+	}
+	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "ms": restored.Milliseconds(), "hooks_ms": (time.Since(began) - restored).Milliseconds()}).Info("restored from checkpoint")
 	return nil
 }
 

@@ -323,6 +323,9 @@ func (s *service) Exec(_ context.Context, r *taskapi.ExecProcessRequest) (*empty
 		return nil, toGRPC(fmt.Errorf("process spec of %s: %w: %w", r.ExecID, err, errdefs.ErrInvalidArgument))
 	}
 	spec.Terminal = r.Terminal
+	if c.hooks != nil {
+		spec.Env = withHooksEnv(spec.Env)
+	}
 	config := stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}
 	if err := c.addExec(newProcess(r.ExecID, config, &spec)); err != nil {
 		return nil, toGRPC(err)
@@ -384,7 +387,7 @@ func (s *service) Pause(_ context.Context, r *taskapi.PauseRequest) (*emptypb.Em
 }
 
 // Resume ends a Pause.
-func (s *service) Resume(_ context.Context, r *taskapi.ResumeRequest) (*emptypb.Empty, error) {
+func (s *service) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, toGRPC(err)
@@ -393,6 +396,7 @@ func (s *service) Resume(_ context.Context, r *taskapi.ResumeRequest) (*emptypb.
 		return nil, toGRPC(err)
 	}
 	s.events.send(&eventstypes.TaskResumed{ContainerID: r.ID})
+	c.hooks.clientResumed(ctx)
 	return empty, nil
 }
 

@@ -391,7 +391,15 @@ func TestCheckpointOptions(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("%s: error is %v, want one that says %q", name, err, tt.says)
 			}
-		} else if err != nil || !reflect.DeepEqual(*got, tt.want) {
+			continue
+		}
+		if err == nil {
+			if got.id == "" {
+				t.Errorf("%s: no id", name)
+			}
+			got.id = ""
+		}
+		if err != nil || !reflect.DeepEqual(*got, tt.want) {
 			t.Errorf("%s:\ngot  %+v, %v\nwant %+v", name, got, err, tt.want)
 		}
 	}

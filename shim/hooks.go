@@ -1,0 +1,437 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime/hook"
+)
+
+const (
+	// hooksMountPoint is where participants meet the shim in a container.
+	hooksMountPoint = "/run/crac"
+	// hooksEnv tells a workload of that place.
+	hooksEnv = "CRAC_DIR"
+	// hooksDir is the same place in the bundle.
+	hooksDir = "crac"
+)
+
+// HookFailedTopic is the topic of the event that tells of participants that
+// failed at a notification. The facts are container_id, event and reason.
+const HookFailedTopic = "/crac/hook-failed"
+
+// hooksMount shows a container its own directory of hooks.
+func hooksMount(bundle string) specs.Mount {
+	return specs.Mount{
+		Destination: hooksMountPoint,
+		Type:        "bind",
+		Source:      filepath.Join(bundle, hooksDir),
+		Options:     []string{"bind", "rw", "nosuid", "nodev", "noexec"},
+	}
+}
+
+// hooks is a container's part in its own checkpoints: who is told of what, and
+// what control.sock answers. All methods may be called on nil, which is a
+// container that is told nothing.
+type hooks struct {
+	s        *service
+	c        *container
+	required bool
+	notifier hook.Notifier
+	control  *hook.Control
+
+	// telling orders notifications: what comes after a resume is told before
+	// what comes before the next checkpoint.
+	telling sync.Mutex
+
+	mu         sync.Mutex
+	generation string
+	warm       bool
+	image      string
+	cold       *coldReason
+	attempts   []*attempt    // the last few checkpoints, the newest last
+	resumed    *hook.Message // to be told when the client resumes the workload
+}
+
+// attempt is one checkpoint, as control.sock tells of it.
+type attempt struct {
+	id   string
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+// maxAttempts is how many checkpoints a workload can still ask about.
+const maxAttempts = 16
+
+// parseAdapters reads the options that name what is told without being a
+// participant.
+func parseAdapters(o oci.Options) (map[hook.Event]hook.Adapter, error) {
+	adapters := make(map[hook.Event]hook.Adapter)
+	for event, value := range map[hook.Event]string{
+		hook.BeforeCheckpoint: o.HookBeforeCheckpoint,
+		hook.AfterRestore:     o.HookAfterRestore,
+		hook.AfterResume:      o.HookAfterResume,
+	} {
+		if value == "" {
+			continue
+		}
+		a, err := hook.ParseAdapter(value)
+		if err != nil {
+			return nil, fmt.Errorf("option %shook.%s: %w: %w", oci.AnnotationPrefix, event, err, errdefs.ErrInvalidArgument)
+		}
+		adapters[event] = a
+	}
+	return adapters, nil
+}
+
+// addHooks makes the container's directory of hooks and listens in it. The
+// mount goes into the spec. dumped says that the dump to restore has the mount,
+// so that the clone must.
+func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
+	off := c.options.Hooks == oci.HooksOff || sandbox(spec)
+	if off && !dumped {
+		return nil
+	}
+	if slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return filepath.Clean("/"+m.Destination) == hooksMountPoint }) {
+		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the request has a mount of its own at %s", hooksMountPoint)
+		return nil
+	}
+	adapters, err := parseAdapters(c.options)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(c.bundle, hooksDir)
+	if err := hook.MakeDir(dir); err != nil {
+		return fmt.Errorf("directory of hooks (the option %shooks=off does without): %w", oci.AnnotationPrefix, err)
+	}
+	spec.Mounts = append(spec.Mounts, hooksMount(c.bundle))
+	if off {
+		return nil
+	}
+	if spec.Process != nil {
+		spec.Process.Env = withHooksEnv(spec.Process.Env)
+	}
+	h := &hooks{
+		s: s, c: c,
+		required:   c.options.Hooks == oci.HooksRequired,
+		generation: hook.NewID(),
+		notifier: hook.Notifier{
+			Dir:       dir,
+			Timeout:   c.options.HookTimeout,
+			Adapters:  adapters,
+			Container: hookTarget{c},
+		},
+	}
+	if h.control, err = hook.ListenControl(dir, h); err != nil {
+		return errors.Join(fmt.Errorf("control.sock: %w", err), hook.RemoveDir(dir))
+	}
+	c.hooks = h
+	return nil
+}
+
+// withHooksEnv tells a process where the directory of hooks is.
+func withHooksEnv(env []string) []string {
+	env = slices.DeleteFunc(slices.Clone(env), func(e string) bool { return strings.HasPrefix(e, hooksEnv+"=") })
+	return append(env, hooksEnv+"="+hooksMountPoint)
+}
+
+// sandbox tells whether the container is a pod's pause container, which has
+// nothing to say and is never checkpointed.
+func sandbox(spec *specs.Spec) bool {
+	return spec.Annotations["io.kubernetes.cri.container-type"] == "sandbox"
+}
+
+// removeHooks ends what addHooks began.
+func (c *container) removeHooks() error {
+	var err error
+	if c.hooks != nil {
+		err = c.hooks.control.Close()
+		c.hooks = nil
+	}
+	return errors.Join(err, hook.RemoveDir(filepath.Join(c.bundle, hooksDir)))
+}
+
+// startedCold notes that the workload was not restored, and why if there is a
+// checkpoint.
+func (h *hooks) startedCold(why *coldReason) {
+	if h == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.warm, h.image, h.cold = false, "", why
+}
+
+// restoring notes that the workload is about to be restored: it may ask before
+// it is told.
+func (h *hooks) restoring(m *oci.Manifest) {
+	if h == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.warm = true
+	if m != nil {
+		h.image = m.Name
+	}
+}
+
+// anybody tells whether there is somebody to tell: a paused workload without
+// need not be thawed.
+func (h *hooks) anybody() bool {
+	if h == nil {
+		return false
+	}
+	names, err := hook.Participants(h.notifier.Dir)
+	return err != nil || len(names) > 0 || len(h.notifier.Adapters) > 0
+}
+
+// before tells of a checkpoint to come. An error is a veto.
+func (h *hooks) before(ctx context.Context, id string) error {
+	if h == nil {
+		return nil
+	}
+	h.telling.Lock()
+	defer h.telling.Unlock()
+	report := h.notifier.Notify(ctx, hook.Message{V: 1, Event: hook.BeforeCheckpoint, ID: id})
+	if err := report.Err(); err != nil {
+		h.failed(hook.BeforeCheckpoint, err)
+		return fmt.Errorf("before-checkpoint: %w", classified{err, errdefs.ErrFailedPrecondition})
+	}
+	return h.needed(report)
+}
+
+// needed is an error if somebody had to be told and nobody was.
+func (h *hooks) needed(r hook.Report) error {
+	if !h.required || r.Told() > 0 {
+		return nil
+	}
+	return fmt.Errorf("the option %shooks=required asks for a participant, and none listens in %s: %w", oci.AnnotationPrefix, hooksMountPoint, errdefs.ErrFailedPrecondition)
+}
+
+// afterResume tells the workload, which runs, what became of the checkpoint.
+func (h *hooks) afterResume(ctx context.Context, m *hook.Message) {
+	if h == nil || m == nil {
+		return
+	}
+	h.telling.Lock()
+	defer h.telling.Unlock()
+	// Whoever asked for the checkpoint may have gone; the workload has not.
+	if err := h.notifier.Notify(context.WithoutCancel(ctx), *m).Err(); err != nil {
+		h.failed(hook.AfterResume, err)
+	}
+}
+
+func resumedMessage(id string, err error) *hook.Message {
+	m := &hook.Message{V: 1, Event: hook.AfterResume, ID: id, Outcome: hook.OutcomeCheckpointed}
+	if err != nil {
+		m.Outcome, m.Error = hook.OutcomeFailed, err.Error()
+	}
+	return m
+}
+
+// onResume keeps a message for the client's resume.
+func (h *hooks) onResume(m *hook.Message) {
+	if h == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.resumed = m
+}
+
+// clientResumed tells what waited for the client's resume.
+func (h *hooks) clientResumed(ctx context.Context) {
+	if h == nil {
+		return
+	}
+	h.mu.Lock()
+	m := h.resumed
+	h.resumed = nil
+	h.mu.Unlock()
+	h.afterResume(ctx, m)
+}
+
+// afterRestore tells a clone what it is. It returns when everybody has answered.
+func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) error {
+	if h == nil {
+		return nil
+	}
+	spec := h.c.rt.Spec()
+	message := hook.Message{
+		V: 1, Event: hook.AfterRestore, ID: hook.NewID(),
+		Generation:  h.generation,
+		Container:   h.c.id,
+		Hostname:    spec.Hostname,
+		Annotations: spec.Annotations,
+	}
+	if m != nil {
+		message.FrozenNS = max(0, time.Since(m.Created).Nanoseconds())
+	}
+	if p := spec.Process; p != nil {
+		message.Args = p.Args
+		message.Env = make(map[string]string, len(p.Env))
+		for _, e := range p.Env {
+			k, v, _ := strings.Cut(e, "=")
+			message.Env[k] = v
+		}
+	}
+	h.telling.Lock()
+	defer h.telling.Unlock()
+	report := h.notifier.Notify(ctx, message)
+	if err := report.Err(); err != nil {
+		h.failed(hook.AfterRestore, err)
+		if h.required {
+			return fmt.Errorf("after-restore: %w", classified{err, errdefs.ErrFailedPrecondition})
+		}
+		return nil
+	}
+	return h.needed(report)
+}
+
+// failed makes a failure known that is no error to anybody's call, or to one
+// who may not show it.
+func (h *hooks) failed(event hook.Event, err error) {
+	log.G(h.s.ctx).WithError(err).WithFields(log.Fields{"id": h.c.id, "event": string(event)}).Warn("a participant failed")
+	h.s.events.sendFacts(HookFailedTopic, fmt.Sprintf("container %s: %s: %s", h.c.id, event, err),
+		map[string]any{"container_id": h.c.id, "event": string(event), "reason": err.Error()})
+}
+
+// suspend takes control.sock away for a dump: CRIU cannot dump one half of a
+// connection. The returned function brings it back.
+func (h *hooks) suspend() (resume func()) {
+	if h == nil {
+		return func() {}
+	}
+	h.control.Suspend()
+	return func() {
+		if err := h.control.Resume(); err != nil {
+			log.G(h.s.ctx).WithError(err).WithField("id", h.c.id).Warn("control.sock is gone")
+		}
+	}
+}
+
+// begin notes a checkpoint that is being made; end tells what became of it.
+func (h *hooks) begin(id string) (end func(error)) {
+	if h == nil {
+		return func(error) {}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	a := &attempt{id: id, done: make(chan struct{})}
+	if h.attempts = append(h.attempts, a); len(h.attempts) > maxAttempts {
+		h.attempts = h.attempts[1:]
+	}
+	return func(err error) {
+		a.err = err
+		close(a.done)
+	}
+}
+
+func (a *attempt) outcome() (outcome, reason string) {
+	select {
+	case <-a.done:
+	default:
+		return hook.OutcomePending, ""
+	}
+	if a.err != nil {
+		return hook.OutcomeFailed, a.err.Error()
+	}
+	return hook.OutcomeCheckpointed, ""
+}
+
+// Status implements hook.Handler.
+func (h *hooks) Status(context.Context) hook.Status {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	st := hook.Status{
+		Container:  h.c.id,
+		Start:      "cold",
+		Image:      h.image,
+		Generation: h.generation,
+	}
+	if h.c.rt != nil {
+		st.Hostname = h.c.rt.Spec().Hostname
+	}
+	if h.warm {
+		st.Start = "warm"
+	}
+	if h.cold != nil {
+		st.Reason, st.Code = h.cold.Error(), h.cold.code
+	}
+	st.Checkpoint.Allowed = h.refusal() == nil
+	if n := len(h.attempts); n > 0 {
+		last := &hook.LastCheckpoint{ID: h.attempts[n-1].id}
+		last.Outcome, last.Error = h.attempts[n-1].outcome()
+		st.Checkpoint.Last = last
+	}
+	return st
+}
+
+// refusal is why the workload may not ask for its own checkpoint.
+func (h *hooks) refusal() error {
+	if h.c.options.CheckpointAllow != oci.CheckpointAllowWorkload {
+		return fmt.Errorf("the workload may not ask for its checkpoint: whoever starts the container allows it with the annotation %scheckpoint.allow=workload", oci.AnnotationPrefix)
+	}
+	if h.c.options.CheckpointImage == "" {
+		return fmt.Errorf("there is no image to checkpoint into: whoever starts the container names it with the annotation %scheckpoint.image", oci.AnnotationPrefix)
+	}
+	return nil
+}
+
+// Checkpoint implements hook.Handler: the workload asks for its own checkpoint.
+func (h *hooks) Checkpoint(context.Context) (string, error) {
+	if err := h.refusal(); err != nil {
+		return "", err
+	}
+	if !h.c.checkpointing.TryLock() {
+		return "", errBusy
+	}
+	r := h.c.ownCheckpoint()
+	go func() {
+		defer h.c.checkpointing.Unlock()
+		if err := h.s.makeCheckpoint(h.s.ctx, h.c, r); err != nil {
+			log.G(h.s.ctx).WithError(err).WithField("id", h.c.id).Warn("the checkpoint that the workload asked for failed")
+		}
+	}()
+	return r.id, nil
+}
+
+// Outcome implements hook.Handler.
+func (h *hooks) Outcome(ctx context.Context, id string) (outcome hook.Outcome, reason string) {
+	h.mu.Lock()
+	at := slices.IndexFunc(h.attempts, func(a *attempt) bool { return a.id == id })
+	warm := h.warm
+	var a *attempt
+	if at >= 0 {
+		a = h.attempts[at]
+	}
+	h.mu.Unlock()
+	switch {
+	case a != nil:
+		select {
+		case <-a.done:
+		case <-ctx.Done():
+		}
+		return a.outcome()
+	case warm:
+		// The original asked, and the answer went into the dump with it.
+		return hook.OutcomeRestored, ""
+	}
+	return "", ""
+}
+
+var _ hook.Handler = (*hooks)(nil)
+
+var errBusy = fmt.Errorf("another checkpoint is being made: %w", errdefs.ErrUnavailable)

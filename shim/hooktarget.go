@@ -1,0 +1,111 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/hook"
+)
+
+// hookTarget is a container as hooks that are no participants reach into it: by
+// a process, a connection or a signal.
+type hookTarget struct{ c *container }
+
+var _ hook.Container = hookTarget{}
+
+const (
+	// maxHookOutput bounds what is kept of a hook's output, in bytes.
+	maxHookOutput = 64 << 10
+	// hookOutputDelay is what a hook's output gets to arrive after its end:
+	// what it left running may hold the other end for ever.
+	hookOutputDelay = 100 * time.Millisecond
+)
+
+// Dial implements hook.Container.
+func (t hookTarget) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return t.c.rt.Dial(ctx, network, address)
+}
+
+// Signal implements hook.Container.
+func (t hookTarget) Signal(sig unix.Signal) error { return t.c.rt.Signal(sig, false) }
+
+// Exec implements hook.Container: it runs a process as the container's init was
+// started, and waits for it. When ctx ends the process is killed.
+func (t hookTarget) Exec(ctx context.Context, args, env []string, stdin []byte) (stderr []byte, status int, err error) {
+	spec := t.c.rt.Spec().Process
+	if spec == nil {
+		return nil, 0, errors.New("the container's spec has no process")
+	}
+	p := *spec
+	p.Args, p.Terminal, p.ConsoleSize = args, false, nil
+	p.Env = append(slices.Clone(spec.Env), env...)
+
+	in, err := memoryFile(stdin)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer in.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer null.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, 0, err
+	}
+	defer r.Close()
+	release, err := t.c.beginExec()
+	if err != nil {
+		w.Close()
+		return nil, 0, err
+	}
+	defer release()
+	proc, err := t.c.rt.Exec(&p, runtime.Stdio{Stdin: in, Stdout: null, Stderr: w})
+	w.Close()
+	if err != nil {
+		return nil, 0, err
+	}
+	output := make(chan []byte, 1)
+	go func() {
+		kept, _ := io.ReadAll(io.LimitReader(r, maxHookOutput))
+		_, _ = io.Copy(io.Discard, r) // or it could block in its writes
+		output <- kept
+	}()
+	select {
+	case <-proc.Done():
+	case <-ctx.Done():
+		_ = proc.Signal(unix.SIGKILL)
+		<-proc.Done()
+		err = ctx.Err()
+	}
+	_ = r.SetReadDeadline(time.Now().Add(hookOutputDelay))
+	return <-output, proc.Exit().Status, err
+}
+
+// memoryFile is a file in memory with this content, to be read from its start.
+func memoryFile(content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("crac-hook", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "crac-hook")
+	if _, err := f.Write(content); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("memory file: %w", err)
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
