@@ -288,6 +288,10 @@ func TestAttachMounts(t *testing.T) {
 		}
 		return trees.attach(os.Getpid())
 	}
+	// The library that makes mount points keeps a handle of /proc from its first use.
+	if err := makeMountPoint(dir, "made", false); err != nil {
+		t.Fatal(err)
+	}
 	before := openFiles(t)
 	for _, destination := range []string{target, filepath.Join(dir, "link"), filepath.Join("../../../../../../../..", target)} {
 		if err := attach(destination); err != nil {

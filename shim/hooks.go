@@ -329,10 +329,14 @@ func (h *hooks) begin(id string) (end func(error)) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	a := &attempt{id: id, done: make(chan struct{})}
-	if h.attempts = append(h.attempts, a); len(h.attempts) > maxAttempts {
-		h.attempts = h.attempts[1:]
+	at := slices.IndexFunc(h.attempts, func(a *attempt) bool { return a.id == id })
+	if at < 0 {
+		if at = len(h.attempts); at == maxAttempts {
+			h.attempts, at = h.attempts[1:], at-1
+		}
+		h.attempts = append(h.attempts, &attempt{id: id, done: make(chan struct{})})
 	}
+	a := h.attempts[at]
 	return func(err error) {
 		a.err = err
 		close(a.done)
@@ -399,6 +403,7 @@ func (h *hooks) Checkpoint(context.Context) (string, error) {
 		return "", errBusy
 	}
 	r := h.c.ownCheckpoint()
+	h.begin(r.id) // the workload may ask about it as soon as it has the id
 	go func() {
 		defer h.c.checkpointing.Unlock()
 		if err := h.s.makeCheckpoint(h.s.ctx, h.c, r); err != nil {

@@ -21,7 +21,11 @@ func (a execAdapter) tell(ctx context.Context, n *Notifier, m Message, line []by
 	if n.Container == nil {
 		return errNoContainer
 	}
-	stderr, status, err := n.Container.Exec(ctx, a, m.environment(), line)
+	return a.run(ctx, n.Container, m.environment(), line)
+}
+
+func (a execAdapter) run(ctx context.Context, c Container, env []string, stdin []byte) error {
+	stderr, status, err := c.Exec(ctx, a, env, stdin)
 	switch {
 	case err == nil && status == 0:
 		return nil

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"sync"
@@ -95,10 +96,15 @@ func (s *server) admit(conn *net.UnixConn) bool {
 }
 
 func (s *server) dismiss(conn *net.UnixConn) {
-	conn.Close()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	delete(s.conns, conn)
+	s.mu.Unlock()
+	// The client closes first, if it can: one that still holds its end when it is
+	// dumped would wait on it in every clone.
+	_ = conn.CloseWrite()
+	_ = conn.SetReadDeadline(time.Now().Add(closeWait))
+	_, _ = io.Copy(io.Discard, io.LimitReader(conn, maxAnswer))
+	conn.Close()
 }
 
 // serve answers one request.
