@@ -112,7 +112,7 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 		return err
 	}
 	dir := filepath.Join(c.bundle, hooksDir)
-	if err := hook.MakeDir(dir); err != nil {
+	if err := hook.MakeDir(dir, spec.Linux.MountLabel); err != nil {
 		return fmt.Errorf("directory of hooks (the option %shooks=off does without): %w", oci.AnnotationPrefix, err)
 	}
 	spec.Mounts = append(spec.Mounts, hooksMount(c.bundle))

@@ -10,13 +10,18 @@ import (
 
 // MakeDir makes the directory that a container sees as /run/crac: a tmpfs of its
 // own, which everyone may write, bounded in bytes and in names. The path must not
-// be there yet. It needs CAP_SYS_ADMIN.
-func MakeDir(path string) error {
+// be there yet. label is the SELinux context of the container's mounts, if it has
+// one. It needs CAP_SYS_ADMIN.
+func MakeDir(path, label string) error {
 	if err := os.Mkdir(path, 0o700); err != nil {
 		return err
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if err := unix.Mount("crac", path, "tmpfs", flags, "mode=1777,size=1m,nr_inodes=512"); err != nil {
+	data := "mode=1777,size=1m,nr_inodes=512"
+	if label != "" {
+		data += fmt.Sprintf(",context=%q", label)
+	}
+	if err := unix.Mount("crac", path, "tmpfs", flags, data); err != nil {
 		return errors.Join(fmt.Errorf("mount a tmpfs on %s: %w", path, err), os.Remove(path))
 	}
 	return nil

@@ -21,7 +21,7 @@ func needsMount(t *testing.T) {
 func TestDir(t *testing.T) {
 	needsMount(t)
 	path := filepath.Join(t.TempDir(), "crac")
-	if err := MakeDir(path); err != nil {
+	if err := MakeDir(path, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = RemoveDir(path) })
@@ -51,7 +51,7 @@ func TestDir(t *testing.T) {
 	if err := full(); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("names without end: %v", err)
 	}
-	if err := MakeDir(path); !errors.Is(err, os.ErrExist) {
+	if err := MakeDir(path, ""); !errors.Is(err, os.ErrExist) {
 		t.Errorf("made twice: %v", err)
 	}
 

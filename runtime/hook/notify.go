@@ -133,7 +133,7 @@ func (n *Notifier) tell(ctx context.Context, r *Report, kind, name string, tell 
 	case !isTimeout(err): // it answered, one way or another
 	case ctx.Err() != nil:
 		err = fmt.Errorf("not waited for any longer: %w", context.Cause(ctx))
-	case own.Err() != nil:
+	default: // its own deadline, whichever clock noticed first
 		err = lateError(n.timeout())
 	}
 	r.Results = append(r.Results, Result{Name: name, Took: time.Since(started), Err: err, kind: kind})
