@@ -103,7 +103,7 @@ func TestRemoveDirUnmounted(t *testing.T) {
 }
 
 func TestMakeDirFails(t *testing.T) {
-	if err := MakeDir(filepath.Join(t.TempDir(), "absent", "crac")); !errors.Is(err, os.ErrNotExist) {
+	if err := MakeDir(filepath.Join(t.TempDir(), "absent", "crac"), ""); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%v", err)
 	}
 }
