@@ -85,6 +85,7 @@ doctor: build ## what this machine can and cannot do, and how to fix it
 lint: host ## golangci-lint, gofumpt and shellcheck
 	@integration/tools/install.sh lint
 	$(BUILD)/tools/lint/golangci-lint run ./...
+	cd sdk/go && $(BUILD)/tools/lint/golangci-lint run ./...
 	@bad=$$($(BUILD)/tools/lint/gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
 	  if [ -n "$$bad" ]; then printf 'not formatted as gofumpt does (make fmt):\n%s\n' "$$bad" >&2; exit 1; fi
 	shellcheck -x $$(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)

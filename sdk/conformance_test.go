@@ -42,6 +42,11 @@ var libraries = []library{
 		command: func(tb testing.TB) []string { return []string{need(tb, "node"), "testdata/conformance.js"} },
 		env:     nodeEnv,
 	},
+	{
+		name:    "go",
+		command: goCommand,
+		env:     func(testing.TB) []string { return nil },
+	},
 }
 
 const (

@@ -128,17 +128,15 @@ async function answer(socket, line) {
   } catch (err) {
     failed = [`not a notification: ${err.message}`];
   }
-  const reply = failed.length ? { ok: false, error: failed.join('; ').slice(0, 8192) } : { ok: true };
-  await new Promise((resolve) => {
-    socket.on('close', resolve);
-    socket.end(JSON.stringify(reply) + '\n', () => socket.destroy());
-  });
+  const reply = failed.length ? { ok: false, error: failed.join('; ').slice(0, 4096) } : { ok: true };
+  await new Promise((resolve) => socket.end(JSON.stringify(reply) + '\n', resolve));
   if (told?.event.startsWith('after-')) {
     stopped = false;
     ended = told;
     for (const wake of waiting.splice(0)) wake();
   }
   told = null;
+  socket.destroy();
 }
 
 async function checkpoint() {

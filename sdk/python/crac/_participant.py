@@ -98,7 +98,7 @@ class _Participant:
             errors = self.notify(event, message, time.monotonic() + 0.95 * deadline)
         answer = {"ok": True}
         if errors:
-            answer = {"ok": False, "error": "; ".join(errors)[:8192]}
+            answer = {"ok": False, "error": "; ".join(errors)[:4096]}
         connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def notify(self, event, message, deadline):

@@ -1,0 +1,3 @@
+module github.com/crac-shim/crac/sdk/go
+
+go 1.22
