@@ -245,17 +245,21 @@ func fdRulesOfJSON(data []byte) (rules [][]fdField, err error) {
 	return rules, nil
 }
 
-// The keys of each type, besides type, action and warn.
+func fdTypes() []FDType { return []FDType{FDFile, FDPipe, FDSocket, FDOther} }
+
+// fdKeys are the keys of a type; without one, those of all.
 func fdKeys(t FDType) []string {
-	switch t {
-	case FDFile:
-		return []string{"path"}
-	case FDSocket:
-		return []string{"family", "localAddress", "localPort", "remoteAddress", "remotePort", "localPath", "remotePath", "listening"}
-	case FDOther:
-		return []string{"value", "regex"}
+	keys := []string{"type", "action", "warn"}
+	if t == FDFile || t == "" {
+		keys = append(keys, "path")
 	}
-	return nil
+	if t == FDSocket || t == "" {
+		keys = append(keys, "family", "localAddress", "localPort", "remoteAddress", "remotePort", "localPath", "remotePath", "listening")
+	}
+	if t == FDOther || t == "" {
+		keys = append(keys, "value", "regex")
+	}
+	return keys
 }
 
 // The actions of each type: CRaC's.
@@ -288,13 +292,26 @@ func newFDRule(number int, fields []fdField, budget *int) (FDRule, error) {
 		given[key] = f
 	}
 
+	// A mistyped key is the likelier reason for one that is missing.
 	kind, ok := given["type"]
+	r.Type = FDType(strings.ToLower(kind.value))
+	if ok && !slices.Contains(fdTypes(), r.Type) {
+		return fail(kind.line, "unknown type %q; known are file, pipe, socket and filedescriptor", kind.value)
+	}
+	keys := fdKeys(r.Type)
+	names := make([]string, len(fields))
+	for i, f := range fields {
+		at := slices.IndexFunc(keys, func(k string) bool { return strings.EqualFold(k, f.key) })
+		if at < 0 && ok {
+			return fail(f.line, "unknown key %q; for the type %s there are %s", f.key, r.Type, strings.Join(keys, ", "))
+		}
+		if at < 0 {
+			return fail(f.line, "unknown key %q; known are %s", f.key, strings.Join(keys, ", "))
+		}
+		names[i] = keys[at]
+	}
 	if !ok {
 		return fail(r.Line, "no type; known are file, pipe, socket and filedescriptor")
-	}
-	r.Type = FDType(strings.ToLower(kind.value))
-	if !slices.Contains([]FDType{FDFile, FDPipe, FDSocket, FDOther}, r.Type) {
-		return fail(kind.line, "unknown type %q; known are file, pipe, socket and filedescriptor", kind.value)
 	}
 	action, ok := given["action"]
 	if !ok {
@@ -304,15 +321,9 @@ func newFDRule(number int, fields []fdField, budget *int) (FDRule, error) {
 	if !slices.Contains(fdActions(r.Type), string(r.Action)) {
 		return fail(action.line, "unknown action %q; for the type %s there are %s", action.value, r.Type, strings.Join(fdActions(r.Type), ", "))
 	}
-
-	keys := append([]string{"type", "action", "warn"}, fdKeys(r.Type)...)
-	for _, f := range fields {
-		i := slices.IndexFunc(keys, func(k string) bool { return strings.EqualFold(k, f.key) })
-		if i < 0 {
-			return fail(f.line, "unknown key %q; for the type %s there are %s", f.key, r.Type, strings.Join(keys, ", "))
-		}
-		if err := r.set(keys[i], f.value, budget); err != nil {
-			return fail(f.line, "%s: %v", keys[i], err)
+	for i, f := range fields {
+		if err := r.set(names[i], f.value, budget); err != nil {
+			return fail(f.line, "%s: %v", names[i], err)
 		}
 	}
 	unix := r.LocalPath != "" || r.RemotePath != ""

@@ -79,6 +79,8 @@ func TestParseFDPolicy(t *testing.T) {
 		{name: "action of another type", text: "type: pipe\naction: reopen", wantErr: `unknown action "reopen"; for the type pipe there are error, ignore, close`},
 		{name: "unknown key", text: "type: socket\nremoteprt: 1\naction: close", wantErr: `line 2 (rule 1): unknown key "remoteprt"; for the type socket there are type, action, warn, family, localAddress`},
 		{name: "key of another type", text: "type: pipe\npath: /x\naction: close", wantErr: `unknown key "path"`},
+		{name: "mistyped type", text: "typ: socket\naction: close", wantErr: `line 1 (rule 1): unknown key "typ"; known are type, action, warn, path, family`},
+		{name: "mistyped action", text: "type: pipe\nactoin: close", wantErr: `line 2 (rule 1): unknown key "actoin"; for the type pipe there are type, action, warn`},
 		{name: "key twice", text: "type: file\naction: close\ntype: pipe\naction: close", wantErr: "line 3 (rule 1): type was given on line 1; begin another rule"},
 		{name: "key twice in JSON", text: `{"type":"file","action":"close","Action":"error"}`, wantErr: "was given"},
 		{name: "empty value", text: "type: file\npath:\naction: close", wantErr: "line 2 (rule 1): path has no value"},

@@ -161,7 +161,7 @@ func knownOptions() []option {
 		{key: "fd-policy", values: "rules (docs/fd-policy.md), or file:/path/in/the/image", set: func(o *Options, v string) error {
 			o.FDPolicy = v
 			return checkFDPolicy(v)
-		}, unsupported: func(o *Options) bool { return o.FDPolicy != "" }},
+		}},
 	}
 }
 

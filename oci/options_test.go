@@ -160,10 +160,9 @@ func TestUnsupported(t *testing.T) {
 		want        []string
 	}{
 		{nil, nil},
-		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "checkpoint.allow": "none"}, nil},
+		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "checkpoint.allow": "none", "fd-policy": "type: pipe\naction: error"}, nil},
 		{map[string]string{"memory": "lazy"}, []string{"memory"}},
 		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x", "checkpoint.allow": "workload"}, nil},
-		{map[string]string{"memory": "lazy", "fd-policy": "type: pipe\naction: error"}, []string{"memory", "fd-policy"}},
 	} {
 		annotations := make(map[string]string)
 		for k, v := range tt.annotations {

@@ -224,7 +224,7 @@ type DumpOptions struct {
 // if need be. From a Running or Paused container it goes to Quiesced and back,
 // or to what the options ask for.
 //
-// On any error the container is as it was.
+// On any error the container is as it was, but for what BeforeDump has changed.
 func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -207,6 +207,10 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 // dump dumps the workload between the notifications, and starts the build of the
 // image while it stands still. It returns how long that was.
 func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, version int, build **imageBuild) (frozen time.Duration, m *oci.Manifest, err error) {
+	policy, err := c.fdPolicy()
+	if err != nil {
+		return 0, nil, err
+	}
 	// Clients pause the workload before they ask; what is frozen answers nobody.
 	paused := c.rt.State() == runtime.Paused
 	thawed := paused && c.hooks.anybody()
@@ -239,6 +243,9 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
 		Exit:  r.exit,
 		Pause: paused,
+		BeforeDump: func(pids []int) error {
+			return c.enforceFDPolicy(policy, pids)
+		},
 		WhileFrozen: func() error {
 			if r.ref == "" {
 				return nil

@@ -24,10 +24,11 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/registry", "oci", "runtime"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/registry", "oci", "runtime", "runtime/fdpolicy", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
-	"shim":                        {"runtime", "runtime/hook", "images", "oci"},
+	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "images", "oci"},
 	"runtime":                     {"oci", "runtime/hook", "runtime/pager", "runtime/thread"},
+	"runtime/fdpolicy":            {"oci", "runtime/inspect", "runtime/thread"},
 	"runtime/hook":                {"oci"},
 	"runtime/inspect":             {"oci", "runtime/thread"},
 	"runtime/pager":               {},
@@ -68,7 +69,7 @@ var never = []struct {
 		"it is usable and testable alone",
 	},
 	{
-		[]string{"images/build", "cmd/cracctl", "runtime/inspect"},
+		[]string{"images/build", "cmd/cracctl", "runtime/fdpolicy", "runtime/inspect"},
 		[]string{"github.com/opencontainers/runc"},
 		"libcontainer has one door, which is runtime",
 	},

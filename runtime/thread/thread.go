@@ -36,8 +36,13 @@ func InNetwork(pid int, fn func() error) error {
 		return err
 	}
 	defer ns.Close()
+	return InNetworkOf(int(ns.Fd()), fn)
+}
+
+// InNetworkOf is InNetwork for the namespace that a descriptor is open on.
+func InNetworkOf(ns int, fn func() error) error {
 	return Own(func() error {
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
 			return os.NewSyscallError("setns", err)
 		}
 		return fn()
