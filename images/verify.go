@@ -52,20 +52,18 @@ func verifyDir(dir, base string, m *oci.Manifest, pages bool) error {
 	listed := make(map[string]bool, len(m.Files))
 	for _, f := range m.Files {
 		listed[f.Name] = true
-		if err := verifyFile(fd, filepath.Join(rel, f.Name), f, pages || !isPages(f.Name)); err != nil {
+		if err := verifyFile(fd, filepath.Join(rel, f.Name), f, pages || !IsPages(f.Name)); err != nil {
 			return damaged(f.Name, err)
 		}
 	}
 
-	// A file that is not listed would be read unchecked; "parent" is the link
-	// that CRIU follows to an earlier dump, anywhere on the host.
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return damaged("", err)
 	}
 	for _, e := range entries {
-		if !listed[e.Name()] && (isImage(e.Name()) || e.Name() == "parent") {
-			return damaged(e.Name(), errors.New("is not listed in the manifest"))
+		if !listed[e.Name()] && mustBeListed(e.Name()) {
+			return damaged(e.Name(), errNotListed)
 		}
 	}
 	return nil
@@ -81,24 +79,63 @@ func verifyFile(dirfd int, path string, want oci.File, content bool) error {
 	if err != nil {
 		return err
 	}
-	if st.Size() != want.Size {
-		return fmt.Errorf("has %d bytes, the manifest says %d", st.Size(), want.Size)
+	got := oci.File{Name: want.Name, Size: st.Size(), Digest: want.Digest}
+	if content && got.Size == want.Size {
+		h := sha256.New()
+		if _, err := io.Copy(h, f); err != nil {
+			return err
+		}
+		got.Digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
 	}
-	if !content {
-		return nil
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return err
-	}
-	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != want.Digest {
-		return fmt.Errorf("has digest %s, the manifest says %s", got, want.Digest)
+	return compareFile(want, got)
+}
+
+func compareFile(want, got oci.File) error {
+	switch {
+	case got.Size != want.Size:
+		return fmt.Errorf("has %d bytes, the manifest says %d", got.Size, want.Size)
+	case got.Digest != want.Digest:
+		return fmt.Errorf("has digest %s, the manifest says %s", got.Digest, want.Digest)
 	}
 	return nil
 }
 
-// isPages tells the files with the workload's memory.
-func isPages(name string) bool {
+// CompareFiles is Verify for a dump that lies somewhere else: found are all its
+// files, with their digests.
+func CompareFiles(m *oci.Manifest, found []oci.File) error {
+	damaged := func(name string, err error) error {
+		return fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, name, err)
+	}
+	have := make(map[string]oci.File, len(found))
+	for _, f := range found {
+		have[f.Name] = f
+	}
+	for _, want := range m.Files {
+		got, ok := have[want.Name]
+		if !ok {
+			return damaged(want.Name, os.ErrNotExist)
+		}
+		if err := compareFile(want, got); err != nil {
+			return damaged(want.Name, err)
+		}
+		delete(have, want.Name)
+	}
+	for _, f := range found {
+		if _, unlisted := have[f.Name]; unlisted && mustBeListed(f.Name) {
+			return damaged(f.Name, errNotListed)
+		}
+	}
+	return nil
+}
+
+var errNotListed = errors.New("is not listed in the manifest")
+
+// mustBeListed: a file that is not listed would be read unchecked; "parent" is the
+// link that CRIU follows to an earlier dump, anywhere on the host.
+func mustBeListed(name string) bool { return isImage(name) || name == "parent" }
+
+// IsPages tells the files with the workload's memory.
+func IsPages(name string) bool {
 	return strings.HasPrefix(name, "pages-") && strings.HasSuffix(name, ".img")
 }
 

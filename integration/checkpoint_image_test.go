@@ -3,6 +3,7 @@ package integration
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -650,6 +651,14 @@ func TestHostWithoutCRIU(tb *testing.T) {
 		t.Fatal(err)
 	}
 	startsCold(o, asBefore, "criu-too-old", "3.17.1")
+	// Whoever asks before is told the same, in the same words.
+	verify := o.Command(o.Ctx, "cracctl", "verify", "--format", "json", image)
+	verify.Env = append(verify.Env, "CRAC_CRIU="+criu)
+	var v verified
+	if out, err := harness.Run(o.Ctx, verify); err == nil || json.Unmarshal([]byte(out), &v) != nil || !v.Whole || len(v.Here.Reasons) != 1 ||
+		v.Here.Reasons[0].Code != "criu-too-old" || !strings.Contains(o.Daemon.Log(), v.Here.Reasons[0].Text) {
+		t.Errorf("cracctl verify says %+v (%v)", v, err)
+	}
 	refuses(o, asBefore, "3.17.1")
 
 	// Such a host cannot make a checkpoint either; the container does not suffer.

@@ -88,3 +88,64 @@ func Annotations(m *Manifest) map[string]string {
 	}
 	return all
 }
+
+// FactsOf reads what Annotations wrote, as far as a restore can be judged by it:
+// the manifest in the layer is what counts. ok tells whether the annotations are a
+// checkpoint image's. What they lack or misspell is zero.
+func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
+	version := annotations[AnnotationVersion]
+	if version == "" {
+		return nil, false
+	}
+	list := func(key string) []string {
+		if annotations[key] == "" {
+			return nil
+		}
+		return strings.Split(annotations[key], ",")
+	}
+	number := func(s string) int64 {
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil || n < 0 {
+			return 0
+		}
+		return n
+	}
+	m = &Manifest{
+		Version:  version,
+		Platform: Platform{OS: "linux", Architecture: annotations[AnnotationHostArch]},
+		Host: Host{
+			Kernel: annotations[AnnotationHostKernel], PageSize: int(number(annotations[AnnotationPageSize])),
+			CgroupVersion: int(number(strings.TrimPrefix(annotations[AnnotationCgroupVersion], "v"))),
+			CPU: CPU{
+				Vendor: annotations[AnnotationCPUVendor], Model: annotations[AnnotationCPUModel], Features: list(AnnotationCPUFeatures),
+			},
+		},
+		CRIU:           CRIU{Version: versionNumber(annotations[AnnotationCRIUVersion]), Minimum: versionNumber(annotations[AnnotationCRIUMinimum])},
+		Container:      Container{ID: annotations[AnnotationContainer]},
+		Base:           Base{Name: annotations[AnnotationBaseName], Digest: annotations[AnnotationBaseDigest]},
+		TCPEstablished: annotations[AnnotationTCPEstablished] == "true",
+		Requires:       list(AnnotationRequires),
+		// How many files, they do not say.
+		Files: []File{{Size: number(annotations[AnnotationDumpBytes])}},
+	}
+	if created, err := time.Parse(time.RFC3339, annotations[annotationCreated]); err == nil {
+		m.Created = created
+	}
+	return m, true
+}
+
+// versionNumber is VersionString's reverse; 0 for what is none.
+func versionNumber(s string) int {
+	n, parts := 0, strings.Split(s, ".")
+	for i, weight := range []int{10000, 100, 1} {
+		if i == len(parts) {
+			break
+		}
+		v, err := strconv.Atoi(parts[i])
+		if err != nil || v < 0 || v > 99 {
+			return 0
+		}
+		n += v * weight
+	}
+	return n
+}

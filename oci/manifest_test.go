@@ -7,6 +7,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -94,6 +95,35 @@ func TestAnnotationsGolden(t *testing.T) {
 		t.Fatal(err)
 	}
 	golden(t, "annotations.json", append(got, '\n'))
+}
+
+// What a scheduler reads is what the builder wrote.
+func TestFactsOf(t *testing.T) {
+	m := sample()
+	m.TCPEstablished = true
+	if _, err := m.Encode(); err != nil { // sorts
+		t.Fatal(err)
+	}
+	got, ok := FactsOf(Annotations(m))
+	if !ok {
+		t.Fatal("not known to be a checkpoint image")
+	}
+	want := &Manifest{
+		Version: m.Version, Created: m.Created, Platform: m.Platform, Host: m.Host, CRIU: m.CRIU, TCPEstablished: true,
+		Container: Container{ID: m.Container.ID}, Base: Base{Name: m.Base.Name, Digest: m.Base.Digest}, Requires: m.Requires,
+		Files: []File{{Size: m.Files[0].Size + m.Files[1].Size}},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	if _, ok := FactsOf(map[string]string{"org.criu.checkpoint.engine.name": "podman"}); ok {
+		t.Error("another engine's image passes for ours")
+	}
+	// Anybody may write annotations.
+	odd := map[string]string{AnnotationVersion: "1", AnnotationPageSize: "-4", AnnotationCRIUMinimum: "4.x", AnnotationDumpBytes: "many", annotationCreated: "now"}
+	if got, ok := FactsOf(odd); !ok || got.Host.PageSize != 0 || got.CRIU.Minimum != 0 || got.Files[0].Size != 0 || !got.Created.IsZero() {
+		t.Errorf("%+v", got)
+	}
 }
 
 func TestAnnotationsAreNoOptions(t *testing.T) {

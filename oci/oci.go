@@ -51,6 +51,13 @@ const (
 	LayerCheckpoint = "checkpoint"
 )
 
+// CreatedByChanges and CreatedByCheckpoint mark the two layers of a checkpoint
+// image that are not its base's in the image's history.
+const (
+	CreatedByChanges    = "crac: changes of the checkpointed container"
+	CreatedByCheckpoint = "crac: checkpoint"
+)
+
 // CheckpointOptionsType is the type URL of CheckpointOptions when it travels as
 // a task request's options.
 const CheckpointOptionsType = "io.containerd.crac.v1.CheckpointOptions"

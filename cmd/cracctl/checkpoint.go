@@ -54,7 +54,8 @@ The container runs on afterwards, unless --exit is given. It stands still only
 while its memory and its changes are taken, not while the image is packed.`,
 		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
-		Args: cobra.ExactArgs(2),
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: completeContainers(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return checkpoint(cmd.Context(), *t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},

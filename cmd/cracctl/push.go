@@ -30,8 +30,9 @@ says so.
 
 Memory holds secrets: whoever may pull the image can read all that the container
 had in its memory.`,
-		Example: `  cracctl push registry.example/shop/web:warm`,
-		Args:    cobra.ExactArgs(1),
+		Example:           `  cracctl push registry.example/shop/web:warm`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeImages(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := oci.CheckPushRef(args[0]); err != nil {
 				return err

@@ -19,12 +19,6 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// createdBy marks the two layers that a build adds, in the image's history.
-const (
-	createdByChanges    = "crac: changes of the checkpointed container"
-	createdByCheckpoint = "crac: checkpoint"
-)
-
 // base is the image a container was made from, without what an earlier
 // checkpoint added on top and without what its name was moved to since.
 type base struct {
@@ -163,7 +157,7 @@ func (b *base) isCheckpoint(i int) bool {
 			continue
 		}
 		if n == i {
-			return h.CreatedBy == createdByCheckpoint
+			return h.CreatedBy == oci.CreatedByCheckpoint
 		}
 		n++
 	}

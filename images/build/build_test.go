@@ -504,7 +504,7 @@ func TestBuild(t *testing.T) {
 			if got, want := strings.Join(names(w.entries(l.manifest.Layers[2])), " "), "etc/ etc/file etc/new/ .wh.one"; got != want {
 				t.Errorf("changes %s, want %s", got, want)
 			}
-			if n := len(l.config.History); n != 6 || l.config.History[5].CreatedBy != createdByCheckpoint || l.config.History[4].CreatedBy != createdByChanges {
+			if n := len(l.config.History); n != 6 || l.config.History[5].CreatedBy != oci.CreatedByCheckpoint || l.config.History[4].CreatedBy != oci.CreatedByChanges {
 				t.Errorf("history %+v", l.config.History)
 			}
 			if l.manifest.Annotations[oci.AnnotationBaseDigest] != base.Digest.String() || l.manifest.Annotations[oci.AnnotationBaseName] != "base:1" {

@@ -168,9 +168,9 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes, dump ne
 		}
 	}
 	if changes.diffID != "" {
-		add(changes, createdByChanges)
+		add(changes, oci.CreatedByChanges)
 	}
-	add(dump, createdByCheckpoint)
+	add(dump, oci.CreatedByCheckpoint)
 
 	config := make(map[string]json.RawMessage, len(b.config))
 	for k, v := range b.config {

@@ -24,7 +24,7 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/registry", "oci", "runtime", "runtime/fdpolicy", "runtime/inspect"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/inspect", "images/registry", "oci", "runtime", "runtime/fdpolicy", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "images", "oci"},
 	"runtime":                     {"oci", "runtime/hook", "runtime/pager", "runtime/thread"},
@@ -35,6 +35,7 @@ var may = map[string][]string{
 	"runtime/thread":              {},
 	"images":                      {"oci"},
 	"images/build":                {"images", "images/registry", "oci"},
+	"images/inspect":              {"images", "oci"},
 	"images/registry":             {"oci"},
 	"oci":                         {},
 	"sdk/...":                     {},
@@ -60,7 +61,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/registry", "github.com/klauspost/"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/inspect", module + "images/registry", "github.com/klauspost/"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{
@@ -78,7 +79,7 @@ var never = []struct {
 // doors lists what may be imported directly in the named places only.
 var doors = map[string][]string{
 	"github.com/opencontainers/runc/libcontainer": {"runtime", "runtime/...", "cmd/containerd-shim-crac-v2"},
-	"github.com/checkpoint-restore/go-criu":       {"runtime", "runtime/..."},
+	"github.com/checkpoint-restore/go-criu":       {"runtime", "runtime/...", "images/inspect"}, // its messages, to read a dump that nobody restores
 }
 
 type pkg struct {

@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// session is a connection to containerd for one command.
+type session struct {
+	*containerd.Client
+	ctx context.Context
+}
+
+// open connects; the context has the namespace.
+func (t *target) open(ctx context.Context) (*session, error) {
+	ctx = namespaces.WithNamespace(ctx, t.namespace)
+	client, err := connect(ctx, t.address)
+	if err != nil {
+		return nil, err
+	}
+	return &session{client, ctx}, nil
+}
+
+// image reads an image's metadata.
+func (s *session) image(ref string) (*inspect.Image, error) {
+	record, err := s.ImageService().Get(s.ctx, ref)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return nil, noImage(s.ctx, ref, err)
+		}
+		return nil, fmt.Errorf("find image %s: %w", ref, err)
+	}
+	return inspect.Open(s.ctx, s.ContentStore(), ref, record.Target, platforms.Default())
+}
+
+// read reads an image's checkpoint layer and shows how it gets on.
+func (s *session) read(img *inspect.Image, o inspect.Options, errOut io.Writer) (*inspect.Layer, error) {
+	done := reading(img, &o, errOut)
+	defer done()
+	return img.Read(s.ctx, s.ContentStore(), o)
+}
+
+// reading shows progress for layers that take longer than a second.
+func reading(img *inspect.Image, o *inspect.Options, errOut io.Writer) (stop func()) {
+	if img.Checkpoint < 0 {
+		return func() {}
+	}
+	total, done, began := img.Manifest.Layers[img.Checkpoint].Size, int64(0), time.Now()
+	d := newDisplay(errOut)
+	o.Progress = func(n int64) {
+		if done += n; time.Since(began) > time.Second {
+			d.at("reading "+img.Name, done, total)
+		}
+	}
+	return d.end
+}
+
+// thisHost is what the gate compares with.
+func thisHost() images.Host {
+	// Without CRIU there is no version, and the gate says so.
+	_, version, _ := images.FindCRIU()
+	return images.ThisHost(version)
+}
+
+// completeImages offers the checkpoint images of the namespace.
+func completeImages(t *target) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		defer s.Close()
+		list, err := s.checkpoints()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		names := make([]cobra.Completion, 0, len(list))
+		for _, c := range list {
+			names = append(names, c.Name)
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// completeContainers offers the containers that can be checkpointed.
+func completeContainers(t *target) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(args) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		defer s.Close()
+		list, err := s.ContainerService().List(s.ctx)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		var names []cobra.Completion
+		for _, c := range list {
+			if isOurs(c.Runtime.Name) {
+				names = append(names, c.ID)
+			}
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// checkpointImage is a line of ls.
+type checkpointImage struct {
+	Name    string      `json:"name"`
+	Digest  string      `json:"digest"`
+	Created time.Time   `json:"created"`
+	Size    int64       `json:"size"`     // bytes, as a registry stores it
+	Dump    int64       `json:"dumpSize"` // bytes, unpacked
+	Base    string      `json:"base,omitempty"`
+	Here    inspect.Fit `json:"here"`
+}
+
+// checkpoints lists the checkpoint images of the namespace by their annotations:
+// no layer is read.
+func (s *session) checkpoints() ([]checkpointImage, error) {
+	records, err := s.ImageService().List(s.ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list images: %w", err)
+	}
+	host := thisHost()
+	var list []checkpointImage
+	for _, r := range records {
+		img, err := inspect.Open(s.ctx, s.ContentStore(), r.Name, r.Target, platforms.Default())
+		if err != nil {
+			continue // for another platform, not fetched whole, or no image at all
+		}
+		facts, ok := oci.FactsOf(img.Manifest.Annotations)
+		if !ok {
+			continue
+		}
+		c := checkpointImage{
+			Name: r.Name, Digest: img.Desc.Digest.String(), Created: facts.Created, Size: img.Size(), Base: facts.Base.Name,
+			Here: inspect.FitOf(facts, host),
+		}
+		for _, f := range facts.Files {
+			c.Dump += f.Size
+		}
+		if img.Covered() {
+			c.Here = inspect.Fit{Reasons: []inspect.Reason{{Code: "covered", Text: images.ErrCovered.Error()}}}
+		}
+		list = append(list, c)
+	}
+	return list, nil
+}
+
+func newList(t *target) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "ls",
+		Aliases: []string{"list", "images"},
+		Short:   "List the checkpoint images, and whether this host can restore them",
+		Long: `List the checkpoint images of the namespace. HERE tells whether this host can
+restore one, by what the image's annotations say it needs; cracctl inspect tells
+why not.`,
+		Args: cobra.NoArgs,
+	}
+	format := formatFlag(cmd)
+	quiet := cmd.Flags().BoolP("quiet", "q", false, "print the names only")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkFormat(*format); err != nil {
+			return err
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		list, err := s.checkpoints()
+		if err != nil {
+			return err
+		}
+		if *quiet {
+			*format = "{{.Name}}"
+		}
+		return showList(cmd.OutOrStdout(), *format, list, []string{"IMAGE", "DIGEST", "CREATED", "SIZE", "DUMP", "BASE", "HERE"}, func(c checkpointImage) []string {
+			here := "fits"
+			if !c.Here.OK {
+				here = c.Here.Reasons[0].Code
+			}
+			return []string{c.Name, short(c.Digest), ago(c.Created), size(c.Size), size(c.Dump), c.Base, here}
+		})
+	}
+	return cmd
+}
+
+func newHistory(t *target) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:               "history REF",
+		Short:             "Tell what layers an image has, and where they come from",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeImages(t),
+	}
+	format := formatFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkFormat(*format); err != nil {
+			return err
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		img, err := s.image(args[0])
+		if err != nil {
+			return err
+		}
+		return showList(cmd.OutOrStdout(), *format, img.Stages(), []string{"LAYER", "KIND", "SIZE", "CREATED", "CREATED BY"}, func(st inspect.Stage) []string {
+			created := ""
+			if st.Created != nil {
+				created = ago(*st.Created)
+			}
+			return []string{short(st.Digest), st.Kind, size(st.Size), created, st.CreatedBy}
+		})
+	}
+	return cmd
+}

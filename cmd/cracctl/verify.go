@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/inspect"
+)
+
+// verdict is what verify tells.
+type verdict struct {
+	Name string `json:"name"`
+	// OK: the image is whole and this host can restore it.
+	OK bool `json:"ok"`
+	// Whole: every digest is right. Damage says what is not.
+	Whole  bool   `json:"whole"`
+	Damage string `json:"damage,omitempty"`
+	// Here is what this host says to it.
+	Here  inspect.Fit `json:"here"`
+	Files int         `json:"files"`
+	Bytes int64       `json:"bytes"`
+}
+
+func newVerify(t *target) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "verify REF",
+		Short: "Check that a checkpoint image is whole, and that this host can restore it",
+		Long: `Check that a checkpoint image is whole: the layer's digests, as stored and as
+unpacked, and every file of the dump against the manifest in it, memory included.
+Then ask what a start asks: whether this host can restore it. What depends on the
+request (its command, user, mounts and privileges) only a start can tell.
+
+The exit status is 0 when the image is whole and fits, else 1.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeImages(t),
+	}
+	format := formatFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkFormat(*format); err != nil {
+			return err
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		v, err := s.verify(args[0], cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
+		if err := show(cmd.OutOrStdout(), *format, v, writeVerdict); err != nil {
+			return err
+		}
+		if !v.OK {
+			return errReported
+		}
+		return nil
+	}
+	return cmd
+}
+
+// verify gives an error when there is nothing to verify; what is wrong with an
+// image is in the verdict.
+func (s *session) verify(ref string, errOut io.Writer) (*verdict, error) {
+	img, err := s.image(ref)
+	if err != nil {
+		return nil, err
+	}
+	v := &verdict{Name: ref}
+	l, err := s.read(img, inspect.Options{Digests: true}, errOut)
+	if err == nil {
+		err = l.Verify()
+	}
+	if err == nil {
+		_, err = l.Processes()
+	}
+	if err == nil && img.Covered() {
+		err = fmt.Errorf("%w: its memory does not match the files; make a new checkpoint of the newer image", images.ErrCovered)
+	}
+	switch {
+	case errors.Is(err, images.ErrDamaged), errors.Is(err, images.ErrCovered):
+		v.Damage = err.Error()
+	case err != nil:
+		return nil, err
+	}
+	v.Whole = v.Damage == ""
+	if l != nil {
+		v.Here = inspect.FitOf(l.Manifest, thisHost())
+		for _, f := range l.Found {
+			v.Files++
+			v.Bytes += f.Size
+		}
+	}
+	v.OK = v.Whole && v.Here.OK
+	return v, nil
+}
+
+func writeVerdict(out io.Writer, v *verdict) error {
+	if v.Whole {
+		fmt.Fprintf(out, "whole: %d files, %s\n", v.Files, size(v.Bytes))
+	} else {
+		fmt.Fprintf(out, "not whole: %s\n", v.Damage)
+	}
+	switch {
+	case v.Here.OK:
+		fmt.Fprintln(out, "fits this host")
+	case len(v.Here.Reasons) > 0:
+		fmt.Fprintln(out, "does not fit this host:")
+	}
+	for _, r := range v.Here.Reasons {
+		fmt.Fprintf(out, "  %s: %s\n", r.Code, r.Text)
+	}
+	return nil
+}

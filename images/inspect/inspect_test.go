@@ -1,0 +1,421 @@
+package inspect
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/platforms"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// pagesOf are the sizes of the memory that testdata/dump was made with. It is left
+// out of testdata.
+var pagesOf = map[string]int64{"pages-1.img": 77824, "pages-2.img": 65536, "pages-3.img": 61440}
+
+// dumpDir is a dump that CRIU 4.2.1 made of a container of busybox with --seccomp:
+//
+//	sh -c 'nc -l -p 8080 & exec 5</etc/passwd; cd /etc; while :; do sleep 1000; done'
+func dumpDir(tb testing.TB) string {
+	tb.Helper()
+	dir := tb.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join("testdata", "dump"))); err != nil {
+		tb.Fatal(err)
+	}
+	for name, size := range pagesOf {
+		data := make([]byte, size)
+		for i := range data {
+			data[i] = byte(i / hashedPage * 7)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func facts() oci.Manifest {
+	var m oci.Manifest
+	h := images.ThisHost(40201)
+	h.PageSize, h.CgroupVersion = 4096, 2
+	h.Describe(&m)
+	m.Created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	m.Container = oci.Container{ID: "c", Args: []string{"/bin/sh"}}
+	m.Base = oci.Base{Name: "busybox:1"}
+	return m
+}
+
+// tarLayer is a checkpoint layer, not compressed.
+func tarLayer(tb testing.TB, dir string) []byte {
+	tb.Helper()
+	m := facts()
+	var buf bytes.Buffer
+	if err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m); err != nil {
+		tb.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+// stored is a content store with a checkpoint image.
+type stored struct {
+	content.Store
+	t *testing.T
+}
+
+func newStored(t *testing.T) stored {
+	t.Helper()
+	s, err := local.NewStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stored{s, t}
+}
+
+func (s stored) blob(mediaType string, data []byte) ocispec.Descriptor {
+	s.t.Helper()
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	if err := content.WriteBlob(s.t.Context(), s, desc.Digest.String(), bytes.NewReader(data), desc); err != nil {
+		s.t.Fatal(err)
+	}
+	return desc
+}
+
+func (s stored) json(mediaType string, v any) ocispec.Descriptor {
+	s.t.Helper()
+	data, err := json.Marshal(v)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return s.blob(mediaType, data)
+}
+
+func compressed(t *testing.T, mediaType string, data []byte) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	var w io.WriteCloser = nopCloser{&buf}
+	switch {
+	case strings.HasSuffix(mediaType, "zstd"):
+		z, err := zstd.NewWriter(&buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w = z
+	case strings.HasSuffix(mediaType, "gzip"):
+		w = gzip.NewWriter(&buf)
+	}
+	if _, err := w.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+// image stores an image of a base layer and these, whose checkpoint is the one of
+// this index, or none.
+func (s stored) image(mediaType string, checkpoint int, annotated bool, layers ...[]byte) ocispec.Descriptor {
+	s.t.Helper()
+	m := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest}
+	m.SchemaVersion = 2
+	config := ocispec.Image{Platform: platforms.DefaultSpec(), RootFS: ocispec.RootFS{Type: "layers"}}
+	config.History = append(config.History, ocispec.History{CreatedBy: "ENV", EmptyLayer: true})
+	for i, l := range layers {
+		desc := s.blob(mediaType, compressed(s.t, mediaType, l))
+		h := ocispec.History{CreatedBy: "COPY"}
+		if i == checkpoint {
+			h.CreatedBy = oci.CreatedByCheckpoint
+			if annotated {
+				h.CreatedBy = "other"
+				desc.Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
+			}
+		}
+		m.Layers = append(m.Layers, desc)
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.FromBytes(l))
+		config.History = append(config.History, h)
+	}
+	m.Config = s.json(ocispec.MediaTypeImageConfig, config)
+	return s.json(ocispec.MediaTypeImageManifest, m)
+}
+
+func TestInspect(t *testing.T) {
+	layer := tarLayer(t, dumpDir(t))
+	for _, tt := range []struct {
+		mediaType string
+		annotated bool
+	}{
+		{ocispec.MediaTypeImageLayerZstd, true},
+		{ocispec.MediaTypeImageLayerGzip, false},
+		{ocispec.MediaTypeImageLayer, true},
+	} {
+		s := newStored(t)
+		target := s.image(tt.mediaType, 1, tt.annotated, []byte("base"), layer)
+		img, err := Open(t.Context(), s, "app:1", target, platforms.Default())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var progress int64
+		r, err := Inspect(t.Context(), s, img, images.ThisHost(40201), Options{Digests: true, Progress: func(n int64) { progress += n }})
+		if err != nil {
+			t.Fatalf("%s: %v", tt.mediaType, err)
+		}
+		if progress != r.CheckpointSize || r.Covered || len(r.Layers) != 2 || r.Layers[1].Kind != "checkpoint" || r.Layers[0].Kind != "base" || r.Layers[0].CreatedBy != "COPY" {
+			t.Errorf("%s: read %d of %+v", tt.mediaType, progress, r)
+		}
+		golden(t, "processes.json", r.Processes)
+		if got := fmt.Sprint(r.Sockets()); got != "[tcp6 *:8080 listen]" {
+			t.Errorf("sockets %s", got)
+		}
+	}
+}
+
+func golden(t *testing.T, name string, v any) {
+	t.Helper()
+	got, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got = append(got, '\n')
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs; got:\n%s", path, got)
+	}
+}
+
+func TestOpen(t *testing.T) {
+	s := newStored(t)
+	layer := tarLayer(t, dumpDir(t))
+	target := s.image(ocispec.MediaTypeImageLayerZstd, 0, true, layer, []byte("above"))
+	index := s.json(ocispec.MediaTypeImageIndex, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
+		{MediaType: target.MediaType, Digest: target.Digest, Size: target.Size, Platform: &ocispec.Platform{OS: "linux", Architecture: platforms.DefaultSpec().Architecture}},
+		{MediaType: target.MediaType, Digest: digest.FromString("elsewhere"), Size: 1, Platform: &ocispec.Platform{OS: "plan9", Architecture: "mips"}},
+	}})
+	img, err := Open(t.Context(), s, "app:1", index, platforms.Default())
+	if err != nil || img.Desc.Digest != target.Digest || img.Target.Digest != index.Digest || !img.Covered() {
+		t.Errorf("%+v, %v", img, err)
+	}
+
+	plain := s.image(ocispec.MediaTypeImageLayerZstd, -1, false, []byte("base"))
+	if img, err = Open(t.Context(), s, "plain:1", plain, platforms.Default()); err != nil || img.Checkpoint != -1 {
+		t.Errorf("%+v, %v", img, err)
+	}
+	if _, err := img.Read(t.Context(), s, Options{}); !errors.Is(err, ErrNoCheckpoint) || !strings.Contains(err.Error(), "plain:1") {
+		t.Errorf("an image without a checkpoint: %v", err)
+	}
+	if _, err := Open(t.Context(), s, "other:1", ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}, platforms.Default()); err == nil {
+		t.Error("an image whose manifest is not there")
+	}
+}
+
+// What verify finds.
+func TestVerify(t *testing.T) {
+	good := tarLayer(t, dumpDir(t))
+	change := func(f func(h *tar.Header, data []byte) (*tar.Header, []byte)) []byte { return rewrite(t, good, f) }
+	for _, tt := range []struct {
+		name  string
+		layer []byte
+		want  string
+	}{
+		{"good", good, ""},
+		{"memory changed", change(func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, "pages-2.img") {
+				data[5000]++
+			}
+			return h, data
+		}), "pages-2.img: has digest"},
+		{"shorter", change(func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, "pages-2.img") {
+				return h, data[:4096]
+			}
+			return h, data
+		}), "pages-2.img: has 4096 bytes, the manifest says 65536"},
+		{"file gone", change(func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, "mm-8.img") {
+				return nil, nil
+			}
+			return h, data
+		}), "mm-8.img: file does not exist"},
+		{"file more", change(func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, "cgroup.img") {
+				more := *h
+				more.Name = strings.Replace(h.Name, "cgroup", "extra", 1)
+				return &more, data
+			}
+			return h, data
+		}), "cgroup.img"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newStored(t)
+			img, err := Open(t.Context(), s, "app:1", s.image(ocispec.MediaTypeImageLayerZstd, 0, true, tt.layer), platforms.Default())
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := img.Read(t.Context(), s, Options{Digests: true})
+			if err == nil {
+				err = l.Verify()
+			}
+			if tt.want == "" && err != nil || tt.want != "" && (!errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+
+	// Digests of the layer itself.
+	s := newStored(t)
+	desc := s.blob(ocispec.MediaTypeImageLayerZstd, compressed(t, "zstd", good))
+	if _, err := readBlob(t.Context(), s, desc, digest.FromString("other"), Options{Digests: true}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "diff ID") {
+		t.Errorf("other diff ID: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := readBlob(ctx, s, desc, digest.FromBytes(good), Options{}); !errors.Is(err, context.Canceled) || errors.Is(err, images.ErrDamaged) {
+		t.Errorf("cancelled: %v", err)
+	}
+	desc.MediaType = "application/vnd.oci.image.layer.v1.tar+lz4"
+	if _, err := readBlob(t.Context(), s, desc, digest.FromBytes(good), Options{}); err == nil || !strings.Contains(err.Error(), "lz4") {
+		t.Errorf("unknown compression: %v", err)
+	}
+}
+
+// rewrite passes a tar's entries through f; nil drops one.
+func rewrite(t *testing.T, layer []byte, f func(h *tar.Header, data []byte) (*tar.Header, []byte)) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	tr, tw := tar.NewReader(bytes.NewReader(layer)), tar.NewWriter(&out)
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(tr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h, data = f(h, data); h == nil {
+			continue
+		}
+		h.Size = int64(len(data))
+		if err := tw.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tw.Write(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := tw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func TestHostileLayers(t *testing.T) {
+	good := tarLayer(t, dumpDir(t))
+	add := func(h *tar.Header, data string) []byte {
+		done := false
+		return rewrite(t, good, func(old *tar.Header, was []byte) (*tar.Header, []byte) {
+			if !done && old.Typeflag == tar.TypeReg {
+				done = true
+				return h, []byte(data)
+			}
+			return old, was
+		})
+	}
+	file := func(name string) *tar.Header { return &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600} }
+	for name, tt := range map[string]struct {
+		layer []byte
+		want  string
+	}{
+		"outside":       {add(file("etc/passwd"), "x"), "no entry of a checkpoint layer"},
+		"above":         {add(file(".crac/v1/criu/../../../etc/passwd"), "x"), "no entry"},
+		"absolute":      {add(file("/.crac/v1/criu/x.img"), "x"), "no entry"},
+		"deeper":        {add(file(".crac/v1/criu/a/x.img"), "x"), "no entry"},
+		"hidden":        {add(file(".crac/v1/criu/.x"), "x"), "no entry"},
+		"link":          {add(&tar.Header{Typeflag: tar.TypeSymlink, Name: ".crac/v1/criu/parent", Linkname: "/"}, ""), "no entry"},
+		"device":        {add(&tar.Header{Typeflag: tar.TypeChar, Name: ".crac/v1/criu/x.img"}, ""), "no entry"},
+		"twice":         {add(file(".crac/v1/criu/mm-8.img"), "x"), "twice"},
+		"two manifests": {add(file(".crac/v1/manifest.json"), "{}"), "twice"},
+		"no manifest":   {nil, "has no .crac/v1/manifest.json"},
+		"cut off":       {good[:len(good)/2], "unexpected EOF"},
+		"not a tar":     {bytes.Repeat([]byte("x"), 2048), "invalid"},
+		"other manifest": {rewrite(t, good, func(h *tar.Header, d []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, "manifest.json") {
+				return h, []byte(`{"version":"2"}`)
+			}
+			return h, d
+		}), `version "2"`},
+	} {
+		_, err := readLayer(t.Context(), bytes.NewReader(tt.layer), Options{})
+		if !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got %v, want ErrDamaged with %q", name, err, tt.want)
+		}
+	}
+	// A header that claims much must not take the memory for it.
+	var big bytes.Buffer
+	tw := tar.NewWriter(&big)
+	h := file(".crac/v1/criu/mm-8.img")
+	h.Size = 1 << 40
+	if err := tw.WriteHeader(h); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readLayer(t.Context(), &big, Options{}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "besides the memory") {
+		t.Errorf("a large file: %v", err)
+	}
+}
+
+func TestPageHashes(t *testing.T) {
+	l, err := readLayer(t.Context(), bytes.NewReader(tarLayer(t, dumpDir(t))), Options{Pages: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, size := range pagesOf {
+		hashes := l.Pages[name]
+		if len(hashes) != int(size/hashedPage) {
+			t.Fatalf("%s has %d hashes", name, len(hashes))
+		}
+		if hashes[0] == hashes[1] {
+			t.Errorf("%s: different pages have one hash", name)
+		}
+	}
+	if l.Pages["pages-1.img"][3] != l.Pages["pages-2.img"][3] {
+		t.Error("equal pages have different hashes")
+	}
+	if _, err := hashPages(strings.NewReader("xyz")); err == nil {
+		t.Error("part of a page is no error")
+	}
+}
