@@ -1,8 +1,9 @@
-// Command start measures how fast a container starts and what its shim costs, under our runtime
-// and under containerd's own, side by side on one private containerd through a resident client.
+// Command start measures how fast a container starts and what its shim costs, under our runtime,
+// under ours without hooks, and under containerd's own, side by side on one private containerd
+// through a resident client.
 //
 // One measurement is the time from the call that creates the task to the first byte that the
-// workload writes. The two runtimes take turns, so that what else the machine does hits both.
+// workload writes. The contenders take turns, so that what else the machine does hits both.
 // Every run is checked: right output, right exit code, nothing left behind.
 package main
 
@@ -30,7 +31,13 @@ import (
 	"github.com/crac-shim/crac/integration/harness"
 )
 
-var runtimes = []string{"io.containerd.crac.v2", "io.containerd.runc.v2"}
+// hooksOff is our runtime without /run/crac in the container: what coordination costs where
+// nobody takes part in it.
+const hooksOff = ours + " hooks=off"
+
+const ours = "io.containerd.crac.v2"
+
+var runtimes = []string{ours, "io.containerd.runc.v2", hooksOff}
 
 func main() {
 	n := flag.Int("n", 40, "runs of each runtime")
@@ -77,9 +84,11 @@ func run(ctx context.Context, n, samples int) (err error) {
 	const warmups = 3
 	for i := -warmups; i < n; i++ {
 		order := slices.Clone(runtimes)
-		if i%2 != 0 { // neither is always the first of the two
+		if i%2 != 0 { // none is always the first
 			slices.Reverse(order)
 		}
+		first := (i + warmups) % len(order)
+		order = append(order[first:], order[:first]...)
 		for _, r := range order {
 			t, err := b.start(r, i+warmups)
 			if err != nil {
@@ -140,11 +149,16 @@ func (f *firstByte) get() (time.Time, string) {
 func (b *bench) container(runtime string, args ...string) (containerd.Container, error) {
 	b.ids++
 	id := fmt.Sprintf("bench-%s-%d", b.d.Namespace[len(b.d.Namespace)-8:], b.ids)
+	spec := []oci.SpecOpts{oci.WithImageConfig(b.img), oci.WithProcessArgs(args...)}
+	if runtime == hooksOff {
+		runtime = ours
+		spec = append(spec, oci.WithAnnotations(map[string]string{"io.containerd.crac.hooks": "off"}))
+	}
 	return b.d.Client.NewContainer(b.ctx, id,
 		containerd.WithRuntime(runtime, nil),
 		containerd.WithImage(b.img),
 		containerd.WithNewSnapshot(id, b.img),
-		containerd.WithNewSpec(oci.WithImageConfig(b.img), oci.WithProcessArgs(args...)))
+		containerd.WithNewSpec(spec...))
 }
 
 // start runs one container from its creation to its end.
@@ -322,14 +336,16 @@ type line struct {
 	Unit  string  `json:"unit"`
 	Crac  stat    `json:"crac"`
 	Runc  stat    `json:"runc"`
-	Ratio float64 `json:"ratio"` // of the medians, ours to runc's
+	Off   stat    `json:"hooks_off"`
+	Ratio float64 `json:"ratio"`       // of the medians, ours to runc's
+	Hooks float64 `json:"hooks_ratio"` // of the medians, ours to ours without hooks
 }
 
 func report(build string, all map[string][]times, mem map[string][]memory) error {
 	var lines []line
 	add := func(name, unit string, of func(runtime string) []float64) {
-		c, r := describe(of(runtimes[0])), describe(of(runtimes[1]))
-		lines = append(lines, line{name, unit, c, r, c.Median / r.Median})
+		c, r, o := describe(of(runtimes[0])), describe(of(runtimes[1])), describe(of(runtimes[2]))
+		lines = append(lines, line{name, unit, c, r, o, c.Median / r.Median, c.Median / o.Median})
 	}
 	for _, m := range []struct {
 		name string
@@ -365,9 +381,9 @@ func report(build string, all map[string][]times, mem map[string][]memory) error
 	}
 	n, shims := len(all[runtimes[0]]), len(mem[runtimes[0]])
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(w, "\t\tcrac\t(min\tmax)\trunc\t(min\tmax)\tcrac/runc\t\n")
+	fmt.Fprintf(w, "\t\tcrac\t(min\tmax)\trunc\t(min\tmax)\tcrac/runc\thooks=off\ton/off\t\n")
 	for _, l := range lines {
-		fmt.Fprintf(w, "%s\t%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t\n", l.Name, l.Unit, l.Crac.Median, l.Crac.Min, l.Crac.Max, l.Runc.Median, l.Runc.Min, l.Runc.Max, l.Ratio)
+		fmt.Fprintf(w, "%s\t%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.1f\t%.2f\t\n", l.Name, l.Unit, l.Crac.Median, l.Crac.Min, l.Crac.Max, l.Runc.Median, l.Runc.Min, l.Runc.Max, l.Ratio, l.Off.Median, l.Hooks)
 	}
 	if err := w.Flush(); err != nil {
 		return err
