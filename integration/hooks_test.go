@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -11,6 +12,10 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	ocispec "github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -573,4 +578,43 @@ func TestHooksArguments(tb *testing.T) {
 		t.Errorf("the clone was told %v", heard)
 	}
 	clone.remove()
+}
+
+// A root file system that nobody can write, and that has no place for the directory of hooks,
+// starts without it.
+func TestHooksWithoutPlace(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	t := setup(tb)
+	needImage(t, "busybox")
+	id := newID(t)
+	img, err := t.Client.GetImage(t.Ctx, harness.ImageRef("busybox"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := t.Client.NewContainer(t.Ctx, id,
+		containerd.WithRuntime(cracRuntime, nil), containerd.WithImage(img), containerd.WithNewSnapshotView(id, img),
+		containerd.WithNewSpec(ocispec.WithImageConfig(img), ocispec.WithProcessArgs("sleep", "1000"), withoutMount("/run")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBox(t, id)
+	task, err := c.NewTask(t.Ctx, cio.NullIO)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := task.Start(t.Ctx); err != nil {
+		t.Fatal(err)
+	}
+	if out := b.exec("sh", "-c", "ls /run; echo dir=$CRAC_DIR"); out != "dir=" {
+		t.Errorf("the container says %q", out)
+	}
+	b.remove()
+}
+
+func withoutMount(destination string) ocispec.SpecOpts {
+	return func(_ context.Context, _ ocispec.Client, _ *containers.Container, s *ocispec.Spec) error {
+		s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool { return m.Destination == destination })
+		return nil
+	}
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime/hook"
@@ -107,6 +110,10 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the request has a mount of its own at %s", hooksMountPoint)
 		return nil
 	}
+	if !dumped && !placeForHooks(c.rootfs, spec) {
+		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the root file system is read-only and has no directory %s", hooksMountPoint)
+		return nil
+	}
 	adapters, err := parseAdapters(c.options)
 	if err != nil {
 		return err
@@ -138,6 +145,24 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	}
 	c.hooks = h
 	return nil
+}
+
+// placeForHooks tells whether there is, or can be made, a mount point. A read-only
+// container is no obstacle, but a root file system that cannot be written at all is.
+func placeForHooks(rootfs string, spec *specs.Spec) bool {
+	if rootfs == "" && spec.Root != nil {
+		rootfs = spec.Root.Path
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(rootfs, &fs); err != nil || fs.Flags&unix.ST_RDONLY == 0 {
+		return true
+	}
+	above := path.Dir(hooksMountPoint)
+	if slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Type == "tmpfs" && path.Join("/", m.Destination) == above }) {
+		return true
+	}
+	st, err := os.Lstat(filepath.Join(rootfs, hooksMountPoint))
+	return err == nil && st.IsDir()
 }
 
 // withHooksEnv tells a process where the directory of hooks is.
