@@ -25,6 +25,7 @@ mapfile -t sources < <(find "$here/src" -name '*.java' | LC_ALL=C sort)
 javac --release 17 -encoding UTF-8 -Xlint:all -XDstringConcat=inline -g:source,lines -d "$tmp/classes" "${sources[@]}"
 printf 'Implementation-Title: crac\nImplementation-Version: %s\nAutomatic-Module-Name: io.github.cracshim\n' "$version" >"$tmp/manifest"
 # The same sources give the same bytes: a container that has the jar need not get it again.
-jar --create --file "$tmp/crac.jar" --manifest "$tmp/manifest" --date=1980-01-02T00:00:00Z -C "$tmp/classes" io
+cp -R "$here/src/META-INF" "$tmp/classes/"
+jar --create --file "$tmp/crac.jar" --manifest "$tmp/manifest" --date=1980-01-02T00:00:00Z -C "$tmp/classes" .
 chmod 0644 "$tmp/crac.jar"
 mv "$tmp/crac.jar" "$jar"

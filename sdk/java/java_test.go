@@ -149,7 +149,7 @@ func startApp(t *testing.T, java string, opts, env []string) *program {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	args := append([]string{"-Xbootclasspath/a:" + built.jar, "-Dorg.crac.Core.Compat=io.github.cracshim", "-Xmx256m", "-XX:TieredStopAtLevel=1"}, opts...)
 	p := &program{t: t, dir: dir, lines: make(chan string, 1000), ended: make(chan error, 1)}
-	p.cmd = exec.Command(java, append(args, "-cp", built.appPath, "App")...)
+	p.cmd = exec.Command(java, append(args, "-cp", built.appPath+":test/app", "App")...)
 	p.cmd.Env = append(os.Environ(), append([]string{"CRAC_DIR=" + dir}, env...)...)
 	p.cmd.Stderr = &p.errs
 	if p.in, err = p.cmd.StdinPipe(); err != nil {
@@ -679,6 +679,31 @@ func TestName(t *testing.T) {
 			p := startApp(t, java, nil, []string{"CRAC_NAME=" + bad})
 			p.register("a")
 			p.socket()
+		}
+	})
+}
+
+// TestStarter: a program that never asks for the library takes part from its first resource bundle
+// or time zone on, and finds what it would find without it.
+func TestStarter(t *testing.T) {
+	onEachJDK(t, func(t *testing.T, java string) {
+		for command, want := range map[string]string{
+			"bundle": "found: key=value, no bundle missing",
+			"zone":   "found: +01:00, no zone Europe/Nowhere",
+		} {
+			t.Run(command, func(t *testing.T) {
+				p := startApp(t, java, nil, nil)
+				p.send("%s", command)
+				p.expect(want)
+				p.ok("before-checkpoint", nil)
+				p.ok("after-restore", message{"generation": "00ff"})
+				p.send("%s", command)
+				p.expect(want)
+
+				p = startApp(t, java, nil, []string{"CRAC_DIR="})
+				p.send("%s", command)
+				p.expect(want)
+			})
 		}
 	})
 }

@@ -1,9 +1,14 @@
 import java.io.BufferedReader;
 import java.io.InputStreamReader;
 import java.lang.ref.WeakReference;
+import java.time.ZoneId;
+import java.time.ZonedDateTime;
+import java.time.zone.ZoneRulesException;
 import java.util.HashMap;
 import java.util.HashSet;
 import java.util.Map;
+import java.util.MissingResourceException;
+import java.util.ResourceBundle;
 import java.util.Set;
 import org.crac.Context;
 import org.crac.Core;
@@ -139,6 +144,24 @@ public final class App {
                     say("heap " + (Runtime.getRuntime().totalMemory() >> 20));
                 }
                 case "committed" -> say("heap " + (Runtime.getRuntime().totalMemory() >> 20));
+                case "bundle" -> {
+                    String found = "key=" + ResourceBundle.getBundle("bundle").getString("key");
+                    try {
+                        ResourceBundle.getBundle("missing");
+                    } catch (MissingResourceException e) {
+                        found += ", no bundle " + e.getClassName().replaceAll("_.*", "");
+                    }
+                    say("found: " + found);
+                }
+                case "zone" -> {
+                    String found = ZonedDateTime.of(2026, 1, 1, 0, 0, 0, 0, ZoneId.of("Europe/Berlin")).getOffset().toString();
+                    try {
+                        ZoneId.of("Europe/Nowhere");
+                    } catch (ZoneRulesException e) {
+                        found += ", no zone Europe/Nowhere";
+                    }
+                    say("found: " + found);
+                }
                 case "end" -> {
                     say("main ends");
                     return;

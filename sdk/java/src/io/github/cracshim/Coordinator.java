@@ -97,6 +97,10 @@ final class Coordinator {
 
     /** Is told that the answer of handle has been sent, or could not be. */
     synchronized void delivered() {
+        if (!inProgress && keepAlive != null) {
+            keepAlive.end();
+            keepAlive = null;
+        }
         if (request != null) {
             request.delivered = true;
             notifyAll();
@@ -291,7 +295,7 @@ final class Coordinator {
                 Failures.add(failed, t);
             }
             try {
-                Randomness.restored();
+                Randomness.restored(Start.current().frozen());
             } catch (Throwable t) {
                 Failures.add(failed, t);
             }
@@ -305,12 +309,7 @@ final class Coordinator {
         synchronized (this) {
             before = vetoed;
             vetoed = null;
-            inProgress = false;
-            if (keepAlive != null) {
-                keepAlive.end();
-                keepAlive = null;
-            }
-            notifyAll();
+            inProgress = false; // the JVM is kept alive until the runtime has the answer
         }
         boolean well = failed.getSuppressed().length == 0;
         String answer = well ? Participant.OK : Participant.refusal(Failures.text(failed));

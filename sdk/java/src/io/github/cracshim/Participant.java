@@ -30,18 +30,31 @@ final class Participant implements Runnable {
         return dir == null || dir.isEmpty() ? null : new File(dir);
     }
 
-    /** Starts to listen, once, without waiting for it. Does nothing where there is no directory to listen in. */
+    /**
+     * Starts to listen, once, without waiting for it; random generators that are made from now on are
+     * followed. Does nothing where there is no directory to listen in.
+     */
     static void start() {
-        Participant p;
-        synchronized (Participant.class) {
-            if (instance != null || DIR == null) {
-                return;
-            }
-            p = instance = new Participant();
+        if (DIR != null) {
+            begin();
+            Randomness.install();
         }
-        Randomness.install();
+    }
+
+    /** The same, but nothing is done by the calling thread. */
+    static void startInBackground() {
+        if (DIR != null) {
+            begin();
+        }
+    }
+
+    private static synchronized void begin() {
+        if (instance != null) {
+            return;
+        }
+        instance = new Participant();
         // Without the thread locals and the class loader of whoever happens to be first.
-        Thread t = new Thread(null, p, "crac-participant", 0, false);
+        Thread t = new Thread(null, instance, "crac-participant", 0, false);
         t.setDaemon(true);
         t.setContextClassLoader(ClassLoader.getSystemClassLoader());
         t.start();
@@ -65,6 +78,7 @@ final class Participant implements Runnable {
 
     @Override
     public void run() {
+        Randomness.install();
         Runtime.getRuntime().addShutdownHook(new Thread(null, new Leave(), "crac-leave", 0, false));
         while (true) {
             try (ServerSocketChannel server = listen()) {

@@ -4,8 +4,11 @@ import java.io.FileInputStream;
 import java.io.IOException;
 import java.io.InputStream;
 import java.nio.ByteBuffer;
+import java.security.NoSuchAlgorithmException;
+import java.security.Provider;
 import java.security.SecureRandom;
 import java.security.Security;
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.List;
@@ -30,6 +33,7 @@ public final class Randomness {
     /** Weak keys; of identity, as generators have no other. */
     private static final Set<Random> registered = Collections.synchronizedSet(Collections.newSetFromMap(new WeakHashMap<>()));
 
+    private static boolean installed;
     private static ReseedingProvider provider;
 
     private Randomness() {}
@@ -48,7 +52,11 @@ public final class Randomness {
 
     /** Makes later generators known here. */
     static synchronized void install() {
-        if (provider != null || !Boolean.parseBoolean(System.getProperty("io.github.cracshim.random", "true"))) {
+        if (installed) {
+            return;
+        }
+        installed = true;
+        if (!Boolean.parseBoolean(System.getProperty("io.github.cracshim.random", "true"))) {
             return;
         }
         try {
@@ -61,8 +69,12 @@ public final class Randomness {
         }
     }
 
-    /** Gives new seeds, in a clone. */
-    static void restored() throws IOException {
+    /**
+     * Gives new seeds, in a clone.
+     *
+     * @param frozen since when its state is that of other clones
+     */
+    static void restored(Duration frozen) throws IOException {
         List<Random> all;
         synchronized (registered) {
             all = new ArrayList<>(registered);
@@ -77,8 +89,10 @@ public final class Randomness {
                 reseed(r, kernel);
             }
         }
-        discard("NativePRNG");
-        discard("NativePRNGNonBlocking");
+        if (frozen.compareTo(BUFFERED) < 0) {
+            discard("NativePRNG");
+            discard("NativePRNGNonBlocking");
+        }
     }
 
     private static void reseed(Random r, InputStream kernel) throws IOException {
@@ -91,20 +105,24 @@ public final class Randomness {
     }
 
     /**
-     * Throws away what is left in the buffer that all generators of this kind share. It goes by the
-     * clock, too, but a clone may be on a host whose clock is behind.
+     * Throws away what is left in the buffer that all generators of this kind share. By itself it is
+     * used for 100 ms.
      */
     private static void discard(String algorithm) {
-        if (Security.getProvider("SUN") == null || Security.getProvider("SUN").getService("SecureRandom", algorithm) == null) {
+        Provider sun = Security.getProvider("SUN");
+        if (sun == null || sun.getService("SecureRandom", algorithm) == null) {
             return;
         }
         try {
-            SecureRandom.getInstance(algorithm, "SUN").nextBytes(new byte[MAX_BUFFER]);
-        } catch (java.security.GeneralSecurityException e) {
+            SecureRandom.getInstance(algorithm, sun).nextBytes(new byte[MAX_BUFFER]);
+        } catch (NoSuchAlgorithmException e) {
             // gone since
         }
     }
 
     /** Of sun.security.provider.NativePRNG. */
     private static final int MAX_BUFFER = 65536;
+
+    /** No buffer lives as long; with some room for clocks that differ. */
+    private static final Duration BUFFERED = Duration.ofSeconds(2);
 }

@@ -7,6 +7,7 @@ import java.io.ObjectOutputStream;
 import java.lang.reflect.Method;
 import java.security.DrbgParameters;
 import java.security.SecureRandom;
+import java.time.Duration;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.HashMap;
@@ -288,7 +289,7 @@ public final class UnitTest {
         }
         SecureRandom behindClone = copy(behind);
 
-        Randomness.restored();
+        Randomness.restored(Duration.ZERO);
 
         check(!Arrays.equals(draw(registered), draw(clone)), "a registered generator repeats in a clone");
         check(!Arrays.equals(draw(followed.get("SHA1PRNG")), draw(behindClone)), "a followed generator repeats in a clone");
