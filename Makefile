@@ -95,16 +95,35 @@ fmt: ## format the Go source with gofumpt
 	@integration/tools/install.sh lint
 	$(BUILD)/tools/lint/gofumpt -w $$(git ls-files --cached --others --exclude-standard '*.go')
 
+# cracctl's manual pages and shell completions, made by itself. The pages say the
+# defaults, which must not be those of who builds.
+.PHONY: man
+man: build
+	@rm -rf $(BUILD)/man $(BUILD)/completions && mkdir -p $(BUILD)/completions
+	@env -u CONTAINERD_ADDRESS -u CONTAINERD_NAMESPACE SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
+	  $(BUILD)/bin/cracctl man $(BUILD)/man
+	@$(BUILD)/bin/cracctl completion bash >$(BUILD)/completions/cracctl
+	@$(BUILD)/bin/cracctl completion zsh >$(BUILD)/completions/_cracctl
+	@$(BUILD)/bin/cracctl completion fish >$(BUILD)/completions/cracctl.fish
+
+SHARE = $(DESTDIR)$(PREFIX)/share
+
 .PHONY: install
-install: build ## the shim, cracctl and, where the host's is missing or too old, CRIU, into $(DESTDIR)$(PREFIX)
+install: build man ## the shim, cracctl and, where the host's is missing or too old, CRIU, into $(DESTDIR)$(PREFIX)
 	@integration/tools/install.sh criu
 	install -D -m 0755 -t '$(DESTDIR)$(PREFIX)/bin' $(BUILD)/bin/containerd-shim-crac-v2 $(BUILD)/bin/cracctl
+	install -D -m 0644 -t '$(SHARE)/man/man1' $(BUILD)/man/*.1
+	install -D -m 0644 -t '$(SHARE)/bash-completion/completions' $(BUILD)/completions/cracctl
+	install -D -m 0644 -t '$(SHARE)/zsh/site-functions' $(BUILD)/completions/_cracctl
+	install -D -m 0644 -t '$(SHARE)/fish/vendor_completions.d' $(BUILD)/completions/cracctl.fish
 	[ ! -f $(BUILD)/bin/crac.jar ] || install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/crac' $(BUILD)/bin/crac.jar
 	@integration/tools/criu-install.sh install '$(PREFIX)' '$(DESTDIR)'
 
 .PHONY: uninstall
 uninstall: ## remove what install put there
 	rm -f '$(DESTDIR)$(PREFIX)/bin/containerd-shim-crac-v2' '$(DESTDIR)$(PREFIX)/bin/cracctl'
+	rm -f '$(SHARE)'/man/man1/cracctl*.1 '$(SHARE)/bash-completion/completions/cracctl' \
+	  '$(SHARE)/zsh/site-functions/_cracctl' '$(SHARE)/fish/vendor_completions.d/cracctl.fish'
 	rm -f '$(DESTDIR)$(PREFIX)/share/crac/crac.jar'
 	@[ ! -d '$(DESTDIR)$(PREFIX)/share/crac' ] || rmdir --ignore-fail-on-non-empty '$(DESTDIR)$(PREFIX)/share/crac'
 	@integration/tools/criu-install.sh remove '$(PREFIX)' '$(DESTDIR)'

@@ -155,6 +155,18 @@ func TestCracctlImages(tb *testing.T) {
 		t.Errorf("completion offers %q", names)
 	}
 
+	// A process that has counted on has changed some of its memory, and not the most.
+	second := ref(t)
+	t.CracctlOK("checkpoint", "--quiet", b.id, second)
+	type differs struct {
+		Memory    struct{ Equal, Changed int64 }
+		Processes []struct{ PID uint32 }
+	}
+	if d := fromJSON[differs](t, "diff", image, second); d.Memory.Changed == 0 || d.Memory.Equal == 0 || len(d.Processes) < 2 {
+		t.Errorf("diff: %+v", d)
+	}
+	t.CracctlOK("rm", second)
+
 	// A cold start in place of a restore is heard of as well.
 	cold := start(t, how{image: image, args: []string{"sh", "-c", "sleep 1000"}})
 	hears("/crac/cold-start")

@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
 	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
@@ -22,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -66,6 +69,96 @@ func TestCommandLine(t *testing.T) {
 	}
 	if out, _ := run(t, "", "help"); strings.Contains(out, "build-image") {
 		t.Error("help shows what is for the shim only")
+	}
+}
+
+// Every command that is shown has a page, and the pages are the same every time.
+func TestMan(t *testing.T) {
+	t.Setenv("SOURCE_DATE_EPOCH", "1700000000")
+	var dirs [2]string
+	for i := range dirs {
+		dirs[i] = filepath.Join(t.TempDir(), "man")
+		if _, err := run(t, "", "man", dirs[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range newCommand().Commands() {
+		name := filepath.Join(dirs[0], "cracctl-"+c.Name()+".1")
+		page, err := os.ReadFile(name)
+		if c.Hidden != errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s (hidden: %v): %v", c.Name(), c.Hidden, err)
+		}
+		if c.Hidden {
+			continue
+		}
+		again, err := os.ReadFile(filepath.Join(dirs[1], filepath.Base(name)))
+		if err != nil || !bytes.Equal(page, again) {
+			t.Errorf("%s differs the second time: %v", name, err)
+		}
+	}
+}
+
+func TestFormats(t *testing.T) {
+	type thing struct {
+		Name string `json:"name"`
+	}
+	list := []thing{{"a<b"}, {"c"}}
+	row := func(v thing) []string { return []string{v.Name, "x"} }
+	table := func(w io.Writer, v thing) error { _, err := io.WriteString(w, v.Name+"!"); return err }
+	for format, want := range map[string][2]string{
+		"table":         {"a<b!", "NAME   X\na<b    x\nc      x\n"},
+		"json":          {"{\n  \"name\": \"a<b\"\n}\n", "{\"name\":\"a<b\"}\n{\"name\":\"c\"}\n"},
+		"<{{.Name}}>":   {"<a<b>\n", "<a<b>\n<c>\n"},
+		"{{json .}}":    {"{\"name\":\"a\\u003cb\"}\n", "{\"name\":\"a\\u003cb\"}\n{\"name\":\"c\"}\n"},
+		"{{size 2048}}": {"2.0 KiB\n", "2.0 KiB\n2.0 KiB\n"},
+	} {
+		if err := checkFormat(format); err != nil {
+			t.Errorf("%s: %v", format, err)
+		}
+		var one, many bytes.Buffer
+		if err := errors.Join(show(&one, format, list[0], table), showList(&many, format, list, []string{"NAME", "X"}, row)); err != nil {
+			t.Errorf("%s: %v", format, err)
+		}
+		if one.String() != want[0] || many.String() != want[1] {
+			t.Errorf("%s: %q, %q; want %q", format, one.String(), many.String(), want)
+		}
+	}
+	for _, bad := range []string{"xml", "{{.Name", "", "{{nonsense .}}"} {
+		if checkFormat(bad) == nil {
+			t.Errorf("the format %q is taken", bad)
+		}
+	}
+}
+
+func TestAgo(t *testing.T) {
+	for d, want := range map[time.Duration]string{0: "now", time.Second: "1 second ago", 90 * time.Second: "1 minute ago", 49 * time.Hour: "2 days ago", 400 * 24 * time.Hour: "1 year ago"} {
+		if got := ago(time.Now().Add(-d)); got != want {
+			t.Errorf("%v: got %s, want %s", d, got, want)
+		}
+	}
+}
+
+// A tree of processes that goes in circles is shown, too.
+func TestWriteProcesses(t *testing.T) {
+	var out bytes.Buffer
+	all := []inspect.Process{
+		{PID: 1, Command: "init", State: "running", Executable: "/sbin/init"},
+		{PID: 2, Parent: 1, Command: "a", State: "running", Executable: "/bin/busybox"},
+		{PID: 3, Parent: 2, Command: "b", State: "zombie"},
+		{PID: 4, Parent: 1, Command: "c", State: "running"},
+		{PID: 8, Parent: 9, Command: "x", State: "running"},
+		{PID: 9, Parent: 8, Command: "y", State: "running"},
+	}
+	if err := writeProcesses(&out, all); err != nil {
+		t.Fatal(err)
+	}
+	var shown []string
+	for line := range strings.Lines(out.String()) {
+		i := strings.LastIndex(line, "   ")
+		shown = append(shown, strings.TrimSpace(line[i:]))
+	}
+	if got := strings.Join(shown, "|"); got != "COMMAND|init|├─ a (/bin/busybox)|│  └─ b <zombie>|└─ c|x|└─ y" {
+		t.Errorf("got %s\n%s", got, out.String())
 	}
 }
 

@@ -64,10 +64,12 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		newVerify(&t),
 		newList(&t),
 		newHistory(&t),
+		newDiff(&t),
 		newRemove(&t),
 		newEvents(&t),
 		newBuildImage(&t),
 		newVersion(),
+		newMan(),
 	)
 	return root
 }

@@ -419,3 +419,84 @@ func TestPageHashes(t *testing.T) {
 		t.Error("part of a page is no error")
 	}
 }
+
+func TestDiff(t *testing.T) {
+	read := func(dir string) (*Image, *Layer) {
+		s := newStored(t)
+		img, err := Open(t.Context(), s, dir, s.image(ocispec.MediaTypeImageLayerZstd, 1, true, []byte("base"), tarLayer(t, dir)), platforms.Default())
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := img.Read(t.Context(), s, Options{Pages: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return img, l
+	}
+	first := dumpDir(t)
+	second := dumpDir(t)
+	// Two pages of the second process, whose memory is in pages-2.img.
+	file := filepath.Join(second, "pages-2.img")
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[0]++
+	data[len(data)-1]++
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	imgA, a := read(first)
+	imgB, b := read(second)
+
+	same, err := Diff(imgA, imgA, a, a)
+	total := int64(77824 + 65536 + 61440)
+	if err != nil || !same.SameLayers || len(same.Facts) > 0 || same.Memory != (Pages{Equal: total}) || len(same.Processes) != 3 {
+		t.Errorf("with itself: %+v, %v", same, err)
+	}
+	b.Manifest.Host.CPU.Model = "Other"
+	d, err := Diff(imgA, imgB, a, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.Memory != (Pages{Equal: total - 2*hashedPage, Changed: 2 * hashedPage}) || len(d.Facts) != 1 || d.Facts[0].To != "Other" {
+		t.Errorf("%+v", d)
+	}
+	for _, p := range d.Processes {
+		sum := Pages{}
+		for _, k := range p.Kinds {
+			sum.add(k)
+		}
+		if sum != p.Memory || p.In != "both" || (p.PID == 8) != (p.Memory.Changed > 0) {
+			t.Errorf("process %d: %+v", p.PID, p)
+		}
+	}
+
+	// A process more, and one less.
+	tree := a.Images["pstree.img"]
+	less := *a
+	less.Images = map[string][]byte{}
+	for k, v := range a.Images {
+		less.Images[k] = v
+	}
+	all, err := messages(tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	less.Images["pstree.img"] = tree[:8+4+len(all[0])]
+	for _, tt := range []struct {
+		x, y *Layer
+		in   string
+	}{{a, &less, "from"}, {&less, a, "to"}} {
+		d, err := Diff(imgA, imgA, tt.x, tt.y)
+		if err != nil || len(d.Processes) != 3 || d.Processes[2].In != tt.in || d.Memory.Added+d.Memory.Removed != 65536+61440 {
+			t.Errorf("%s: %+v, %v", tt.in, d, err)
+		}
+	}
+
+	// Memory that is not what the page map says.
+	a.Pages["pages-1.img"] = a.Pages["pages-1.img"][1:]
+	if _, err := Diff(imgA, imgB, a, b); !errors.Is(err, images.ErrDamaged) {
+		t.Errorf("a page is missing: %v", err)
+	}
+}

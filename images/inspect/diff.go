@@ -1,0 +1,239 @@
+package inspect
+
+import (
+	"fmt"
+	"slices"
+)
+
+// Difference is what differs between two checkpoints. Sizes are bytes.
+type Difference struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+	// SameLayers: all layers below the checkpoints are the same, so that the files
+	// are, too.
+	SameLayers bool     `json:"sameLayers"`
+	Facts      []Change `json:"facts,omitempty"`
+	Memory     Pages    `json:"memory"` // of all processes
+	// Processes are matched by their IDs.
+	Processes []ProcessDifference `json:"processes"`
+}
+
+// Change is a fact that differs.
+type Change struct {
+	What string `json:"what"`
+	From string `json:"from"`
+	To   string `json:"to"`
+}
+
+// Pages compares memory page by page: equal in both, changed, only in the second
+// (added) and only in the first (removed).
+type Pages struct {
+	Equal   int64 `json:"equal"`
+	Changed int64 `json:"changed"`
+	Added   int64 `json:"added"`
+	Removed int64 `json:"removed"`
+}
+
+func (p *Pages) add(o Pages) {
+	p.Equal += o.Equal
+	p.Changed += o.Changed
+	p.Added += o.Added
+	p.Removed += o.Removed
+}
+
+// ProcessDifference compares one process.
+type ProcessDifference struct {
+	PID     uint32 `json:"pid"`
+	Command string `json:"command"`
+	// In is both, from or to.
+	In     string           `json:"in"`
+	Memory Pages            `json:"memory"`
+	Kinds  map[string]Pages `json:"kinds,omitempty"` // by Mapping.Kind
+}
+
+// Diff compares two checkpoints whose layers were read with Pages.
+func Diff(from, to *Image, a, b *Layer) (*Difference, error) {
+	d := &Difference{From: from.Name, To: to.Name, SameLayers: sameLayers(from, to)}
+	d.facts(a, b)
+	first, err := a.Processes()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", from.Name, err)
+	}
+	second, err := b.Processes()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", to.Name, err)
+	}
+	find := func(all []Process, pid uint32) *Process {
+		if i := slices.IndexFunc(all, func(p Process) bool { return p.PID == pid }); i >= 0 {
+			return &all[i]
+		}
+		return nil
+	}
+	for i := range first {
+		p, q := &first[i], find(second, first[i].PID)
+		if err := d.process(p, q, a, b); err != nil {
+			return nil, err
+		}
+	}
+	for i := range second {
+		if find(first, second[i].PID) == nil {
+			if err := d.process(nil, &second[i], a, b); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return d, nil
+}
+
+func sameLayers(a, b *Image) bool {
+	below := func(i *Image) []string {
+		var all []string
+		for n, l := range i.Manifest.Layers {
+			if i.Kind(n) != "checkpoint" {
+				all = append(all, l.Digest.String())
+			}
+		}
+		return all
+	}
+	return slices.Equal(below(a), below(b))
+}
+
+func (d *Difference) facts(a, b *Layer) {
+	add := func(what string, from, to any) {
+		if x, y := fmt.Sprint(from), fmt.Sprint(to); x != y {
+			d.Facts = append(d.Facts, Change{what, x, y})
+		}
+	}
+	m, n := a.Manifest, b.Manifest
+	add("base", m.Base.Digest, n.Base.Digest)
+	add("container", m.Container.ID, n.Container.ID)
+	add("host name", m.Container.Hostname, n.Container.Hostname)
+	add("arguments", m.Container.Args, n.Container.Args)
+	add("platform", m.Platform, n.Platform)
+	add("kernel", m.Host.Kernel, n.Host.Kernel)
+	add("CPU", m.Host.CPU.Model, n.Host.CPU.Model)
+	add("CPU features", m.Host.CPU.Features, n.Host.CPU.Features)
+	add("cgroup version", m.Host.CgroupVersion, n.Host.CgroupVersion)
+	add("CRIU needed", m.CRIU.Minimum, n.CRIU.Minimum)
+	add("requires", m.Requires, n.Requires)
+	add("mounts", m.Mounts, n.Mounts)
+}
+
+func (d *Difference) process(p, q *Process, a, b *Layer) error {
+	out := ProcessDifference{In: "both", Kinds: make(map[string]Pages)}
+	x, err := a.pages(p)
+	if err != nil {
+		return err
+	}
+	y, err := b.pages(q)
+	if err != nil {
+		return err
+	}
+	switch {
+	case q == nil:
+		out.PID, out.Command, out.In = p.PID, p.Command, "from"
+	case p == nil:
+		out.PID, out.Command, out.In = q.PID, q.Command, "to"
+	default:
+		out.PID, out.Command = q.PID, q.Command
+	}
+	// Both go up the addresses.
+	for x.ok || y.ok {
+		var (
+			pages Pages
+			kind  string
+		)
+		switch {
+		case !y.ok || x.ok && x.address < y.address:
+			pages.Removed, kind = hashedPage, x.kind()
+			x.next()
+		case !x.ok || y.address < x.address:
+			pages.Added, kind = hashedPage, y.kind()
+			y.next()
+		default:
+			if x.hash == y.hash {
+				pages.Equal = hashedPage
+			} else {
+				pages.Changed = hashedPage
+			}
+			kind = y.kind()
+			x.next()
+			y.next()
+		}
+		sum := out.Kinds[kind]
+		sum.add(pages)
+		out.Kinds[kind] = sum
+		out.Memory.add(pages)
+	}
+	d.Memory.add(out.Memory)
+	d.Processes = append(d.Processes, out)
+	return nil
+}
+
+// pageCursor goes through the pages of a process that are in the dump.
+type pageCursor struct {
+	ok            bool
+	address, hash uint64
+
+	runs     []Run
+	run      int
+	inRun    uint64 // units of the run that are behind
+	hashes   []uint64
+	pageSize uint64
+	mappings []Mapping
+	mapping  int
+}
+
+// pages starts at the first page of p, which may be nil.
+func (l *Layer) pages(p *Process) (*pageCursor, error) {
+	c := &pageCursor{pageSize: uint64(l.Manifest.Host.PageSize)}
+	if p == nil {
+		return c, nil
+	}
+	name := fmt.Sprintf("pagemap-%d.img", p.PID)
+	data, ok := l.Images[name]
+	if !ok {
+		return c, nil
+	}
+	m, err := parsePagemap(data, c.pageSize)
+	if err != nil {
+		return nil, damaged(fmt.Errorf("%s: %w", name, err))
+	}
+	file := fmt.Sprintf("pages-%d.img", m.ID)
+	c.runs, c.hashes, c.mappings = m.Runs, l.Pages[file], p.Mappings
+	units := uint64(0)
+	for _, r := range m.Runs {
+		if r.Present {
+			units += r.Pages * (c.pageSize / hashedPage)
+		}
+	}
+	if units != uint64(len(c.hashes)) {
+		return nil, damaged(fmt.Errorf("%s speaks of %d bytes and %s has %d", name, units*hashedPage, file, len(c.hashes)*hashedPage))
+	}
+	c.next()
+	return c, nil
+}
+
+func (c *pageCursor) next() {
+	for c.ok = false; c.run < len(c.runs); c.run, c.inRun = c.run+1, 0 {
+		r := c.runs[c.run]
+		if !r.Present || c.inRun == r.Pages*(c.pageSize/hashedPage) {
+			continue
+		}
+		c.ok, c.address, c.hash = true, r.Start+c.inRun*hashedPage, c.hashes[0]
+		c.hashes = c.hashes[1:]
+		c.inRun++
+		return
+	}
+}
+
+// kind is that of the mapping with the page.
+func (c *pageCursor) kind() string {
+	for c.mapping < len(c.mappings) && c.mappings[c.mapping].end <= c.address {
+		c.mapping++
+	}
+	if c.mapping < len(c.mappings) && c.mappings[c.mapping].start <= c.address {
+		return c.mappings[c.mapping].Kind
+	}
+	return "other"
+}
