@@ -132,6 +132,9 @@ func (s *shim) serve(c net.Conn) {
 		s.Errorf("unexpected request on control.sock: %q", line)
 		return
 	}
+	if wait, _ := request["wait_ms"].(float64); wait > 0 {
+		time.Sleep(100 * time.Millisecond) // the real one waits for an outcome
+	}
 	if a := reply(request); a != nil {
 		_ = json.NewEncoder(c).Encode(a)
 	}

@@ -324,18 +324,23 @@ func (p *participant) checkpoint(ctx context.Context) (Result, error) {
 	return Checkpointed, nil
 }
 
-// waitEnd waits until a checkpoint has ended: for our own hooks, or else by asking.
+// waitEnd waits until a checkpoint has ended: for our own hooks, and, in the original,
+// until the image is there, which takes longer.
 func (p *participant) waitEnd(ctx context.Context, id string, before *message, listening bool) (*message, error) {
+	resumed := false
 	for {
-		if listening {
+		if listening && !resumed {
 			end, err := p.waitTold(ctx, id, before)
-			if end != nil || err != nil {
-				return end, err
+			if err != nil {
+				return nil, err
+			}
+			if resumed = end != nil && end.Outcome == Checkpointed; end != nil && !resumed {
+				return end, nil
 			}
 		}
-		request := map[string]any{"op": "outcome", "id": id, "wait_ms": 5000}
-		if listening {
-			request["wait_ms"] = 0
+		request := map[string]any{"op": "outcome", "id": id, "wait_ms": 0}
+		if resumed || !listening {
+			request["wait_ms"] = 5000
 		}
 		line, err := ask(ctx, request)
 		if err != nil {

@@ -145,8 +145,9 @@ async function checkpoint() {
   const { id } = await ask({ op: 'checkpoint' });
   const mine = () => ended !== before && (ended.event === 'after-restore' || ended.id === id);
   let end;
+  let resumed = false;
   for (;;) {
-    if (listening) {
+    if (listening && !resumed) {
       // Not kept alive by the server, which is unref'ed, but by this wait.
       await new Promise((resolve) => {
         const timer = setTimeout(resolve, 1000);
@@ -155,10 +156,12 @@ async function checkpoint() {
       });
       if (mine()) {
         end = ended;
-        break;
+        resumed = end.outcome === 'checkpointed';
+        if (!resumed) break;
       }
     }
-    end = await ask({ op: 'outcome', id, wait_ms: listening ? 0 : 5000 });
+    // In the original, the image takes longer than our hooks.
+    end = await ask({ op: 'outcome', id, wait_ms: listening && !resumed ? 0 : 5000 });
     // Were we told of its beginning, we shall be told of its end.
     if (end.outcome !== 'pending' && !stopped) break;
   }

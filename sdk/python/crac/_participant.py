@@ -251,17 +251,19 @@ async def checkpoint_async():
 
 
 def _result(checkpoint_id, me, before=None):
-    """Waits until a checkpoint has ended: for our own hooks, or else by asking."""
+    """Waits until a checkpoint has ended: for our own hooks, and, in the original, until
+    the image is there, which takes longer."""
+    resumed = False
     while True:
-        if me is not None:
-            ended = _ended(me, checkpoint_id, before)
-            if ended:
+        ended = None if me is None or resumed else _ended(me, checkpoint_id, before)
+        if ended:
+            resumed = ended.get("outcome") == "checkpointed"
+            if not resumed:
                 break
-        ended = _control.ask({"op": "outcome", "id": checkpoint_id, "wait_ms": 0 if me else 5000})
-        if ended["outcome"] != "pending":
-            # Were we told of its beginning, we shall be told of its end.
-            if me is None or not me.stopped:
-                break
+        ended = _control.ask({"op": "outcome", "id": checkpoint_id, "wait_ms": 5000 if me is None or resumed else 0})
+        # Were we told of its beginning, we shall be told of its end.
+        if ended["outcome"] != "pending" and not (me and me.stopped):
+            break
     outcome = ended.get("outcome") or "restored"
     errors = me.errors if me else ()
     if outcome == "failed":

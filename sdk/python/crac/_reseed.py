@@ -26,11 +26,11 @@ def reseed():
 
 
 def prepare():
-    """Loads before a checkpoint what reseed needs after it: it is then in the image."""
+    """Finds before a checkpoint what reseed needs after it: it is then in the image."""
     try:
-        import ctypes  # noqa: F401
-    except ImportError:
-        pass
+        _libcryptos()
+    except (ImportError, OSError):
+        pass  # reseed will say so
 
 
 def _openssl():
@@ -44,14 +44,37 @@ def _openssl():
         lib = sys.modules["cryptography.hazmat.bindings.openssl.binding"].Binding.lib
         if hasattr(lib, "RAND_add"):
             lib.RAND_add(os.urandom(64), 64, 64.0)
-    for path in _loaded_libcrypto():
-        import ctypes
-
-        if ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).RAND_poll() != 1:
+    for path, library in _libcryptos().items():
+        if library.RAND_poll() != 1:
             raise RuntimeError(f"{path}: RAND_poll failed: OpenSSL has no new seed")
 
 
-def _loaded_libcrypto():
+_found = {}
+
+
+def _libcryptos():
+    """Every shared libcrypto of this process, by its path."""
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        paths = {line.rstrip("\n").split(None, 5)[5] for line in maps if "/libcrypto" in line}
-    return sorted(p for p in paths if re.search(r"/libcrypto[^/]*\.so[^/ ]*$", p))
+        lines = [line.rstrip("\n").split(None, 5) for line in maps if "/libcrypto" in line]
+    for path in {line[5] for line in lines}:
+        if path not in _found and re.search(r"/libcrypto[^/]*\.so[^/ ]*$", path):
+            _found[path] = _loaded(path)
+    return _found
+
+
+def _loaded(path):
+    """The library that is mapped from path. The linker knows what it has loaded by name,
+    or by device and inode, which are not those of the dump in a clone."""
+    import ctypes
+
+    name = os.path.basename(path)
+    names = [path, name]
+    while re.search(r"\.so\.\d+(\.\w+)+$", name):
+        name = name.rpartition(".")[0]
+        names.append(name)
+    for name in names:
+        try:
+            return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        except OSError:
+            pass
+    raise OSError(f"{path}: cannot be found again in this process, so its generator has no new seed")

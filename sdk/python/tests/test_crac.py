@@ -289,6 +289,19 @@ class Randomness(Case):
         hashlib.sha256(b"")  # loads libcrypto where it is shared
         crac.reseed()
 
+    def test_a_library_is_found_where_its_path_leads_elsewhere(self):
+        import ssl  # noqa: F401
+
+        from crac import _reseed
+
+        shared = [p for p in _reseed._libcryptos() if p.endswith(".so.3")]
+        if not shared:
+            self.skipTest("this Python has OpenSSL 3 built in, or an older one")
+        for name in ("libcrypto.so.3", "libcrypto.so.3.0.7"):
+            self.assertEqual(_reseed._loaded("/elsewhere/" + name).RAND_poll(), 1)
+        with self.assertRaisesRegex(OSError, "cannot be found"):
+            _reseed._loaded("/elsewhere/libcrypto-not-loaded.so.3")
+
     def test_a_failure_is_told_and_the_hooks_run(self):
         def broken():
             raise OSError("no entropy")
