@@ -1,0 +1,162 @@
+package pager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// start starts a pager process for a dump.
+func (w *workload) start(images string) *Process {
+	w.t.Helper()
+	p, err := Start(w.t.Context(), ProcessConfig{Config: w.config(images), Stderr: os.Stderr})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		_ = p.Stop(context.Background())
+		<-p.Done()
+	})
+	return p
+}
+
+// guardianOf gives the pid of a pager's guardian.
+func guardianOf(t testing.TB, pager int) int {
+	t.Helper()
+	for start := time.Now(); time.Since(start) < 10*time.Second; time.Sleep(time.Millisecond) {
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pager, pager))
+		all, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pager))
+		for _, file := range all {
+			more, _ := os.ReadFile(file)
+			children = append(append(children, ' '), more...)
+		}
+		for _, field := range strings.Fields(string(children)) {
+			if pid, err := strconv.Atoi(field); err == nil && comm(pid) == guardianName {
+				return pid
+			}
+		}
+	}
+	t.Fatalf("pager %d has no guardian", pager)
+	return 0
+}
+
+func comm(pid int) string {
+	name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	return strings.TrimSpace(string(name))
+}
+
+func TestProcess(t *testing.T) {
+	w := newWorkload(t, "map 1 8192", "fill 1 0 8192")
+	images := w.dump("dump")
+	p := w.start(images)
+	if name := comm(p.Pid()); name != pagerName {
+		t.Errorf("the pager calls itself %s", name)
+	}
+	g := guardianOf(t, p.Pid())
+	w.criuRestore(images)
+	w.run("check 1 0 8192")
+	if err := p.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", g)); err == nil {
+		t.Error("the guardian is still there")
+	}
+	if s := p.Stats(); s.Tasks != 1 || s.FaultBytes+s.DrainBytes < s.Total {
+		t.Errorf("%+v", s)
+	}
+	w.run("check 1 0 8192")
+}
+
+// Whoever is killed, and when: the workload has the right memory or is dead.
+func TestKill(t *testing.T) {
+	rounds := 100
+	if testing.Short() {
+		rounds = 10
+	}
+	w := newWorkload(t, "map 1 16384", "fill 1 0 16384")
+	images := w.dump("dump")
+	for _, victim := range []string{"pager", "guardian", "criu", "guardian, then pager"} {
+		t.Run(victim, func(t *testing.T) {
+			w.t = t
+			dead, right := 0, 0
+			for range rounds {
+				if killRound(t, w, images, victim) {
+					dead++
+				} else {
+					right++
+				}
+			}
+			t.Logf("%d dead, %d right", dead, right)
+			if victim == "guardian" && dead > 0 {
+				t.Errorf("the workload died %d times with the guardian alone", dead)
+			}
+		})
+	}
+}
+
+func killRound(t *testing.T, w *workload, images, victim string) (died bool) {
+	t.Helper()
+	p, err := Start(t.Context(), ProcessConfig{Config: w.config(images)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	guardian := guardianOf(t, p.Pid())
+	pidfile := filepath.Join(w.dir, "pid")
+	_ = os.Remove(pidfile)
+	cmd := w.criuCommand("restore", "--lazy-pages", "-d", "-D", images, "--pidfile", pidfile)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	// A restore takes 60 ms here and the drain as long again.
+	time.Sleep(time.Duration(rand.Int64N(int64(150 * time.Millisecond))))
+	switch victim {
+	case "pager":
+		_ = unix.Kill(p.Pid(), unix.SIGKILL)
+	case "guardian":
+		_ = unix.Kill(guardian, unix.SIGKILL)
+	case "criu":
+		_ = unix.Kill(cmd.Process.Pid, unix.SIGKILL)
+	case "guardian, then pager":
+		_ = unix.Kill(guardian, unix.SIGKILL)
+		time.Sleep(5 * time.Millisecond)
+		_ = unix.Kill(p.Pid(), unix.SIGKILL)
+	}
+	restoreErr := cmd.Wait()
+	defer w.kill()
+	if restoreErr != nil {
+		t.Logf("criu: %v: %s", restoreErr, w.log("restore"))
+		if err := p.Stop(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	}
+	w.readPid(pidfile)
+	answer, err := w.ask("w", "check 1 0 16384")
+	switch {
+	case errors.Is(err, errWorkloadDead):
+		if p.Wait() == nil {
+			t.Error("the workload is dead, for no reason")
+		}
+		return true
+	case err != nil || answer != "ok":
+		t.Fatalf("the workload reads what is not there: %s %v", answer, err)
+	}
+	<-p.Done()
+	// It must stay so.
+	if w.alive() {
+		if answer, err := w.ask("w", "check 1 0 16384"); err != nil || answer != "ok" {
+			t.Fatalf("%s %v", answer, err)
+		}
+		return false
+	}
+	return true
+}
