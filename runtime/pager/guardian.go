@@ -198,7 +198,7 @@ func cloneGuardian(calls *guardianCalls) (pid int, errno syscall.Errno) {
 		return int(r), errno
 	}
 	// The guardian.
-	syscall.RawSyscall6(syscall.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(calls.name)), 0, 0, 0, 0)
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(calls.name)), 0, 0, 0, 0)
 	for {
 		n, _, _ := syscall.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(calls.poll)), 1, 0, 0, 0, 0)
 		if n == 1 {
@@ -208,13 +208,13 @@ func cloneGuardian(calls *guardianCalls) (pid int, errno syscall.Errno) {
 	// The pager is dead, and nobody else changes the table now. What holds the
 	// workload's memory must outlive the exec.
 	for fd := uintptr(0); fd < maxFDs; fd++ {
-		syscall.RawSyscall(unix.SYS_FCNTL, fd, unix.F_SETFD, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_FCNTL, fd, unix.F_SETFD, 0)
 	}
 	for {
-		syscall.RawSyscall(syscall.SYS_EXECVE, uintptr(unsafe.Pointer(calls.path)), uintptr(unsafe.Pointer(calls.argv)), uintptr(unsafe.Pointer(calls.envp)))
+		_, _, _ = syscall.RawSyscall(syscall.SYS_EXECVE, uintptr(unsafe.Pointer(calls.path)), uintptr(unsafe.Pointer(calls.argv)), uintptr(unsafe.Pointer(calls.envp)))
 		// Out of memory, probably. To wait is safe: the workload stands still
 		// where its memory is missing.
-		syscall.RawSyscall(syscall.SYS_NANOSLEEP, uintptr(unsafe.Pointer(calls.pause)), 0, 0)
+		_, _, _ = syscall.RawSyscall(syscall.SYS_NANOSLEEP, uintptr(unsafe.Pointer(calls.pause)), 0, 0)
 	}
 }
 

@@ -63,7 +63,7 @@ func readWorkingSet(r io.Reader) (workingSet, error) {
 	var last pageRun
 	for {
 		pid, err := binary.ReadUvarint(in)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return w, nil
 		}
 		if err == nil && pid > math.MaxInt32 {
