@@ -490,7 +490,7 @@ func TestOwnCheckpoint(tb *testing.T) {
 	cold.remove()
 }
 
-// One ctr run: start, warm up, checkpoint.
+// One ctr run: start, warm up, checkpoint, publish.
 func TestCheckpointWhenReady(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
@@ -502,15 +502,21 @@ func TestCheckpointWhenReady(tb *testing.T) {
 			tb.Parallel()
 			t := setup(tb)
 			needImage(t, "goserver")
-			image := ref(t)
-			ready := []string{option("checkpoint.when", "ready"), option("checkpoint.probe", probe), option("checkpoint.warmup", "5"), option("checkpoint.image", image)}
+			host, err := registryHost()
+			if err != nil {
+				t.Fatal(err)
+			}
+			image := host + "/ready/" + name + ":warm"
+			ready := []string{option("checkpoint.when", "ready"), option("checkpoint.probe", probe), option("checkpoint.warmup", "5"), option("checkpoint.image", image), option("checkpoint.push", "true")}
+			made := watch(t, "/crac/checkpoint-image")
 			b := start(t, how{image: harness.ImageRef("goserver"), flags: ready})
-			b.Eventually("the image", func() bool {
-				_, err := t.Client.ImageService().Get(t.Ctx, image)
-				return err == nil
-			})
+			if f := made.of(b.id); f["pushed"] != true {
+				t.Errorf("the event says: %v", f)
+			}
 			b.wantStatus(containerd.Running)
 			b.remove()
+			t.CtrOK("images", "rm", "--sync", image)
+			t.CtrOK("images", "pull", "--plain-http", image)
 			// The clone is ready, and not checkpointed again.
 			clone := start(t, how{image: image, flags: append(ready, option("restore", "require"))})
 			if out := clone.exec("wget", "-q", "-O", "-", "http://127.0.0.1:8080/count"); number(clone, out, "count") != 7 {
@@ -560,6 +566,20 @@ func TestHooksInUserNamespace(tb *testing.T) {
 	}
 	clone.waitTicks(2)
 	clone.remove()
+}
+
+// An image may bring its own way of being told.
+func TestHooksOfImage(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	t := setup(tb)
+	b := participant(t, []string{"--env", "CRAC_HOOK_BEFORE_CHECKPOINT=participant hook -mode veto", option("checkpoint.image", ref(t))}, "-via", "none")
+	b.waitTicks(2)
+	if _, err := t.Ctr(t.Ctx, "tasks", "checkpoint", b.id); err == nil || !strings.Contains(err.Error(), "pool busy") {
+		t.Errorf("the checkpoint gives %v", err)
+	}
+	b.waitTicks(2)
+	b.remove()
 }
 
 // Arguments of a start that insists on the restore reach the workload.
