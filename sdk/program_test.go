@@ -46,9 +46,16 @@ func (l *lockedBuffer) String() string {
 // start runs a command of a container. The test's end ends it.
 func (s *shim) start(env []string, args ...string) *program {
 	s.Helper()
+	return s.startIn("", env, args...)
+}
+
+// startIn is start in a working directory.
+func (s *shim) startIn(dir string, env []string, args ...string) *program {
+	s.Helper()
 	p := &program{TB: s.TB, lines: make(chan string, 1000), done: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
 	p.cmd = exec.CommandContext(ctx, args[0], args[1:]...)
+	p.cmd.Dir = dir
 	// Its children, too, are to end with it.
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	p.cmd.Cancel = func() error { return syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) }
