@@ -1,9 +1,8 @@
 """What a program registered, and how it is called."""
 
-import asyncio
-import concurrent.futures
 import inspect
 import logging
+import sys
 import threading
 import time
 
@@ -17,10 +16,7 @@ _default_loop = None
 class _Hook:
     def __init__(self, func, args, kwargs):
         self.func, self.args, self.kwargs = func, args, kwargs
-        try:
-            self.loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.loop = None
+        self.loop = running_loop()
 
     def __str__(self):
         return getattr(self.func, "__qualname__", None) or repr(self.func)
@@ -34,8 +30,13 @@ class _Hook:
         if loop is None or not loop.is_running():
             result = self.func(*self.args, **self.kwargs)
             if inspect.isawaitable(result):
+                import asyncio
+
                 asyncio.run(_wait_for(result))
             return
+        import asyncio
+        import concurrent.futures
+
         future = asyncio.run_coroutine_threadsafe(self._call_in_loop(), loop)
         done, _ = concurrent.futures.wait([future], max(deadline - time.monotonic(), 0))
         if not done:
@@ -47,6 +48,17 @@ class _Hook:
         result = self.func(*self.args, **self.kwargs)
         if inspect.isawaitable(result):
             await result
+
+
+def running_loop():
+    """The event loop that runs in this thread, or None. asyncio is not for us to load:
+    most of what this module needs to start would be that."""
+    if "asyncio" not in sys.modules:
+        return None
+    try:
+        return sys.modules["asyncio"].get_running_loop()
+    except RuntimeError:
+        return None
 
 
 async def _wait_for(awaitable):
@@ -100,7 +112,9 @@ def use_event_loop(loop=None):
     """Names the loop for coroutine functions that were registered outside of any, such
     as by a decorator: the loop given, or else the one that runs here and now."""
     global _default_loop
-    _default_loop = loop or asyncio.get_running_loop()
+    _default_loop = loop or running_loop()
+    if _default_loop is None:
+        raise RuntimeError("no event loop runs here: call use_event_loop() in a coroutine, or with a loop")
 
 
 def call(event, deadline):

@@ -1,6 +1,5 @@
 """The listening side: a thread that is told what happens, and calls the hooks."""
 
-import asyncio
 import atexit
 import errno
 import json
@@ -229,11 +228,7 @@ def checkpoint():
     name an image, and no participant may object), RestoreError if an after-restore hook
     of this process raised, and Unavailable in a container of another runtime.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
+    if _hooks.running_loop():
         raise CheckpointError("checkpoint() would block the event loop: await checkpoint_async()")
     me = _participant
     if me is None:
@@ -247,7 +242,7 @@ def checkpoint():
 
 async def checkpoint_async():
     """checkpoint() for a coroutine: the event loop runs on meanwhile."""
-    return await asyncio.get_running_loop().run_in_executor(None, checkpoint)
+    return await _hooks.running_loop().run_in_executor(None, checkpoint)
 
 
 def _result(checkpoint_id, me, before=None):

@@ -15,8 +15,8 @@ def reseed():
     generator. It is called after each restore, before the hooks.
 
     Generators that a program made for itself (random.Random, numpy's default_rng) are
-    its own to reseed. So is an OpenSSL that a module hides within itself, but for that
-    of the cryptography package.
+    its own to reseed. An OpenSSL that a module hides within itself is out of reach, but
+    for that of the cryptography package.
     """
     if "random" in sys.modules:
         sys.modules["random"].seed()
@@ -40,10 +40,10 @@ def _openssl():
     # clone has the same.
     if "_ssl" in sys.modules:
         sys.modules["_ssl"].RAND_add(os.urandom(64), 64.0)
-    if "cryptography.hazmat.bindings.openssl.binding" in sys.modules:
-        lib = sys.modules["cryptography.hazmat.bindings.openssl.binding"].Binding.lib
-        if hasattr(lib, "RAND_add"):
-            lib.RAND_add(os.urandom(64), 64, 64.0)
+    if any(name in sys.modules for name in ("cryptography.hazmat.bindings._rust", "cryptography.hazmat.bindings._openssl")):
+        from cryptography.hazmat.bindings.openssl.binding import Binding
+
+        Binding.lib.RAND_add(os.urandom(64), 64, 64.0)
     for path, library in _libcryptos().items():
         if library.RAND_poll() != 1:
             raise RuntimeError(f"{path}: RAND_poll failed: OpenSSL has no new seed")

@@ -140,6 +140,10 @@ class EventLoops(Case):
         self.assertEqual(tell("after-restore"), {"ok": True})
         self.assertEqual([(what, t.name) for what, t, _ in self.calls], [("coroutine", "crac"), ("function", "crac")])
 
+    def test_use_event_loop_needs_one(self):
+        with self.assertRaisesRegex(RuntimeError, "no event loop runs here"):
+            crac.use_event_loop()
+
     def test_use_event_loop(self):
         for hook in self.hooks():
             self.register(crac.register_after_restore, hook)
@@ -270,9 +274,18 @@ class Randomness(Case):
 
     def test_what_is_loaded_is_reseeded(self):
         seeded = []
+
+        class Binding:
+            class lib:
+                @staticmethod
+                def RAND_add(data, size, entropy):
+                    seeded.append(("cryptography", len(data) == size == entropy == 64))
+
         for name, func in (
             ("numpy.random", {"seed": lambda: seeded.append("numpy")}),
             ("_ssl", {"RAND_add": lambda data, entropy: seeded.append(("ssl", len(data) == entropy == 64))}),
+            ("cryptography.hazmat.bindings._rust", {}),
+            ("cryptography.hazmat.bindings.openssl.binding", {"Binding": Binding}),
         ):
             module = types.ModuleType(name)
             vars(module).update(func)
@@ -281,7 +294,7 @@ class Randomness(Case):
             )
             sys.modules[name] = module
         self.assertEqual(tell("after-restore"), {"ok": True})
-        self.assertEqual(seeded, ["numpy", ("ssl", True)])
+        self.assertEqual(seeded, ["numpy", ("ssl", True), ("cryptography", True)])
 
     def test_openssl_in_any_library(self):
         import hashlib
