@@ -102,13 +102,11 @@ type Options struct {
 	CheckpointWarmup int
 }
 
-// option is one known key: how its value is read and, when this version cannot
-// honour some values, which.
+// option is one known key: how its value is read.
 type option struct {
-	key         string
-	values      string // for messages
-	set         func(*Options, string) error
-	unsupported func(*Options) bool
+	key    string
+	values string // for messages
+	set    func(*Options, string) error
 	// annotationOnly options are the operator's alone: the environment comes
 	// from the image, which may be hostile.
 	annotationOnly bool
@@ -117,10 +115,9 @@ type option struct {
 // knownOptions is a function, not a variable, to keep program start free of it.
 func knownOptions() []option {
 	return []option{
-		enum("restore", func(o *Options) *RestoreMode { return &o.Restore }, nil, RestoreAuto, RestoreRequire, RestoreNever),
-		enum("memory", func(o *Options) *MemoryMode { return &o.Memory },
-			func(v MemoryMode) bool { return v == MemoryLazy }, MemoryAuto, MemoryLazy, MemoryEager),
-		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, nil, TCPClose, TCPEstablished, TCPError),
+		enum("restore", func(o *Options) *RestoreMode { return &o.Restore }, RestoreAuto, RestoreRequire, RestoreNever),
+		enum("memory", func(o *Options) *MemoryMode { return &o.Memory }, MemoryAuto, MemoryLazy, MemoryEager),
+		enum("tcp", func(o *Options) *TCPMode { return &o.TCP }, TCPClose, TCPEstablished, TCPError),
 		// An image that chose the name could replace another image.
 		{key: "checkpoint.image", values: "an image name", annotationOnly: true, set: func(o *Options, v string) error {
 			o.CheckpointImage = v
@@ -129,8 +126,8 @@ func knownOptions() []option {
 		boolean("checkpoint.exit", func(o *Options) *bool { return &o.CheckpointExit }),
 		// An image that chose to be pushed would send its memory where it likes.
 		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
-		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, nil, CompressionZstd, CompressionGzip),
-		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks }, nil, HooksOptional, HooksOff, HooksRequired),
+		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, CompressionZstd, CompressionGzip),
+		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks }, HooksOptional, HooksOff, HooksRequired),
 		{key: "hook.timeout", values: "a duration such as 10s, longer than 0", set: func(o *Options, v string) error {
 			d, err := time.ParseDuration(v)
 			if err == nil && d <= 0 {
@@ -144,8 +141,8 @@ func knownOptions() []option {
 		text("hook.before-checkpoint", hookValues, func(o *Options) *string { return &o.HookBeforeCheckpoint }),
 		text("hook.after-restore", hookValues, func(o *Options) *string { return &o.HookAfterRestore }),
 		text("hook.after-resume", hookValues, func(o *Options) *string { return &o.HookAfterResume }),
-		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow }, nil, CheckpointAllowNone, CheckpointAllowWorkload)),
-		annotationOnly(enum("checkpoint.when", func(o *Options) *string { return &o.CheckpointWhen }, nil, CheckpointWhenAsked, CheckpointWhenReady)),
+		annotationOnly(enum("checkpoint.allow", func(o *Options) *string { return &o.CheckpointAllow }, CheckpointAllowNone, CheckpointAllowWorkload)),
+		annotationOnly(enum("checkpoint.when", func(o *Options) *string { return &o.CheckpointWhen }, CheckpointWhenAsked, CheckpointWhenReady)),
 		text("checkpoint.probe", "an http URL in the container or a command", func(o *Options) *string { return &o.CheckpointProbe }),
 		{key: "checkpoint.warmup", values: "a number of requests, 0 to 1000000", set: func(o *Options, v string) error {
 			n, err := strconv.Atoi(v)
@@ -157,7 +154,7 @@ func knownOptions() []option {
 			}
 			return err
 		}},
-		enum("java", func(o *Options) *JavaMode { return &o.Java }, nil, JavaOff, JavaAuto, JavaEnv),
+		enum("java", func(o *Options) *JavaMode { return &o.Java }, JavaOff, JavaAuto, JavaEnv),
 		{key: "fd-policy", values: "rules (docs/fd-policy.md), or file:/path/in/the/image", set: func(o *Options, v string) error {
 			o.FDPolicy = v
 			return checkFDPolicy(v)
@@ -172,7 +169,7 @@ func boolean(key string, field func(*Options) *bool) option {
 	}}
 }
 
-func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bool, values ...T) option {
+func enum[T ~string](key string, field func(*Options) *T, values ...T) option {
 	names := make([]string, len(values))
 	for i, v := range values {
 		names[i] = string(v)
@@ -184,9 +181,6 @@ func enum[T ~string](key string, field func(*Options) *T, unsupported func(T) bo
 		*field(o) = T(v)
 		return nil
 	}}
-	if unsupported != nil {
-		o.unsupported = func(o *Options) bool { return unsupported(*field(o)) }
-	}
 	return o
 }
 
@@ -271,16 +265,4 @@ func lookup(env []string, name string) (string, bool) {
 		}
 	}
 	return "", false
-}
-
-// Unsupported names the options, with their values, that are valid but that
-// this version cannot honour.
-func (o Options) Unsupported() []string {
-	var names []string
-	for _, k := range knownOptions() {
-		if k.unsupported != nil && k.unsupported(&o) {
-			names = append(names, AnnotationPrefix+k.key)
-		}
-	}
-	return names
 }

@@ -154,37 +154,6 @@ func TestCheckPushRef(t *testing.T) {
 	}
 }
 
-func TestUnsupported(t *testing.T) {
-	for _, tt := range []struct {
-		annotations map[string]string
-		want        []string
-	}{
-		{nil, nil},
-		{map[string]string{"restore": "require", "memory": "eager", "tcp": "close", "hooks": "off", "checkpoint.image": "x", "checkpoint.exit": "1", "hook.timeout": "10s", "checkpoint.allow": "none", "fd-policy": "type: pipe\naction: error"}, nil},
-		{map[string]string{"memory": "lazy"}, []string{"memory"}},
-		{map[string]string{"hooks": "required", "hook.timeout": "1s", "hook.after-restore": "x", "checkpoint.allow": "workload"}, nil},
-	} {
-		annotations := make(map[string]string)
-		for k, v := range tt.annotations {
-			annotations[AnnotationPrefix+k] = v
-		}
-		o, err := ParseOptions(annotations, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var want []string
-		for _, w := range tt.want {
-			want = append(want, AnnotationPrefix+w)
-		}
-		if got := o.Unsupported(); !slices.Equal(got, want) {
-			t.Errorf("%v: got %v, want %v", tt.annotations, got, want)
-		}
-	}
-	if got := (Options{}).Unsupported(); got != nil {
-		t.Errorf("the zero value asks for %v", got)
-	}
-}
-
 func TestEnvName(t *testing.T) {
 	seen := make(map[string]string)
 	for _, k := range knownOptions() {
@@ -219,6 +188,5 @@ func FuzzParseOptions(f *testing.F) {
 			o.HookTimeout <= 0 {
 			t.Fatalf("accepted %+v", o)
 		}
-		o.Unsupported()
 	})
 }

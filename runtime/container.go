@@ -8,12 +8,15 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/pager"
 )
 
 // Errors that callers tell apart.
@@ -54,6 +57,10 @@ type Container struct {
 	lc      *libcontainer.Container
 	init    *Process
 	held    *heldNetwork // a restore's, until the container is deleted
+
+	// memory is the pager of a restored container, also when it has ended; nil
+	// if the memory came before it ran.
+	memory atomic.Pointer[pager.Process]
 }
 
 // New makes a container and no process yet. Delete removes it. The spec is the
@@ -329,6 +336,9 @@ func (c *Container) Delete() error {
 		}
 	}
 	err := c.destroy()
+	if p := c.memory.Load(); p != nil {
+		stopPager(p)
+	}
 	c.held.release()
 	c.held = nil
 	c.machine.set(Stopped)

@@ -44,6 +44,9 @@ type CRIUOptions struct {
 	// ConfigFile is a CRIU configuration file of the user's (criu(8),
 	// CONFIGURATION FILES). What it says wins over everything here.
 	ConfigFile string
+	// Lazy lets a restored workload run before its memory is there: a pager
+	// brings it. See CanBeLazy.
+	Lazy bool
 	// LSMProfile is the AppArmor or SELinux profile to restore under.
 	LSMProfile string
 }
@@ -232,6 +235,13 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	came := c.machine.state
 	if came == Created {
 		return fmt.Errorf("checkpoint container %s: it was not started yet", c.cfg.ID)
+	}
+	if err := c.machine.can(Quiesced); err != nil {
+		return err
+	}
+	// It runs on meanwhile.
+	if err := c.finishMemory(); err != nil {
+		return err
 	}
 	if err := c.machine.to(Quiesced); err != nil {
 		return err

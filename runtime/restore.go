@@ -98,6 +98,7 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	if err != nil {
 		return nil, err
 	}
+	c.memory.Store(r.pager)
 	proc, err := os.FindProcess(pid)
 	if err != nil {
 		return nil, err

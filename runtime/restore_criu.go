@@ -22,6 +22,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/crac-shim/crac/runtime/pager"
 )
 
 // restoreLog is CRIU's log in the work directory.
@@ -41,8 +43,9 @@ type criuRestore struct {
 	// that of the first process. An error undoes the restore.
 	beforeRun func(pid int) error
 
-	extra []*os.File // CRIU's, beside stdio
-	pid   int        // of the first process, as soon as there is one
+	pager *pager.Process // unless all memory is there before anything runs
+	extra []*os.File     // CRIU's, beside stdio
+	pid   int            // of the first process, as soon as there is one
 }
 
 // run restores, and returns when the workload runs. On an error nothing of it has
@@ -90,7 +93,7 @@ func (r *criuRestore) run() (pid int, err error) {
 		return 0, err
 	}
 	defer criu.close()
-	own, err := r.enterCgroup(criu.pid())
+	own, dirs, err := r.enterCgroup(criu.pid())
 	if err != nil {
 		return 0, err
 	}
@@ -99,6 +102,17 @@ func (r *criuRestore) run() (pid int, err error) {
 	}
 	if err := r.mounts(opts, own); err != nil {
 		return 0, err
+	}
+	if r.o.Lazy {
+		if err := r.startPager(dirs); err != nil {
+			return 0, err
+		}
+		opts.LazyPages = proto.Bool(true)
+		defer func() {
+			if err != nil {
+				r.stopPager()
+			}
+		}()
 	}
 	var refused error
 	err = criu.call(&criurpc.CriuReq{Type: criurpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int, file *os.File) error {
@@ -227,19 +241,21 @@ func (r *criuRestore) namespaces(opts *criurpc.CriuOpts) error {
 }
 
 // enterCgroup makes the container's cgroup and puts CRIU into it, and so all that
-// it restores. It returns the paths by controller, as in /proc/PID/cgroup.
-func (r *criuRestore) enterCgroup(pid int) (map[string]string, error) {
+// it restores. It returns the paths by controller, as in /proc/PID/cgroup, and the
+// directories.
+func (r *criuRestore) enterCgroup(pid int) (paths, dirs map[string]string, err error) {
 	cg, err := manager.New(r.c.config.Cgroups)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := cg.Apply(pid); err != nil {
-		return nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
+		return nil, nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
 	}
 	if err := cg.Set(r.c.config.Cgroups.Resources); err != nil {
-		return nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
+		return nil, nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
 	}
-	return cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	paths, err = cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	return paths, cg.GetPaths(), err
 }
 
 // mounts says where the mounts come from that the dump marks as external. A dump

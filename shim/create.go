@@ -174,9 +174,6 @@ func askedOf(spec *specs.Spec) (oci.Options, error) {
 	if err != nil {
 		return asked, classified{err, errdefs.ErrInvalidArgument}
 	}
-	if not := asked.Unsupported(); len(not) > 0 {
-		return asked, fmt.Errorf("this version of the runtime cannot do what is asked by %s; remove it: %w", strings.Join(not, ", "), errdefs.ErrInvalidArgument)
-	}
 	return asked, nil
 }
 

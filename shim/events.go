@@ -26,6 +26,11 @@ const ColdStartTopic = "/crac/cold-start"
 // frozen_ms and, if it was to be pushed, pushed.
 const CheckpointImageTopic = "/crac/checkpoint-image"
 
+// MemoryFailedTopic is the topic of the event that tells why a restored workload
+// was killed whose memory could not be brought. The facts are container_id and
+// reason.
+const MemoryFailedTopic = "/crac/memory-failed"
+
 // eventQueue is how many events may wait before senders do.
 const eventQueue = 128
 

@@ -264,6 +264,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
 		WorkDir:             c.criu.work,
 		TCP:                 r.tcp,
+		Lazy:                s.lazy(c, r.dir),
 		ExternalUnixSockets: true,
 		ConfigFile:          c.criu.config,
 	}, r.mounts, io.child)
@@ -292,6 +293,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		}
 	}
 	s.watchOOM(c)
+	go s.watchMemory(c)
 	restored := time.Since(began)
 	if err := c.hooks.afterRestore(ctx, r.manifest); err != nil {
 		_ = c.rt.Signal(unix.SIGKILL, true)
@@ -299,6 +301,49 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	}
 	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "ms": restored.Milliseconds(), "hooks_ms": (time.Since(began) - restored).Milliseconds()}).Info("restored from checkpoint")
 	return nil
+}
+
+// lazyFrom is the size of a dump's memory, in bytes, from which on a workload that
+// is started with memory=auto runs before it has all of it: with less, to bring it
+// first takes no longer than to start a pager. See docs/performance.md.
+const lazyFrom = 64 << 20
+
+// lazy tells whether a restore is to run before its memory is there.
+func (s *service) lazy(c *container, dir string) bool {
+	if c.options.Memory == oci.MemoryEager {
+		return false
+	}
+	if c.options.Memory != oci.MemoryLazy && memoryOf(dir) < lazyFrom {
+		return false
+	}
+	if !runtime.CanBeLazy(c.rt.Spec()) {
+		if c.options.Memory == oci.MemoryLazy {
+			log.G(s.ctx).WithField("id", c.id).Warn("memory=lazy is not possible in a user namespace: the memory comes first")
+		}
+		return false
+	}
+	return true
+}
+
+// memoryOf is the size of a dump's memory in bytes.
+func memoryOf(dir string) (size int64) {
+	files, _ := filepath.Glob(filepath.Join(dir, "pages-*.img"))
+	for _, f := range files {
+		if st, err := os.Stat(f); err == nil {
+			size += st.Size()
+		}
+	}
+	return size
+}
+
+// watchMemory makes it known when a workload was killed because its memory could
+// not be brought.
+func (s *service) watchMemory(c *container) {
+	if err := c.rt.MemoryError(s.ctx); err != nil && s.ctx.Err() == nil {
+		log.G(s.ctx).WithError(err).WithField("id", c.id).Error("killed for want of its memory")
+		s.events.sendFacts(MemoryFailedTopic, fmt.Sprintf("container %s was killed: %s", c.id, err),
+			map[string]any{"container_id": c.id, "reason": err.Error()})
+	}
 }
 
 // keptLog is where the log of a failed restore outlives its container: beside

@@ -5,6 +5,8 @@ import (
 
 	"github.com/opencontainers/runc/libcontainer"
 	_ "github.com/opencontainers/runc/libcontainer/nsenter" // enters the container's namespaces before Go starts
+
+	"github.com/crac-shim/crac/runtime/pager"
 )
 
 // libcontainer starts this binary again as the first process of a container.
@@ -14,4 +16,6 @@ func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		libcontainer.Init()
 	}
+	// And as what brings memory to restored processes.
+	pager.Main()
 }

@@ -1,0 +1,186 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/integration/harness"
+)
+
+// bigRedis starts a Redis that holds some hundred megabytes which do not compress, and tells a
+// digest of all of them.
+func bigRedis(t *harness.T, flags ...string) (b *box, digest string) {
+	t.Helper()
+	needImage(t, "redis")
+	b = start(t, how{image: harness.ImageRef("redis"), flags: flags})
+	b.Eventually("redis answers", func() bool {
+		out, err := b.tryExec("redis-cli", "ping")
+		return err == nil && strings.TrimSpace(out) == "PONG"
+	})
+	b.exec("redis-cli", "eval", `
+		math.randomseed(7)
+		for i = 1, 1500 do
+			local part = {}
+			for j = 1, 1000 do part[j] = string.format('%016x%016x%016x%016x', math.random(2^52), math.random(2^52), math.random(2^52), math.random(2^52)) end
+			redis.call('set', 'key:' .. i, table.concat(part))
+		end`, "0")
+	return b, b.redisDigest()
+}
+
+// redisDigest reads everything.
+func (b *box) redisDigest() string {
+	b.Helper()
+	return b.exec("redis-cli", "debug", "digest")
+}
+
+// killPager kills the process that brings a container its memory as soon as there is one, until
+// stop is closed. It is a child of the container's shim. It tells whether it has killed any.
+func killPager(t *harness.T, id string, stop <-chan struct{}) (killed bool) {
+	for {
+		select {
+		case <-stop:
+			return killed
+		default:
+		}
+		shim, err := t.ShimPID(id)
+		if err != nil {
+			continue // not yet
+		}
+		lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", shim))
+		if err != nil {
+			continue
+		}
+		for _, list := range lists {
+			children, err := os.ReadFile(list)
+			if err != nil {
+				continue
+			}
+			for field := range strings.FieldsSeq(string(children)) {
+				comm, err := os.ReadFile("/proc/" + field + "/comm")
+				if err != nil || strings.TrimSpace(string(comm)) != "crac-pager" {
+					continue
+				}
+				var pid int
+				if _, err := fmt.Sscan(field, &pid); err == nil && unix.Kill(pid, unix.SIGKILL) == nil {
+					killed = true
+				}
+			}
+		}
+	}
+}
+
+// wasLazy tells whether a clone was given a pager.
+func (b *box) wasLazy() bool {
+	b.Helper()
+	_, err := os.Stat(filepath.Join(b.Dir, "root/io.containerd.runtime.v2.task", b.Namespace, b.id, "criu/pager.log"))
+	return err == nil
+}
+
+// With memory=lazy a clone runs before it has its memory, and has all of it right in the end, also
+// when it is checkpointed meanwhile, and when it is killed meanwhile nothing stays.
+func TestLazyMemory(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	first, second := ref(t), ref(t)
+	b, want := bigRedis(t, option("checkpoint.image", first))
+	b.checkpoint("--exit")
+	b.remove()
+
+	lazy := []string{option("restore", "require"), option("memory", "lazy")}
+	clone := start(t, how{image: first, flags: append(lazy, option("checkpoint.image", second))})
+	// Two more, of which one is checkpointed and one killed as soon as they run.
+	again := start(t, how{image: first, flags: append(lazy, option("checkpoint.image", second))})
+	again.checkpoint("--exit")
+	gone := start(t, how{image: first, flags: lazy})
+	if !gone.wasLazy() {
+		t.Error("a clone with lazy memory has no pager")
+	}
+	if err := gone.task().Kill(t.Ctx, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("its end", func() bool { return gone.status() == containerd.Stopped })
+	gone.remove()
+
+	if got := clone.redisDigest(); got != want {
+		t.Errorf("the clone has %s, the original had %s", got, want)
+	}
+	clone.remove()
+	again.remove()
+
+	clone = start(t, how{image: second, flags: lazy})
+	if got := clone.redisDigest(); got != want {
+		t.Errorf("the clone of a clone has %s, the original had %s", got, want)
+	}
+	clone.remove()
+}
+
+// A clone whose pager is killed has its memory already, or dies and says why, or was never started:
+// it does not read zeroes.
+func TestLazyMemoryWithoutPager(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	b, want := bigRedis(t, option("checkpoint.image", image))
+	b.checkpoint("--exit")
+	b.remove()
+	died := false
+	for range times(10) {
+		failed := watch(t, "/crac/memory-failed")
+		clone := newBox(t, newID(t))
+		stop, killed := make(chan struct{}), make(chan bool)
+		go func() { killed <- killPager(t, clone.id, stop) }()
+		_, err := t.Ctr(t.Ctx, "run", "--detach", "--runtime", testRuntime, "--log-uri", "file://"+clone.out,
+			option("restore", "require"), option("memory", "lazy"), image, clone.id)
+		close(stop)
+		switch hit := <-killed; {
+		case err != nil && !hit:
+			t.Fatal(err)
+		case err != nil:
+			died = true
+			// It is kept for whoever wants to know why.
+			if err := os.Remove(filepath.Join(t.Dir, "root/io.containerd.runtime.v2.task", t.Namespace, clone.id+".restore.log")); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+		default:
+			got, err := clone.tryExec("redis-cli", "debug", "digest")
+			if err == nil && strings.TrimSpace(got) == want {
+				break
+			}
+			if !hit {
+				t.Errorf("nobody has killed the pager, and the clone has %q, %v; want %s", got, err, want)
+				break
+			}
+			died = true
+			if f := failed.of(clone.id); !strings.Contains(fmt.Sprint(f["reason"]), "pager") {
+				t.Errorf("the event says %v", f)
+			}
+			t.Eventually("the end of the clone", func() bool { return clone.status() == containerd.Stopped })
+		}
+		clone.remove()
+	}
+	if !died {
+		t.Error("no pager was killed in time")
+	}
+}
+
+// In a user namespace, where the kernel offers nothing to be lazy by, the memory comes first.
+func TestLazyMemoryInUserNamespace(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	b := start(t, ticker(append([]string{option("checkpoint.image", image)}, ownMaps...)...))
+	b.waitTicks(3)
+	b.checkpoint("--exit")
+	last := b.lastTick()
+	b.remove()
+	clone := start(t, warm(image, append([]string{option("memory", "lazy")}, ownMaps...)...))
+	clone.goesOnFrom(last)
+	clone.remove()
+}

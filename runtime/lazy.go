@@ -1,0 +1,110 @@
+package runtime
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/runtime/pager"
+)
+
+// pagerLog is the pager's log in the work directory.
+const pagerLog = "pager.log"
+
+// pagerStart bounds the start of a pager, and its end when it is of no use.
+const pagerStart = 30 * time.Second
+
+// CanBeLazy tells whether a container of this spec can get its memory while it
+// runs: the descriptor through which it comes is made by the process itself, and
+// the kernel gives root of a user namespace none (userfaultfd(2)).
+func CanBeLazy(spec *specs.Spec) bool { return !private(spec, specs.UserNamespace) }
+
+// startPager starts what serves the memory to a restore, for the processes in
+// these cgroups.
+func (r *criuRestore) startPager(cgroupDirs map[string]string) (err error) {
+	images, err := os.Open(r.dir)
+	if err != nil {
+		return err
+	}
+	listener, err := pager.Listen(r.o.WorkDir)
+	if err != nil {
+		images.Close()
+		return err
+	}
+	log, err := os.OpenFile(filepath.Join(r.o.WorkDir, pagerLog), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		images.Close()
+		listener.Close()
+		return err
+	}
+	defer log.Close()
+	var dirs []string
+	for _, d := range cgroupDirs {
+		if !slices.Contains(dirs, d) {
+			dirs = append(dirs, d)
+		}
+	}
+	slices.Sort(dirs)
+	ctx, cancel := context.WithTimeout(context.Background(), pagerStart)
+	defer cancel()
+	r.pager, err = pager.Start(ctx, pager.ProcessConfig{
+		Config: pager.Config{Images: images, Listener: listener, Cgroups: dirs},
+		Stderr: log,
+	})
+	if err != nil {
+		return fmt.Errorf("%w (log: %s)", err, log.Name())
+	}
+	// Its exit status is the pager package's.
+	reaper, pid := r.c.cfg.Reaper, r.pager.Pid()
+	reaper.Own(pid)
+	go func() {
+		<-r.pager.Done()
+		reaper.Disown(pid)
+	}()
+	return nil
+}
+
+// stopPager ends the pager of a restore that has failed.
+func (r *criuRestore) stopPager() {
+	if r.pager != nil {
+		stopPager(r.pager)
+	}
+}
+
+func stopPager(p *pager.Process) {
+	ctx, cancel := context.WithTimeout(context.Background(), pagerStart)
+	defer cancel()
+	_ = p.Stop(ctx) // it kills what it serves, which is over
+}
+
+// MemoryError waits until all memory of a restored container is there, or ctx
+// ends. An error says why it will never be: the container has been killed then.
+func (c *Container) MemoryError(ctx context.Context) error {
+	p := c.memory.Load()
+	if p == nil {
+		return nil
+	}
+	select {
+	case <-p.Done():
+		return p.Wait()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// finishMemory brings the rest of the memory at once: a dump needs all of it.
+func (c *Container) finishMemory() error {
+	p := c.memory.Load()
+	if p == nil {
+		return nil
+	}
+	if err := p.Finish(context.Background()); err != nil {
+		return fmt.Errorf("memory of container %s: %w", c.cfg.ID, err)
+	}
+	return nil
+}
