@@ -11,6 +11,8 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/inspect"
 )
 
 // TCPMode says what a dump does about established TCP connections.
@@ -24,10 +26,6 @@ const (
 	// TCPError refuses to dump while there are any.
 	TCPError
 )
-
-// ghostLimit is the largest deleted but still open file that goes into a dump,
-// in bytes. CRIU's own limit, 1 MiB, is less than databases and JVMs keep.
-const ghostLimit = 1 << 30
 
 // CRIUOptions are what a dump and a restore have in common. The zero value
 // works.
@@ -175,7 +173,7 @@ func emptyNamespaces(names []string) (mask uint32, err error) {
 // writeCRIUConfig writes the file that the container's label names.
 func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "ghost-limit %d\n", ghostLimit)
+	fmt.Fprintf(&b, "ghost-limit %d\n", inspect.GhostLimit)
 	if o.TCP == TCPClose {
 		b.WriteString("tcp-close\n")
 	}

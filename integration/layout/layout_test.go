@@ -27,7 +27,7 @@ var may = map[string][]string{
 	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/inspect", "images/registry", "oci", "runtime", "runtime/fdpolicy", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "images", "oci"},
-	"runtime":                     {"oci", "runtime/hook", "runtime/pager", "runtime/thread"},
+	"runtime":                     {"oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread"},
 	"runtime/fdpolicy":            {"oci", "runtime/inspect", "runtime/thread"},
 	"runtime/hook":                {"oci"},
 	"runtime/inspect":             {"oci", "runtime/thread"},

@@ -48,7 +48,7 @@ type FD struct {
 	Path    string // of what has one, as the process sees it
 	Deleted bool   // the path is no name of it any more
 	Links   uint64 // names that the file has
-	Size    int64  // bytes
+	Size    int64  // bytes on disk or in memory: a file with holes has fewer than its length
 	Flags   int    // open(2)'s
 	Device  uint64 // st_dev
 	Inode   uint64
@@ -68,7 +68,7 @@ const deletedMark = " (deleted)"
 func newFD(n int, link string, st unix.Stat_t) *FD {
 	fd := &FD{
 		Number: n, Link: link, Kind: kindOf(link, st),
-		Links: st.Nlink, Size: st.Size, Device: st.Dev, Inode: st.Ino, Rdev: st.Rdev,
+		Links: st.Nlink, Size: st.Blocks * 512, Device: st.Dev, Inode: st.Ino, Rdev: st.Rdev,
 	}
 	if strings.HasPrefix(link, "/") && fd.Kind != Memfd {
 		fd.Path, fd.Deleted = strings.CutSuffix(link, deletedMark)

@@ -77,7 +77,10 @@ func hold(dir string) (map[string]int, error) {
 
 	file("file", in("file"), unix.O_CREAT|unix.O_RDWR)
 	fd := file("deleted", in("deleted"), unix.O_CREAT|unix.O_WRONLY)
-	must(unix.Ftruncate(fd, 12345), unix.Unlink(in("deleted")))
+	if _, err := unix.Write(fd, make([]byte, 12345)); err != nil {
+		must(err)
+	}
+	must(unix.Ftruncate(fd, 1<<30), unix.Unlink(in("deleted")))
 	file("relinked", in("a"), unix.O_CREAT|unix.O_RDONLY)
 	must(unix.Link(in("a"), in("b")), unix.Unlink(in("a")))
 	file("directory", dir, unix.O_RDONLY|unix.O_DIRECTORY)

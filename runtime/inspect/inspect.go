@@ -28,7 +28,8 @@ type Process struct {
 	Name    string   // of the program, as the kernel keeps it: 15 bytes at most
 	Args    []string // what it was started with, unless it has changed that
 	Zombie  bool     // has ended, and holds nothing any more
-	UID     uint32   // real user, of the host
+	Users   []uint32 // real, effective, saved and file system user, of the host
+	Groups  []uint32 // the same of groups
 	Tracer  int      // who has it under ptrace(2); 0: nobody
 	FDs     []FD
 	Mapped  []Mapping

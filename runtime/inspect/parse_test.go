@@ -2,6 +2,7 @@ package inspect
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -9,11 +10,11 @@ import (
 )
 
 func TestParseStatus(t *testing.T) {
-	p, err := parseStatus([]byte("Name:\tevil\\nPid:\t7\\\\\nState:\tS (sleeping)\nTgid:\t70\nPid:\t70\nPPid:\t60\nTracerPid:\t5\nUid:\t1000\t1001\t1002\t1003\nNSpid:\t70\t12\t3\nNSsid:\t70\t0\n"))
+	p, err := parseStatus([]byte("Name:\tevil\\nPid:\t7\\\\\nState:\tS (sleeping)\nTgid:\t70\nPid:\t70\nPPid:\t60\nTracerPid:\t5\nUid:\t1000\t1001\t1002\t1003\nGid:\t7\t8\t9\t10\nNSpid:\t70\t12\t3\nNSsid:\t70\t0\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.Name != "evil\nPid:\t7\\" || p.PID != 70 || p.Inside != 3 || p.Parent != 60 || p.Tracer != 5 || p.UID != 1000 || !p.Detached || p.Zombie {
+	if p.Name != "evil\nPid:\t7\\" || p.PID != 70 || p.Inside != 3 || p.Parent != 60 || p.Tracer != 5 || !slices.Equal(p.Users, []uint32{1000, 1001, 1002, 1003}) || !slices.Equal(p.Groups, []uint32{7, 8, 9, 10}) || !p.Detached || p.Zombie {
 		t.Errorf("got %+v", p)
 	}
 	p, err = parseStatus([]byte("Name:\tx\nState:\tZ (zombie)\nPid:\t7\nPPid:\t1\n"))

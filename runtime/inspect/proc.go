@@ -142,7 +142,9 @@ func parseStatus(data []byte) (*Process, error) {
 		case "TracerPid":
 			p.Tracer = first
 		case "Uid":
-			p.UID = uint32(first)
+			p.Users = ids(fields)
+		case "Gid":
+			p.Groups = ids(fields)
 		case "NSpid":
 			p.Inside = last
 		case "NSsid":
@@ -153,6 +155,14 @@ func parseStatus(data []byte) (*Process, error) {
 		return nil, errors.New("without Pid and PPid")
 	}
 	return p, nil
+}
+
+func ids(fields []string) (all []uint32) {
+	for _, f := range fields {
+		n, _ := strconv.ParseUint(f, 10, 32)
+		all = append(all, uint32(n))
+	}
+	return all
 }
 
 // unescape undoes what the kernel does to newlines and backslashes of a name.
