@@ -147,7 +147,11 @@ func (r FDRule) String() string {
 	fmt.Fprintf(&b, "rule %d (line %d: type: %s", r.Number, r.Line, r.Type)
 	for _, f := range r.fields() {
 		if f.value != "" {
-			fmt.Fprintf(&b, ", %s: %s", f.key, f.value)
+			value := f.value
+			if strings.ContainsFunc(value, func(r rune) bool { return !strconv.IsPrint(r) }) {
+				value = strconv.Quote(value)
+			}
+			fmt.Fprintf(&b, ", %s: %s", f.key, value)
 		}
 	}
 	fmt.Fprintf(&b, ", action: %s)", r.Action)

@@ -219,6 +219,9 @@ func TestFirstFDRuleCounts(t *testing.T) {
 	if !ok || r.Action != FDClose || r.String() != "rule 1 (line 1: type: socket, remotePort: 5432, action: close)" {
 		t.Errorf("got %v, %v", r, ok)
 	}
+	if s := (FDRule{Number: 1, Line: 1, Type: FDFile, Action: FDError, Path: "/a\x1b[2J", Value: -1}).String(); strings.ContainsRune(s, '\x1b') {
+		t.Errorf("%q would do something to a terminal", s)
+	}
 	r, ok = p.Match(FD{Type: FDSocket, Remote: addr("10.0.0.9:80")})
 	if !ok || r.Action != FDError || r.Number != 2 || r.Line != 5 {
 		t.Errorf("got %v, %v", r, ok)

@@ -16,7 +16,9 @@ import (
 	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
 	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -95,15 +97,9 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	}
 	defer client.Close()
 
-	c, err := client.ContainerService().Get(ctx, id)
+	c, err := findContainer(ctx, client, t, id)
 	if err != nil {
-		if errdefs.IsNotFound(err) {
-			return fmt.Errorf("no container %s in namespace %s; see ctr -n %s containers ls (nerdctl uses the namespace default, Kubernetes k8s.io)", id, t.namespace, t.namespace)
-		}
-		return fmt.Errorf("find container %s: %w", id, err)
-	}
-	if !isOurs(c.Runtime.Name) {
-		return fmt.Errorf("container %s runs under %s, which cannot make checkpoint images; run it with --runtime %s", id, c.Runtime.Name, oci.RuntimeName)
+		return err
 	}
 	if c.Image == "" {
 		return fmt.Errorf("container %s was not made from an image, so there is none to put a checkpoint on; use ctr tasks checkpoint --image-path", id)
@@ -128,6 +124,21 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	}
 	// Here and not in the shim: whoever asks has the credentials, and waits.
 	return pushImage(ctx, client, registries, ref, f.quiet, out, errOut)
+}
+
+// findContainer finds a container of this runtime.
+func findContainer(ctx context.Context, client *containerd.Client, t target, id string) (containers.Container, error) {
+	c, err := client.ContainerService().Get(ctx, id)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return c, fmt.Errorf("no container %s in namespace %s; see ctr -n %s containers ls (nerdctl uses the namespace default, Kubernetes k8s.io)", id, t.namespace, t.namespace)
+		}
+		return c, fmt.Errorf("find container %s: %w", id, err)
+	}
+	if !isOurs(c.Runtime.Name) {
+		return c, fmt.Errorf("container %s runs under %s, which cannot make checkpoint images; run it with --runtime %s", id, c.Runtime.Name, oci.RuntimeName)
+	}
+	return c, nil
 }
 
 // isOurs knows the runtime by name or by its binary's path: containerd takes
@@ -214,19 +225,29 @@ type bootstrap struct {
 	Protocol string `json:"protocol"`
 }
 
-func dialShim(ctx context.Context, client *containerd.Client, t target, state, id string) (*shimClient, error) {
+// findTask finds a container's task and the directory of its bundle. An empty
+// state directory is asked of the running shim.
+func findTask(ctx context.Context, client *containerd.Client, t target, state, id string) (*task.Process, string, error) {
 	tr, err := client.TaskService().Get(ctx, &tasks.GetRequest{ContainerID: id})
 	if err != nil {
 		err = errgrpc.ToNative(err)
 		if errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("container %s is not running; start it first", id)
+			return nil, "", fmt.Errorf("container %s is not running; start it first", id)
 		}
-		return nil, fmt.Errorf("find the task of container %s: %w", id, err)
+		return nil, "", fmt.Errorf("find the task of container %s: %w", id, err)
 	}
 	if state == "" {
 		state = stateOf(int(tr.Process.Pid), t.namespace)
 	}
-	b, err := readBootstrap(filepath.Join(bundles(state, t.namespace), id))
+	return tr.Process, filepath.Join(bundles(state, t.namespace), id), nil
+}
+
+func dialShim(ctx context.Context, client *containerd.Client, t target, state, id string) (*shimClient, error) {
+	_, bundle, err := findTask(ctx, client, t, state, id)
+	if err != nil {
+		return nil, err
+	}
+	b, err := readBootstrap(bundle)
 	if err != nil {
 		return nil, fmt.Errorf("find the shim of container %s: %w; if containerd's state directory is another one, give it with --state", id, err)
 	}

@@ -53,6 +53,9 @@ func TestCommandLine(t *testing.T) {
 		{args: []string{"completion", "bash"}, out: "__start_cracctl"},
 		{args: []string{"nonsense"}, err: "nonsense"},
 		{args: []string{"checkpoint", "only-one"}, err: "2 arg"},
+		{args: []string{"check"}, err: "1 arg"},
+		{args: []string{"check", "--format", "xml", "c"}, err: "table, json"},
+		{args: []string{"check", "c"}, err: nowhere},
 		{args: []string{"doctor", "--format", "xml"}, err: "table and json"},
 		{args: []string{"checkpoint", "c", "a b"}, err: "image name"},
 		{args: []string{"checkpoint", "c", "ref"}, err: nowhere}, // the variable counts, and the way out is said

@@ -25,6 +25,10 @@ func main() {
 		if !errors.Is(err, errReported) {
 			fmt.Fprintln(os.Stderr, "cracctl:", err)
 		}
+		var own statusError
+		if errors.As(err, &own) {
+			os.Exit(own.status)
+		}
 		os.Exit(1)
 	}
 }
@@ -58,6 +62,7 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		"namespace of containers and images (CONTAINERD_NAMESPACE)")
 	root.AddCommand(
 		newDoctor(&t),
+		newCheck(&t),
 		newCheckpoint(&t),
 		newPush(&t),
 		newInspect(&t),

@@ -27,7 +27,7 @@ type Action struct {
 
 // String says it in one line.
 func (a Action) String() string {
-	return fmt.Sprintf("process %d (%s, %d inside): descriptor %d, %s: %s by %s", a.Process.PID, a.Process.Name, a.Process.Inside, a.FD.Number, a.FD, a.Note, a.Rule)
+	return fmt.Sprintf("process %d (%s, %d inside): descriptor %d, %s: %s by %s", a.Process.PID, inspect.Printable(a.Process.Name), a.Process.Inside, a.FD.Number, a.FD, a.Note, a.Rule)
 }
 
 // RefusedError is a policy that does not let the checkpoint be made.
@@ -140,7 +140,7 @@ func Enforce(policy oci.FDPolicy, c *inspect.Container) (done []Action, err erro
 	for _, a := range actions {
 		if a.Close && !closed[a.FD.Socket.Cookie] {
 			if cerr := closeConnection(a.Process.PID, a.FD); cerr != nil {
-				err = errors.Join(err, fmt.Errorf("close descriptor %d of process %d (%s), %s: %w", a.FD.Number, a.Process.PID, a.Process.Name, a.FD, cerr))
+				err = errors.Join(err, fmt.Errorf("close descriptor %d of process %d (%s), %s: %w", a.FD.Number, a.Process.PID, inspect.Printable(a.Process.Name), a.FD, cerr))
 				continue
 			}
 			closed[a.FD.Socket.Cookie] = true

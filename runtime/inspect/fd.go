@@ -2,7 +2,9 @@ package inspect
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -54,9 +56,10 @@ type FD struct {
 	Inode   uint64
 	Rdev    uint64 // of a device: which
 
-	// Foreign tells that the file is on no mount that the process can see: it
+	// Foreign tells that the file is on no mount that the container can see: it
 	// was opened outside the container.
 	Foreign bool
+	mount   int // the mount's id
 	// Stdio tells that it is one of the streams that the container got from its
 	// runtime.
 	Stdio  bool
@@ -179,11 +182,21 @@ func (fd *FD) String() string {
 	case fd.Socket != nil:
 		return fd.Socket.String()
 	case fd.Path != "" && fd.Deleted:
-		return fmt.Sprintf("%s %s (deleted)", fd.Kind, fd.Path)
+		return fmt.Sprintf("%s %s (deleted)", fd.Kind, Printable(fd.Path))
 	case fd.Path != "":
-		return fmt.Sprintf("%s %s", fd.Kind, fd.Path)
+		return fmt.Sprintf("%s %s", fd.Kind, Printable(fd.Path))
 	case fd.Kind == Memfd, fd.Kind == Unknown, fd.Kind == Namespace:
-		return fmt.Sprintf("%s %s", fd.Kind, fd.Link)
+		return fmt.Sprintf("%s %s", fd.Kind, Printable(fd.Link))
 	}
-	return string(fd.Kind)
+	return Printable(string(fd.Kind))
+}
+
+// Printable is a text of the workload's choice, such as the name of a file or
+// of a program, as it is shown: quoted if it could do something to a terminal or
+// a log.
+func Printable(text string) string {
+	if strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) || !utf8.ValidString(text) {
+		return strconv.Quote(text)
+	}
+	return text
 }

@@ -65,7 +65,7 @@ var errGone = errors.New("gone")
 // are left out.
 func Inspect(init int, pids []int, o Options) (*Container, error) {
 	c := &Container{Init: init}
-	mounts := make(map[uint64]map[int]bool) // by mount namespace
+	mounts := &mounts{namespaces: make(map[uint64]bool), ids: make(map[int]bool)}
 	for _, pid := range pids {
 		p, err := inspect(pid, mounts, o)
 		if errors.Is(err, errGone) {
@@ -79,11 +79,18 @@ func Inspect(init int, pids []int, o Options) (*Container, error) {
 	if err := resolvePeers(c); err != nil {
 		return nil, err
 	}
-	c.relate()
+	c.relate(mounts)
 	return c, nil
 }
 
-func inspect(pid int, mounts map[uint64]map[int]bool, o Options) (*Process, error) {
+// mounts are those that the container's processes can see, in one mount namespace
+// or several.
+type mounts struct {
+	namespaces map[uint64]bool // those that were asked
+	ids        map[int]bool
+}
+
+func inspect(pid int, mounts *mounts, o Options) (*Process, error) {
 	d, err := openProc(pid)
 	if err != nil {
 		return nil, err
@@ -99,14 +106,13 @@ func inspect(pid int, mounts map[uint64]map[int]bool, o Options) (*Process, erro
 	if p.Namespaces, err = d.namespaces(); err != nil {
 		return nil, err
 	}
-	own, ok := mounts[p.Namespaces["mnt"]]
-	if !ok {
-		if own, err = d.mounts(); err != nil {
+	if ns := p.Namespaces["mnt"]; !mounts.namespaces[ns] {
+		mounts.namespaces[ns] = true
+		if err := d.mounts(mounts.ids); err != nil {
 			return nil, err
 		}
-		mounts[p.Namespaces["mnt"]] = own
 	}
-	if p.FDs, err = d.fds(own); err != nil {
+	if p.FDs, err = d.fds(); err != nil {
 		return nil, err
 	}
 	if o.Memory {
@@ -115,9 +121,9 @@ func inspect(pid int, mounts map[uint64]map[int]bool, o Options) (*Process, erro
 	return p, err
 }
 
-// relate finds out who belongs to the init, and which descriptors are the
-// container's own streams.
-func (c *Container) relate() {
+// relate finds out who belongs to the init, which descriptors are the container's
+// own streams, and which come from outside.
+func (c *Container) relate(mounts *mounts) {
 	parent := make(map[int]int)
 	for _, p := range c.Processes {
 		parent[p.PID] = p.Parent
@@ -139,6 +145,7 @@ func (c *Container) relate() {
 	for i := range c.Processes {
 		for j := range c.Processes[i].FDs {
 			fd := &c.Processes[i].FDs[j]
+			fd.Foreign = fd.Path != "" && !mounts.ids[fd.mount]
 			fd.Stdio = fd.Number <= 2 && fd.Socket == nil && streams[file{fd.Device, fd.Inode}]
 		}
 	}

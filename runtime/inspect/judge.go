@@ -52,6 +52,9 @@ type Conditions struct {
 	// HostIPC is the IPC namespace of who dumps: if it is the container's, too, its
 	// System V objects are in no dump.
 	HostIPC uint64
+	// Runtime, unless nil, knows the runtime's own sockets by their inodes: it
+	// ends their connections before a dump.
+	Runtime func(inode uint64) bool
 	// Closed, unless nil, tells which descriptors a policy closes before.
 	Closed func(*FD) bool
 }
@@ -131,7 +134,7 @@ func (j *judge) add(p *Process, fd *FD, f finding) {
 		return
 	}
 	j.seen[mine] = len(j.all)
-	n := Finding{Level: f.level, Code: f.code, PID: p.PID, Inside: p.Inside, Program: p.Name, What: f.what, Why: f.why, Fix: f.fix}
+	n := Finding{Level: f.level, Code: f.code, PID: p.PID, Inside: p.Inside, Program: Printable(p.Name), What: f.what, Why: f.why, Fix: f.fix}
 	if fd != nil {
 		n.FDs = []int{fd.Number}
 	}
@@ -148,11 +151,11 @@ func (j *judge) process(p *Process) {
 	if p.Tracer != 0 {
 		j.add(p, nil, finding{Error, "traced", "the process", fmt.Sprintf("it is traced by process %d (a debugger, strace), and nobody else can trace it meanwhile, as CRIU has to", p.Tracer), "detach the tracer"})
 	}
-	if p.Detached {
+	if p.Detached && p.Namespaces["pid"] == j.namespaces["pid"] {
 		j.add(p, nil, finding{Error, "session", "the process", "its session has no leader in the container: it was started from a session or terminal outside", "start it with setsid"})
 	}
 	root := func(ids []uint32) bool { return !slices.ContainsFunc(ids, func(id uint32) bool { return id != 0 }) }
-	if !j.on.Limits && p.Namespaces["user"] == j.on.UserNS && !(root(p.Users) && root(p.Groups)) {
+	if !j.on.Limits && p.Namespaces["user"] == j.on.UserNS && (!root(p.Users) || !root(p.Groups)) {
 		j.add(p, nil, finding{
 			Error, "limits", "the process",
 			"it has another user than root, and CRIU needs CAP_SYS_RESOURCE to read its resource limits, which containerd does not have here",
@@ -225,7 +228,7 @@ func (j *judge) deleted(p *Process, fd *FD) {
 }
 
 func (j *judge) mapping(p *Process, m Mapping) {
-	what := "a mapping of " + m.Path
+	what := "a mapping of " + Printable(m.Path)
 	fail := func(code, why, fix string) { j.add(p, nil, finding{Error, code, what, why, fix}) }
 	switch {
 	case m.Anon && m.Path == "anon_inode:[io_uring]":
@@ -299,7 +302,7 @@ func (j *judge) connection(p *Process, fd *FD) {
 
 func (j *judge) unixSocket(p *Process, fd *FD) {
 	s := fd.Socket
-	if !s.External {
+	if !s.External || j.on.Runtime != nil && j.on.Runtime(s.PeerInode) {
 		return
 	}
 	f := finding{Error, "external", s.String(), "", closeIt}
@@ -311,7 +314,7 @@ func (j *judge) unixSocket(p *Process, fd *FD) {
 	case s.PeerPath == "":
 		f.why = "its other end is outside the container and has no name, by which a clone could find it"
 	default:
-		f.level, f.why, f.fix = Warning, "its other end is outside the container: a clone connects to "+s.PeerPath+" again, which has to be there", ""
+		f.level, f.why, f.fix = Warning, "its other end is outside the container: a clone connects to "+Printable(s.PeerPath)+" again, which has to be there", ""
 	}
 	j.add(p, fd, f)
 }

@@ -189,23 +189,22 @@ func (d *procDir) namespaces() (map[string]uint64, error) {
 	return inodes, nil
 }
 
-// mounts lists the ids of the mounts that the process can see.
-func (d *procDir) mounts() (map[int]bool, error) {
+// mounts adds the ids of the mounts that the process can see.
+func (d *procDir) mounts(ids map[int]bool) error {
 	data, err := d.read("mountinfo")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	ids := make(map[int]bool)
 	for line := range strings.Lines(string(data)) {
 		id, _, _ := strings.Cut(line, " ")
 		if n, err := strconv.Atoi(id); err == nil {
 			ids[n] = true
 		}
 	}
-	return ids, nil
+	return nil
 }
 
-func (d *procDir) fds(mounts map[int]bool) ([]FD, error) {
+func (d *procDir) fds() ([]FD, error) {
 	names, err := d.names("fd")
 	if err != nil {
 		return nil, err
@@ -216,7 +215,7 @@ func (d *procDir) fds(mounts map[int]bool) ([]FD, error) {
 		if err != nil {
 			continue
 		}
-		fd, err := d.fd(n, mounts)
+		fd, err := d.fd(n)
 		if errors.Is(err, errGone) {
 			continue
 		}
@@ -229,7 +228,7 @@ func (d *procDir) fds(mounts map[int]bool) ([]FD, error) {
 	return all, nil
 }
 
-func (d *procDir) fd(n int, mounts map[int]bool) (*FD, error) {
+func (d *procDir) fd(n int) (*FD, error) {
 	number := strconv.Itoa(n)
 	link, err := d.readlink("fd/" + number)
 	if err != nil {
@@ -244,9 +243,7 @@ func (d *procDir) fd(n int, mounts map[int]bool) (*FD, error) {
 		return nil, err
 	}
 	fd := newFD(n, link, st)
-	var mount int
-	fd.Flags, mount = parseFdinfo(info)
-	fd.Foreign = fd.Path != "" && !mounts[mount]
+	fd.Flags, fd.mount = parseFdinfo(info)
 	if fd.Kind == Socket {
 		if fd.Socket, err = d.socket(n); err != nil {
 			return nil, err

@@ -54,7 +54,7 @@ func (s *SocketInfo) String() string {
 		name = s.Family + " " + s.Type
 	}
 	b.WriteString(name)
-	local, peer := s.LocalPath, s.PeerPath
+	local, peer := Printable(s.LocalPath), Printable(s.PeerPath)
 	if s.Local.IsValid() {
 		local = plainAddr(s.Local)
 	}

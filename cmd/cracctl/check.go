@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/cmd/cracctl/check"
+)
+
+func newCheck(t *target) *cobra.Command {
+	var state string
+	cmd := &cobra.Command{
+		Use:   "check CONTAINER",
+		Short: "Tell what would stop a checkpoint of a container, and why",
+		Long: `Tell what would stop a checkpoint of a running container, or make its clones
+differ: which process holds what, why CRIU cannot carry it, and the way out. It
+asks the participants whether they could, and changes nothing.
+
+error: a checkpoint would fail. warning: a clone would differ, or needs something
+to start. info: good to know. What a container holds changes as it runs, and so
+does the answer.
+
+The exit status is 0 when nothing would stop a checkpoint, 1 when something
+would, and 2 when that could not be found out.`,
+		Example: `  cracctl check web
+  cracctl check web --format json | jq -r '.findings[] | select(.level == "error") | .what'`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			return notFound(cobra.ExactArgs(1)(cmd, args))
+		},
+		ValidArgsFunction: completeContainers(t),
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return notFound(err) })
+	cmd.Flags().StringVar(&state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
+	format := formatFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkFormat(*format); err != nil {
+			return notFound(err)
+		}
+		r, err := runCheck(cmd.Context(), t, state, args[0])
+		if err == nil {
+			err = show(cmd.OutOrStdout(), *format, r, check.Table)
+		}
+		if err != nil {
+			return notFound(err)
+		}
+		if !r.OK {
+			return errReported
+		}
+		return nil
+	}
+	return cmd
+}
+
+func runCheck(ctx context.Context, t *target, state, id string) (*check.Report, error) {
+	s, err := t.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	c, err := findContainer(s.ctx, s.Client, *t, id)
+	if err != nil {
+		return nil, err
+	}
+	p, bundle, err := findTask(s.ctx, s.Client, *t, state, id)
+	if err != nil {
+		return nil, err
+	}
+	switch p.Status {
+	case tasktypes.Status_RUNNING, tasktypes.Status_PAUSED:
+	case tasktypes.Status_PAUSING:
+		return nil, errors.New("a checkpoint of this container is being made; wait for it")
+	default:
+		return nil, errors.New("container " + id + " is not running; start it first")
+	}
+	shim, err := parent(int(p.Pid))
+	if err != nil {
+		return nil, err
+	}
+	return check.Run(s.ctx, check.Container{
+		ID: id, Init: int(p.Pid), Shim: shim, Bundle: bundle, Image: c.Image,
+		Paused: p.Status == tasktypes.Status_PAUSED, Address: t.address,
+	})
+}
+
+// statusError is an error with an exit status of its own.
+type statusError struct {
+	error
+	status int
+}
+
+func (e statusError) Unwrap() error { return e.error }
+
+// notFound is an error of a command whose status 1 is an answer.
+func notFound(err error) error {
+	if err == nil {
+		return nil
+	}
+	return statusError{err, 2}
+}
