@@ -50,6 +50,7 @@ func hooksMount(bundle string) specs.Mount {
 type hooks struct {
 	s        *service
 	c        *container
+	hostname string
 	required bool
 	notifier hook.Notifier
 	control  *hook.Control
@@ -131,6 +132,7 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	}
 	h := &hooks{
 		s: s, c: c,
+		hostname:   spec.Hostname,
 		required:   c.options.Hooks == oci.HooksRequired,
 		generation: hook.NewID(),
 		notifier: hook.Notifier{
@@ -182,7 +184,6 @@ func (c *container) removeHooks() error {
 	var err error
 	if c.hooks != nil {
 		err = c.hooks.control.Close()
-		c.hooks = nil
 	}
 	return errors.Join(err, hook.RemoveDir(filepath.Join(c.bundle, hooksDir)))
 }
@@ -298,7 +299,7 @@ func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) error {
 		V: 1, Event: hook.AfterRestore, ID: hook.NewID(),
 		Generation:  h.generation,
 		Container:   h.c.id,
-		Hostname:    spec.Hostname,
+		Hostname:    h.hostname,
 		Annotations: spec.Annotations,
 	}
 	if m != nil {
@@ -386,12 +387,10 @@ func (h *hooks) Status(context.Context) hook.Status {
 	defer h.mu.Unlock()
 	st := hook.Status{
 		Container:  h.c.id,
+		Hostname:   h.hostname,
 		Start:      "cold",
 		Image:      h.image,
 		Generation: h.generation,
-	}
-	if h.c.rt != nil {
-		st.Hostname = h.c.rt.Spec().Hostname
 	}
 	if h.warm {
 		st.Start = "warm"
