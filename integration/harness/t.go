@@ -2,12 +2,20 @@ package harness
 
 import (
 	"context"
+	"os"
 	"testing"
 	"time"
 )
 
-// TestLimit is what one test may take.
-const TestLimit = 3 * time.Minute
+// TestLimit is what one test may take, and WaitLimit what it waits for one thing. In a guest, whose
+// processors are emulated, everything takes several times as long.
+var TestLimit, WaitLimit = 3 * time.Minute, 30 * time.Second
+
+func init() {
+	if os.Getenv("CRAC_VM") != "" {
+		TestLimit, WaitLimit = 4*TestLimit, 4*WaitLimit
+	}
+}
 
 // T is a Daemon in a test: what fails, fails the test.
 type T struct {
@@ -66,7 +74,7 @@ func (t *T) NoLeftovers(id string) {
 // Eventually waits until cond holds; what says what is waited for.
 func (t *T) Eventually(what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(WaitLimit); !cond(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) || t.Ctx.Err() != nil {
 			t.Fatalf("waited in vain for: %s", what)
 		}
