@@ -1,8 +1,11 @@
 package images
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -91,6 +94,11 @@ func findInSource(m Mount) (*Checkpoint, error) {
 		return nil, nil // a device, or gone: the mount itself will say so
 	}
 	l, err := readLayer(m.Source)
+	if err == nil && l.checkpoint != nil {
+		// Here the dump and its parents are one directory: the files of one have
+		// taken the place of the other's.
+		err = l.checkpoint.continues(nil)
+	}
 	return l.checkpoint, err
 }
 
@@ -104,6 +112,7 @@ func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
 		found   *Checkpoint
 		problem error
 		closed  bool // a layer hides what is below it
+		below   []*Checkpoint
 	)
 	drop := make([]bool, len(opts.lower))
 	for i, dir := range opts.lower {
@@ -119,6 +128,8 @@ func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
 			case l.checkpoint != nil:
 				found = l.checkpoint
 			}
+		} else if found != nil && l.checkpoint != nil && l.only {
+			below = append(below, l.checkpoint)
 		}
 		closed = closed || l.hides
 	}
@@ -126,10 +137,38 @@ func findInOverlay(m Mount) (*Checkpoint, Mount, error) {
 	if err != nil {
 		return nil, m, err
 	}
+	if found != nil {
+		problem = found.continues(below)
+	}
 	if problem != nil {
 		return nil, rest, problem
 	}
 	return found, rest, nil
+}
+
+// continues finds the dumps that c continues among the checkpoints of the layers
+// below it, and that it needs no others.
+func (c *Checkpoint) continues(below []*Checkpoint) error {
+	for last := c; last.Manifest.Parent != nil; {
+		want := last.Manifest.Parent
+		i := slices.IndexFunc(below, func(b *Checkpoint) bool { return b.digest == want.Manifest })
+		if i < 0 {
+			return fmt.Errorf("%w: %s continues the dump with the manifest %s, which is in no layer below it; on a snapshotter that is no overlay flatten the image (cracctl flatten), else pull it again",
+				ErrDamaged, last.Dir, want.Manifest)
+		}
+		next := below[i]
+		depth := 0
+		if next.Manifest.Parent != nil {
+			depth = next.Manifest.Parent.Depth
+		}
+		if want.Depth != depth+1 || next.Manifest.Host.PageSize != c.Manifest.Host.PageSize {
+			return fmt.Errorf("%w: %s continues %s, which is not what its manifest says", ErrDamaged, last.Dir, next.Dir)
+		}
+		below = below[i+1:]
+		c.Parents = append(c.Parents, next)
+		last = next
+	}
+	return nil
 }
 
 // layer is what one directory of a stack says about checkpoints.
@@ -175,11 +214,14 @@ func readLayer(dir string) (l layer, err error) {
 		return l, fmt.Errorf("%w: %s: %w", ErrDamaged, filepath.Join(dir, oci.Dir, oci.ManifestName), err)
 	}
 	defer f.Close()
-	manifest, err := oci.DecodeManifest(f)
+	h := sha256.New()
+	manifest, err := oci.DecodeManifest(io.TeeReader(f, h))
 	if err != nil {
 		return l, fmt.Errorf("%w: %s: %w", ErrDamaged, f.Name(), err)
 	}
-	l.checkpoint = &Checkpoint{Dir: filepath.Join(dir, oci.Dir), Layer: dir, Manifest: manifest}
+	l.checkpoint = &Checkpoint{
+		Dir: filepath.Join(dir, oci.Dir), Layer: dir, Manifest: manifest, digest: "sha256:" + hex.EncodeToString(h.Sum(nil)),
+	}
 	return l, nil
 }
 

@@ -121,6 +121,7 @@ func GateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 	var unknown, lacking []string
 	for _, r := range m.Requires {
 		switch {
+		case r == oci.RequireParent: // Find has looked for it
 		case !slices.Contains(oci.KernelFeatures(), r):
 			unknown = append(unknown, r)
 		case !slices.Contains(h.Features, r):

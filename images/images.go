@@ -45,6 +45,10 @@ type Checkpoint struct {
 	Layer string
 	// Manifest is decoded and valid; nothing it lists was looked at yet.
 	Manifest *oci.Manifest
+	// digest is that of manifest.json.
+	digest string
+	// Parents are the dumps that this one continues, the nearest first.
+	Parents []*Checkpoint
 	// Visible tells that the container would see /.crac in the mounts that Find
 	// returned, so that it must be masked.
 	Visible bool
@@ -52,6 +56,15 @@ type Checkpoint struct {
 
 // CRIUDir is where the dump is.
 func (c *Checkpoint) CRIUDir() string { return filepath.Join(c.Dir, oci.CRIUDirName) }
+
+// ParentDirs are where the dumps are that this one continues, the nearest first.
+func (c *Checkpoint) ParentDirs() []string {
+	var dirs []string
+	for _, p := range c.Parents {
+		dirs = append(dirs, p.CRIUDir())
+	}
+	return dirs
+}
 
 // SpecPath is where the runtime spec of the dumped container is.
 func (c *Checkpoint) SpecPath() string { return filepath.Join(c.Dir, oci.SpecName) }

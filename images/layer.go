@@ -54,13 +54,22 @@ func DumpFiles(dir string) ([]oci.File, error) {
 
 // WriteLayer writes the checkpoint layer, an uncompressed tar, in one pass and
 // constant memory. m.Files are replaced by what DumpFiles finds, with the
-// digests of what was written, m.Requires and m.Container.LSM by Needs. The same input gives the same bytes: fixed
-// times and owners, entries sorted by name, which also puts the manifest after
-// the files it describes.
+// digests of what was written, m.Requires and m.Container.LSM by Needs. The same
+// input gives the same bytes: fixed times and owners, entries sorted by name,
+// which also puts the manifest after the files it describes.
+//
+// Of the memory it leaves out pages that hold nothing but zeroes and that a
+// restore makes anew, and with parent, which goes with m.Parent, those that the
+// parent has; the page maps say so in CRIU's own way. To know how many they are it
+// reads the memory twice.
 //
 // spec is the runtime spec of the dumped container.
-func WriteLayer(w io.Writer, dumpDir string, spec []byte, m *oci.Manifest) error {
+func WriteLayer(w io.Writer, dumpDir string, spec []byte, m *oci.Manifest, parent ParentMemory) error {
 	files, err := DumpFiles(dumpDir)
+	if err != nil {
+		return err
+	}
+	memory, err := planMemory(dumpDir, files, uint64(m.Host.PageSize), parent)
 	if err != nil {
 		return err
 	}
@@ -70,16 +79,17 @@ func WriteLayer(w io.Writer, dumpDir string, spec []byte, m *oci.Manifest) error
 			return err
 		}
 	}
-	for i, f := range files {
-		digest, err := l.copyFile(filepath.Join(dumpDir, f.Name), oci.Dir+"/"+oci.CRIUDirName+"/"+f.Name, f.Size)
-		if err != nil {
-			return fmt.Errorf("pack %s of the dump: %w", f.Name, err)
+	for i := range files {
+		if err := l.dumpFile(dumpDir, &files[i], memory); err != nil {
+			return fmt.Errorf("pack %s of the dump: %w", files[i].Name, err)
 		}
-		files[i].Digest = digest
 	}
 	m.Files = files
 	if m.Requires, m.Container.LSM, err = Needs(dumpDir); err != nil {
 		return err
+	}
+	if m.Parent != nil {
+		m.Requires = append(m.Requires, oci.RequireParent)
 	}
 	data, err := m.Encode()
 	if err != nil {
@@ -117,25 +127,41 @@ func (l *layerWriter) write(name string, size int64, r io.Reader) error {
 	return nil
 }
 
-func (l *layerWriter) copyFile(path, name string, size int64) (digest string, err error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+// dumpFile writes one file of the dump, as it is to be stored, and notes what was
+// written.
+func (l *layerWriter) dumpFile(dir string, file *oci.File, memory *memory) error {
+	h := sha256.New()
+	name := oci.Dir + "/" + oci.CRIUDirName + "/" + file.Name
+	if changed, ok := memory.maps[file.Name]; ok {
+		file.Size = int64(len(changed))
+		if err := l.write(name, file.Size, io.TeeReader(bytes.NewReader(changed), h)); err != nil {
+			return err
+		}
+		file.Digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+		return nil
+	}
+	f, err := os.OpenFile(filepath.Join(dir, file.Name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return "", err
+		return err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return "", err
+		return err
 	}
 	if !st.Mode().IsRegular() {
-		return "", errors.New("is not a regular file")
+		return errors.New("is not a regular file")
 	}
-	h := sha256.New()
+	var content io.Reader = f
+	if part, ok := memory.pages[file.Name]; ok {
+		file.Size, content = part.size, part.reader(f)
+	}
 	// A reader with nothing but Read: io.Copy must not find a way around buf.
-	if err := l.write(name, size, io.TeeReader(f, h)); err != nil {
-		return "", err
+	if err := l.write(name, file.Size, io.TeeReader(content, h)); err != nil {
+		return err
 	}
-	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+	file.Digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+	return nil
 }
 
 // onlyWriter hides tar.Writer's ReadFrom, which would not use the buffer given.

@@ -26,6 +26,9 @@ type BuildRequest struct {
 	Frozen time.Time `json:"frozen,omitzero"`
 	// Compression of the new layers: zstd (the default) or gzip.
 	Compression oci.Compression `json:"compression,omitempty"`
+	// Parent names a checkpoint image that the new one continues: memory that it
+	// has is not stored again, and its checkpoint layers stay below the new one.
+	Parent string `json:"parent,omitempty"`
 	// Push sends the image to the registry in its name once it is there.
 	Push bool `json:"push,omitempty"`
 }

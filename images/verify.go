@@ -22,13 +22,20 @@ import (
 // Content is checked by digest for all files but pages-*.img. Those are the
 // memory: reading all of it would take as long as the restore it is for.
 // containerd has verified the layer's digest when it was pulled.
-func (c *Checkpoint) Verify() error {
-	return verifyDir(c.CRIUDir(), c.Layer, c.Manifest, false)
-}
+//
+// The dumps that it continues are checked as well.
+func (c *Checkpoint) Verify() error { return c.verify(false) }
 
 // VerifyAll is Verify that also reads the memory.
-func (c *Checkpoint) VerifyAll() error {
-	return verifyDir(c.CRIUDir(), c.Layer, c.Manifest, true)
+func (c *Checkpoint) VerifyAll() error { return c.verify(true) }
+
+func (c *Checkpoint) verify(pages bool) error {
+	for _, p := range append([]*Checkpoint{c}, c.Parents...) {
+		if err := verifyDir(p.CRIUDir(), p.Layer, p.Manifest, pages); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func verifyDir(dir, base string, m *oci.Manifest, pages bool) error {

@@ -32,6 +32,7 @@ const (
 	AnnotationDumpBytes      = ImagePrefix + "dump-bytes"
 	AnnotationRequires       = ImagePrefix + "requires"
 	AnnotationLSM            = ImagePrefix + "lsm"
+	AnnotationDepth          = ImagePrefix + "depth"
 
 	// The OCI image specification's own.
 	annotationCreated    = "org.opencontainers.image.created"
@@ -77,6 +78,9 @@ func Annotations(m *Manifest) map[string]string {
 	}
 	if m.TCPEstablished {
 		all[AnnotationTCPEstablished] = "true"
+	}
+	if m.Parent != nil {
+		all[AnnotationDepth] = strconv.Itoa(m.Parent.Depth)
 	}
 	if m.Container.LSM != nil {
 		all[AnnotationLSM] = m.Container.LSM.Name

@@ -46,6 +46,9 @@ type Manifest struct {
 	// the constants Require….
 	Requires []string `json:"requires,omitempty"`
 
+	// Parent is the dump that this one continues; nil for a whole one.
+	Parent *Parent `json:"parent,omitempty"`
+
 	// Files are the files of the dump, by name below CRIUDirName, sorted.
 	Files []File `json:"files"`
 }
@@ -229,6 +232,9 @@ func (m *Manifest) Validate() error {
 
 	if i := slices.IndexFunc(m.Requires, func(s string) bool { return !validName(s) }); i >= 0 {
 		return invalid("requirement %q is no name of small letters, digits, - and .", m.Requires[i])
+	}
+	if !m.Parent.valid(m.Requires) {
+		return invalid("parent %+v, requirements %q: a dump that continues another one says so in both, with the digest of its manifest and a depth of 1 to %d", m.Parent, m.Requires, MaxDepth)
 	}
 	if !m.Container.LSM.valid() {
 		return invalid("container.lsm names no module or no profile")

@@ -109,7 +109,7 @@ func TestFactsOf(t *testing.T) {
 		t.Fatal("not known to be a checkpoint image")
 	}
 	want := &Manifest{
-		Version: m.Version, Created: m.Created, Platform: m.Platform, Host: m.Host, CRIU: m.CRIU, TCPEstablished: true,
+		Version: m.Version, Created: m.Created.Truncate(time.Second), Platform: m.Platform, Host: m.Host, CRIU: m.CRIU, TCPEstablished: true,
 		Container: Container{ID: m.Container.ID}, Base: Base{Name: m.Base.Name, Digest: m.Base.Digest}, Requires: m.Requires,
 		Files: []File{{Size: m.Files[0].Size + m.Files[1].Size}},
 	}
@@ -169,6 +169,17 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"long name", func(m *Manifest) { m.Files[0].Name = strings.Repeat("a", 256) }, "file name"},
 		{"relative mount", func(m *Manifest) { m.Mounts[0].Destination = "proc" }, "mount destination"},
 		{"mount above", func(m *Manifest) { m.Mounts[0].Destination = "/a/../../b" }, "mount destination"},
+		{"parent that is not required", func(m *Manifest) { m.Parent = &Parent{Manifest: digestOf("d"), Depth: 1} }, "parent"},
+		{"required parent", func(m *Manifest) { m.Requires = append(m.Requires, RequireParent) }, "parent"},
+		{"parent too deep", func(m *Manifest) {
+			m.Requires, m.Parent = append(m.Requires, RequireParent), &Parent{Manifest: digestOf("d"), Depth: MaxDepth + 1}
+		}, "parent"},
+		{"parent at no depth", func(m *Manifest) {
+			m.Requires, m.Parent = append(m.Requires, RequireParent), &Parent{Manifest: digestOf("d")}
+		}, "parent"},
+		{"parent without a digest", func(m *Manifest) {
+			m.Requires, m.Parent = append(m.Requires, RequireParent), &Parent{Manifest: "x", Depth: 1}
+		}, "parent"},
 		{"requirement", func(m *Manifest) { m.Requires[0] = "A b" }, "requirement"},
 		{"empty requirement", func(m *Manifest) { m.Requires[0] = "" }, "requirement"},
 		{"security module", func(m *Manifest) { m.Container.LSM.Name = "" }, "container.lsm"},

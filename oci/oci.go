@@ -70,6 +70,8 @@ type CheckpointOptions struct {
 	Exit bool `json:"exit"`
 	// Compression of the new layers; empty is the container's own option.
 	Compression Compression `json:"compression,omitempty"`
+	// Parent names a checkpoint image to continue; empty for a whole checkpoint.
+	Parent string `json:"parent,omitempty"`
 }
 
 // CheckRef refuses what cannot be an image's name anywhere. containerd itself

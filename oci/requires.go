@@ -16,6 +16,31 @@ const (
 	RequireIPv6          = "ipv6" // sockets of that family
 )
 
+// RequireParent is required by a dump that continues another one: of its
+// manifest's Parent. It is about the format, not the kernel.
+const RequireParent = "parent"
+
+// MaxDepth is how many dumps a dump may continue, one after the other. Each costs
+// a restore a look into one more page map for every page.
+const MaxDepth = 8
+
+// Parent is the dump that another one continues: pages that its page maps call the
+// parent's are there.
+type Parent struct {
+	// Manifest is the digest of the parent's manifest.json, which has the digests
+	// of everything else.
+	Manifest string `json:"manifest"`
+	// Depth is how many dumps are continued: 1 when the parent is a whole one.
+	Depth int `json:"depth"`
+}
+
+func (p *Parent) valid(requires []string) bool {
+	if needed := slices.Contains(requires, RequireParent); p == nil || !needed {
+		return p == nil && !needed
+	}
+	return validDigest(p.Manifest) && p.Depth >= 1 && p.Depth <= MaxDepth
+}
+
 // KernelFeatures are the names above that the kernel of a host has or lacks.
 func KernelFeatures() []string {
 	return []string{RequireIPv6, RequireRseq, RequireSeccomp, RequireTimeNamespace, RequireUserNamespace}

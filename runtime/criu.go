@@ -45,6 +45,9 @@ type CRIUOptions struct {
 	// Lazy lets a restored workload run before its memory is there: a pager
 	// brings it. See CanBeLazy.
 	Lazy bool
+	// Parents are the directories of the dumps that the one to restore continues,
+	// the nearest first.
+	Parents []string
 	// LSMProfile is the AppArmor or SELinux profile to restore under.
 	LSMProfile string
 }

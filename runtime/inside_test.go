@@ -129,7 +129,7 @@ func TestViewRenamesTheHost(t *testing.T) {
 			spec := specOf(tt.namespaces...)
 			spec.Hostname = tt.hostname
 			c := &Container{cfg: Config{ID: "c", Bundle: bundle}, spec: spec}
-			v, err := c.view(dir)
+			v, err := c.view(dir, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -151,6 +151,51 @@ func TestViewRenamesTheHost(t *testing.T) {
 	}
 	if data, err := os.ReadFile(filepath.Join(dir, "utsns-11.img")); err != nil || !slices.Equal(data, old) {
 		t.Errorf("the dump itself was changed: %x, %v", data, err)
+	}
+}
+
+// A dump that continues others is shown with them, as CRIU looks for them.
+func TestViewShowsParents(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	dirs := make([]string, 3)
+	for i := range dirs {
+		dirs[i] = t.TempDir()
+		for _, name := range []string{"pages-1.img", fmt.Sprintf("of-%d.img", i)} {
+			if err := os.WriteFile(filepath.Join(dirs[i], name), []byte(dirs[i]), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for depth := range dirs {
+		bundle := t.TempDir()
+		c := &Container{cfg: Config{ID: "c", Bundle: bundle}, spec: specOf()}
+		v, err := c.view(dirs[0], dirs[1:depth+1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		place := v.dir
+		for i := range dirs {
+			data, err := os.ReadFile(filepath.Join(place, "pages-1.img"))
+			if i > depth {
+				if !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("at depth %d there is a parent too many: %v", i, err)
+				}
+				break
+			}
+			if err != nil || string(data) != dirs[i] {
+				t.Errorf("at depth %d of %d: %q, %v; want %q", i, depth, data, err, dirs[i])
+			}
+			if _, err := os.Stat(filepath.Join(place, fmt.Sprintf("of-%d.img", i))); err != nil {
+				t.Error(err)
+			}
+			place = filepath.Join(place, "parent")
+		}
+		v.Close()
+		if left, err := os.ReadDir(bundle); err != nil || len(left) != 0 {
+			t.Errorf("left in the bundle: %v, %v", left, err)
+		}
 	}
 }
 

@@ -27,7 +27,7 @@ type dumpView struct {
 	dir string
 
 	root *os.File
-	own  string
+	own  []string // directories to remove
 }
 
 // Close ends the view. Files that are open in it stay so.
@@ -35,8 +35,8 @@ func (v *dumpView) Close() {
 	if v.root != nil {
 		v.root.Close()
 	}
-	if v.own != "" {
-		os.RemoveAll(v.own)
+	for _, dir := range v.own {
+		os.RemoveAll(dir)
 	}
 }
 
@@ -46,41 +46,118 @@ func (v *dumpView) Close() {
 //
 // Links in a directory would not do: CRIU opens some images after it has changed
 // its root.
-func (c *Container) view(dir string) (_ *dumpView, err error) {
+func (c *Container) view(dir string, parents []string) (_ *dumpView, err error) {
 	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
 	inside := private(c.spec, specs.UserNamespace)
-	if !named && !inside {
+	if !named && !inside && len(parents) == 0 {
 		return &dumpView{dir: dir}, nil
 	}
-	v := &dumpView{own: filepath.Join(c.cfg.Bundle, "criu-own")}
+	v := new(dumpView)
 	defer func() {
 		if err != nil {
 			v.Close()
 		}
 	}()
-	mode := os.FileMode(0o600)
-	if inside {
-		mode = 0o644
-	}
-	if err := os.Mkdir(v.own, 0o700); err != nil {
-		return nil, err
-	}
-	if named {
-		// A clone must not run for a moment under the name of the original.
-		if err := replaceImages(dir, v.own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(c.spec.Hostname, c.spec.Domainname) }); err != nil {
-			return nil, err
-		}
-	}
-	if !inside {
-		v.root, err = readOnlyOverlay(v.own, dir)
-	} else {
-		v.root, err = c.viewFromInside(dir, v.own)
-	}
+	own, err := v.mkdir(c.cfg.Bundle, len(parents) > 0)
 	if err != nil {
 		return nil, err
 	}
+	if named {
+		mode := os.FileMode(0o600)
+		if inside {
+			mode = 0o644
+		}
+		// A clone must not run for a moment under the name of the original.
+		if err := replaceImages(dir, own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(c.spec.Hostname, c.spec.Domainname) }); err != nil {
+			return nil, err
+		}
+	}
+	if v.root, err = c.overlayView(own, dir); err != nil {
+		return nil, err
+	}
+	if len(parents) > 0 {
+		if err := v.addParents(c, parents); err != nil {
+			return nil, err
+		}
+	}
 	v.dir = fmt.Sprintf("/proc/self/fd/%d", v.root.Fd())
 	return v, nil
+}
+
+// mkdir makes a directory for what a view has of its own.
+func (v *dumpView) mkdir(bundle string, hasParent bool) (string, error) {
+	dir := filepath.Join(bundle, "criu-own")
+	if n := len(v.own); n > 0 {
+		dir += strconv.Itoa(n)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", err
+	}
+	v.own = append(v.own, dir)
+	if hasParent {
+		return dir, os.Mkdir(filepath.Join(dir, parentName), 0o755)
+	}
+	return dir, nil
+}
+
+// overlayView shows a dump under the files in own.
+func (c *Container) overlayView(own, dir string) (*os.File, error) {
+	if private(c.spec, specs.UserNamespace) {
+		return c.viewFromInside(dir, own)
+	}
+	return readOnlyOverlay(own, dir)
+}
+
+// parentName is where CRIU looks for the dump that another one continues.
+const parentName = "parent"
+
+// addParents mounts the dumps that the view's continues in it, each in the one
+// before: a tree of mounts that is mounted nowhere itself.
+func (v *dumpView) addParents(c *Container, parents []string) error {
+	// Below all that is shown of it, the way to a mount point.
+	at, err := v.mkdir(c.cfg.Bundle, false)
+	if err != nil {
+		return err
+	}
+	levels := []*os.File{v.root}
+	defer func() {
+		for _, l := range levels {
+			l.Close()
+		}
+	}()
+	v.root = nil
+	for i, dir := range parents {
+		own, err := v.mkdir(c.cfg.Bundle, i < len(parents)-1)
+		if err != nil {
+			return err
+		}
+		level, err := c.overlayView(own, dir)
+		if err != nil {
+			return err
+		}
+		levels = append(levels, level)
+	}
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return os.NewSyscallError("mount", err)
+		}
+		place := at
+		for _, l := range levels {
+			if err := unix.MoveMount(int(l.Fd()), "", unix.AT_FDCWD, place, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+				return &os.PathError{Op: "move_mount", Path: place, Err: err}
+			}
+			place = filepath.Join(place, parentName)
+		}
+		fd, err := unix.OpenTree(unix.AT_FDCWD, at, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+		if err != nil {
+			return &os.PathError{Op: "open_tree", Path: at, Err: err}
+		}
+		v.root = os.NewFile(uintptr(fd), "dump:"+at)
+		return nil
+	})
 }
 
 // viewFromInside shows a dump, which is readable for root alone, to the root of

@@ -48,6 +48,7 @@ type checkpointRequest struct {
 	exit bool
 	// compression of the image's new layers
 	compression oci.Compression
+	parent      string // an image that this one continues
 	criu        runtime.CRIUOptions
 }
 
@@ -89,6 +90,7 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		if o.Compression != "" {
 			r.compression = o.Compression
 		}
+		r.parent = o.Parent
 		r.exit = r.exit || o.Exit
 		return r, nil
 	}
@@ -376,6 +378,7 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 		Frozen:      frozen,
 		Push:        r.push,
 		Compression: r.compression,
+		Parent:      r.parent,
 	})
 	if err != nil {
 		return nil, err

@@ -38,7 +38,8 @@ type criuPaths struct {
 
 // restore is a restore that fits.
 type restore struct {
-	dir      string // of the dump
+	dir      string   // of the dump
+	parents  []string // of those that it continues
 	manifest *oci.Manifest
 	mounts   []specs.Mount // to attach afterwards
 	tcp      runtime.TCPMode
@@ -141,7 +142,9 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 	if err := gatePrivileges(ck.CRIUDir(), spec); err != nil {
 		return nil, err
 	}
-	return c.fitted(ck.CRIUDir(), ck.Manifest), nil
+	r := c.fitted(ck.CRIUDir(), ck.Manifest)
+	r.parents = ck.ParentDirs()
+	return r, nil
 }
 
 // fitPath gates a dump that the request names. One from another runtime has no
@@ -262,6 +265,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	c.hooks.restoring(r.manifest)
 	io := c.init.io
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
+		Parents:             r.parents,
 		WorkDir:             c.criu.work,
 		TCP:                 r.tcp,
 		Lazy:                s.lazy(c, r.dir),

@@ -31,6 +31,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
@@ -39,6 +40,7 @@ type checkpointFlags struct {
 	exit        bool
 	push        bool
 	compression string
+	parent      string
 	state       string
 	quiet       bool
 }
@@ -66,6 +68,8 @@ while its memory and its changes are taken, not while the image is packed.`,
 	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
 	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
+	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
@@ -97,6 +101,15 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	}
 	defer client.Close()
 
+	if f.parent != "" {
+		img, err := (&session{client, ctx}).image(f.parent)
+		if err != nil {
+			return fmt.Errorf("parent: %w", err)
+		}
+		if img.Checkpoint < 0 {
+			return fmt.Errorf("parent: %w: %s; leave --parent out to make a whole checkpoint", inspect.ErrNoCheckpoint, f.parent)
+		}
+	}
 	c, err := findContainer(ctx, client, t, id)
 	if err != nil {
 		return err
@@ -113,7 +126,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
-	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression})
+	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression, Parent: f.parent})
 	took := time.Since(start)
 	done()
 	if err != nil {

@@ -34,13 +34,13 @@ a checkpoint of the second continuing the first would store.`,
 		defer s.Close()
 		var (
 			images [2]*inspect.Image
-			layers [2]*inspect.Layer
+			layers [2][]*inspect.Layer
 		)
 		for i, ref := range args {
 			if images[i], err = s.image(ref); err != nil {
 				return err
 			}
-			if layers[i], err = s.read(images[i], inspect.Options{Pages: true}, cmd.ErrOrStderr()); err != nil {
+			if layers[i], err = s.readChain(images[i], inspect.Options{Pages: true}, cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 		}

@@ -45,11 +45,12 @@ func (s *session) image(ref string) (*inspect.Image, error) {
 	return inspect.Open(s.ctx, s.ContentStore(), ref, record.Target, platforms.Default())
 }
 
-// read reads an image's checkpoint layer and shows how it gets on.
-func (s *session) read(img *inspect.Image, o inspect.Options, errOut io.Writer) (*inspect.Layer, error) {
+// readChain reads an image's checkpoint layer and those that it continues, and
+// shows how it gets on.
+func (s *session) readChain(img *inspect.Image, o inspect.Options, errOut io.Writer) ([]*inspect.Layer, error) {
 	done := reading(img, &o, errOut)
 	defer done()
-	return img.Read(s.ctx, s.ContentStore(), o)
+	return img.ReadChain(s.ctx, s.ContentStore(), o)
 }
 
 // reading shows progress for layers that take longer than a second.
@@ -57,7 +58,12 @@ func reading(img *inspect.Image, o *inspect.Options, errOut io.Writer) (stop fun
 	if img.Checkpoint < 0 {
 		return func() {}
 	}
-	total, done, began := img.Manifest.Layers[img.Checkpoint].Size, int64(0), time.Now()
+	total, done, began := int64(0), int64(0), time.Now()
+	for n, l := range img.Manifest.Layers {
+		if img.Kind(n) == "checkpoint" {
+			total += l.Size
+		}
+	}
 	d := newDisplay(errOut)
 	o.Progress = func(n int64) {
 		if done += n; time.Since(began) > time.Second {

@@ -71,12 +71,14 @@ func (s *session) verify(ref string, errOut io.Writer) (*verdict, error) {
 		return nil, err
 	}
 	v := &verdict{Name: ref}
-	l, err := s.read(img, inspect.Options{Digests: true}, errOut)
-	if err == nil {
-		err = l.Verify()
+	chain, err := s.readChain(img, inspect.Options{Digests: true}, errOut)
+	for _, l := range chain {
+		if err == nil {
+			err = l.Verify()
+		}
 	}
 	if err == nil {
-		_, err = l.Processes()
+		_, err = chain[0].Processes()
 	}
 	if err == nil && img.Covered() {
 		err = fmt.Errorf("%w: its memory does not match the files; make a new checkpoint of the newer image", images.ErrCovered)
@@ -88,8 +90,10 @@ func (s *session) verify(ref string, errOut io.Writer) (*verdict, error) {
 		return nil, err
 	}
 	v.Whole = v.Damage == ""
-	if l != nil {
-		v.Here = inspect.FitOf(l.Manifest, thisHost())
+	if len(chain) > 0 {
+		v.Here = inspect.FitOf(chain[0].Manifest, thisHost())
+	}
+	for _, l := range chain {
 		for _, f := range l.Found {
 			v.Files++
 			v.Bytes += f.Size

@@ -154,21 +154,29 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 
 	m := r.Manifest
 	m.Base = base.identity()
-	dump, err := writeDump(ctx, s.content, r, spec, &m, comp, total, emit)
+	p, err := loadParent(ctx, s, r.Parent, &m)
+	if err != nil {
+		return none, err
+	}
+	dump, err := writeDump(ctx, s.content, r, spec, &m, p, comp, total, emit)
 	if err != nil {
 		return none, fmt.Errorf("pack the dump of container %s: %w", c.ID, err)
 	}
 
-	target, size, err := writeImage(ctx, s.content, base, changes, dump, &m)
+	target, size, err := writeImage(ctx, s.content, base, changes, p.layersOrNil(), dump, &m)
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
+	}
+	stored := int64(0)
+	for _, f := range m.Files {
+		stored += f.Size
 	}
 	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target, Labels: labels}); err != nil {
 		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
 	}
 	emit(Event{
 		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
-		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: changes.size(),
+		LayerSize: dump.desc.Size, DumpSize: stored, ChangesSize: changes.size(),
 	})
 	if r.Push {
 		return target, push(ctx, s.content, r.Ref, target, emit)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -939,6 +940,73 @@ func TestUpper(t *testing.T) {
 		}
 		if err := unix.Lremovexattr(filepath.Join(dir, path), attr); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// A checkpoint that continues another one stores what changed, and brings the other's layer along.
+func TestBuildWithParent(t *testing.T) {
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	const pages = 64
+	request := func(ref, parent string, change int) Request {
+		r := w.request("c", ref)
+		r.Parent = parent
+		r.Manifest.Host.PageSize = 4096
+		memory := make([]byte, pages*4096)
+		for i := range memory {
+			memory[i] = byte(1 + i/4096)
+		}
+		memory[change*4096] = 255
+		for name, data := range map[string]string{
+			"pages-1.img": string(memory),
+			// One run of 64 pages at 0x10000, as CRIU 4.2 writes it.
+			"pagemap-1.img": "\x19\x43\x56\x54\x25\x40\x08\x56\x02\x00\x00\x00\x08\x01\x0a\x00\x00\x00\x08\x80\x80\x04\x10\x00\x20\x04\x28\x40",
+		} {
+			w.must(os.WriteFile(filepath.Join(r.DumpDir, name), []byte(data), 0o600))
+		}
+		return r
+	}
+	name, size := "", int64(0)
+	for depth := range oci.MaxDepth + 1 {
+		ref := fmt.Sprintf("warm:%d", depth)
+		_, events, err := w.build(request(ref, name, depth))
+		if err != nil {
+			t.Fatalf("depth %d: %v", depth, err)
+		}
+		done := events[len(events)-1]
+		if depth == 0 {
+			size = done.DumpSize
+		} else if done.DumpSize > size-(pages-2)*4096+1024 {
+			t.Errorf("at depth %d %d bytes are stored, of %d", depth, done.DumpSize, size)
+		}
+		l := w.load(ref)
+		if n := len(l.manifest.Layers); n != 1+depth+1 {
+			t.Errorf("at depth %d there are %d layers", depth, n)
+		}
+		for i, layer := range l.manifest.Layers {
+			if got := layer.Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint; got != (i > 0) {
+				t.Errorf("at depth %d layer %d is a checkpoint: %v", depth, i, got)
+			}
+		}
+		if want := strconv.Itoa(depth); depth > 0 && l.manifest.Annotations[oci.AnnotationDepth] != want {
+			t.Errorf("at depth %d the annotation says %q", depth, l.manifest.Annotations[oci.AnnotationDepth])
+		}
+		if name != "" {
+			// What it continues stays, also without its name.
+			w.must(w.images.Delete(w.ctx, name))
+			_, err := w.db.GarbageCollect(w.ctx)
+			w.must(err)
+		}
+		name = ref
+	}
+	for parent, want := range map[string]string{
+		name: "cracctl flatten", "base:1": "no checkpoint", "gone:1": "pull it",
+	} {
+		_, _, err := w.build(request("more:1", parent, 0))
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("on %s: %v, want %q", parent, err, want)
 		}
 	}
 }

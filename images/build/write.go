@@ -127,9 +127,9 @@ func (w *ctxWriter) Write(p []byte) (int, error) {
 }
 
 // writeDump stores the checkpoint layer and fills m.Files.
-func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, comp compression, total int64, emit func(Event)) (newLayer, error) {
+func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, p *parent, comp compression, total int64, emit func(Event)) (newLayer, error) {
 	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
-		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m)
+		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m, p.memoryOrNil())
 	})
 	l.desc.Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
 	return l, err
@@ -156,7 +156,7 @@ func (p *progress) Write(b []byte) (int, error) {
 
 // writeImage stores configuration and manifest. It returns the manifest's
 // descriptor and the size of all that it refers to.
-func writeImage(ctx context.Context, cs content.Store, b *base, changes, dump newLayer, m *oci.Manifest) (ocispec.Descriptor, int64, error) {
+func writeImage(ctx context.Context, cs content.Store, b *base, changes newLayer, below []newLayer, dump newLayer, m *oci.Manifest) (ocispec.Descriptor, int64, error) {
 	none := ocispec.Descriptor{}
 	layers, diffIDs, history := b.layers(), b.diffIDs, b.history
 	created := m.Created
@@ -170,7 +170,9 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes, dump ne
 	if changes.diffID != "" {
 		add(changes, oci.CreatedByChanges)
 	}
-	add(dump, oci.CreatedByCheckpoint)
+	for _, l := range append(below, dump) {
+		add(l, oci.CreatedByCheckpoint)
+	}
 
 	config := make(map[string]json.RawMessage, len(b.config))
 	for k, v := range b.config {

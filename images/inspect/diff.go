@@ -3,6 +3,8 @@ package inspect
 import (
 	"fmt"
 	"slices"
+
+	"github.com/crac-shim/crac/images"
 )
 
 // Difference is what differs between two checkpoints. Sizes are bytes.
@@ -51,8 +53,17 @@ type ProcessDifference struct {
 	Kinds  map[string]Pages `json:"kinds,omitempty"` // by Mapping.Kind
 }
 
-// Diff compares two checkpoints whose layers were read with Pages.
-func Diff(from, to *Image, a, b *Layer) (*Difference, error) {
+// Diff compares two checkpoints: chains of layers that were read with Pages.
+func Diff(from, to *Image, x, y []*Layer) (*Difference, error) {
+	a, b := x[0], y[0]
+	before, err := NewMemory(x)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", from.Name, err)
+	}
+	after, err := NewMemory(y)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", to.Name, err)
+	}
 	d := &Difference{From: from.Name, To: to.Name, SameLayers: sameLayers(from, to)}
 	d.facts(a, b)
 	first, err := a.Processes()
@@ -71,15 +82,11 @@ func Diff(from, to *Image, a, b *Layer) (*Difference, error) {
 	}
 	for i := range first {
 		p, q := &first[i], find(second, first[i].PID)
-		if err := d.process(p, q, a, b); err != nil {
-			return nil, err
-		}
+		d.process(p, q, before, after)
 	}
 	for i := range second {
 		if find(first, second[i].PID) == nil {
-			if err := d.process(nil, &second[i], a, b); err != nil {
-				return nil, err
-			}
+			d.process(nil, &second[i], before, after)
 		}
 	}
 	return d, nil
@@ -119,16 +126,9 @@ func (d *Difference) facts(a, b *Layer) {
 	add("mounts", m.Mounts, n.Mounts)
 }
 
-func (d *Difference) process(p, q *Process, a, b *Layer) error {
+func (d *Difference) process(p, q *Process, before, after *Memory) {
 	out := ProcessDifference{In: "both", Kinds: make(map[string]Pages)}
-	x, err := a.pages(p)
-	if err != nil {
-		return err
-	}
-	y, err := b.pages(q)
-	if err != nil {
-		return err
-	}
+	x, y := before.pages(p), after.pages(q)
 	switch {
 	case q == nil:
 		out.PID, out.Command, out.In = p.PID, p.Command, "from"
@@ -145,16 +145,16 @@ func (d *Difference) process(p, q *Process, a, b *Layer) error {
 		)
 		switch {
 		case !y.ok || x.ok && x.address < y.address:
-			pages.Removed, kind = hashedPage, x.kind()
+			pages.Removed, kind = images.SumSize, x.kind()
 			x.next()
 		case !x.ok || y.address < x.address:
-			pages.Added, kind = hashedPage, y.kind()
+			pages.Added, kind = images.SumSize, y.kind()
 			y.next()
 		default:
 			if x.hash == y.hash {
-				pages.Equal = hashedPage
+				pages.Equal = images.SumSize
 			} else {
-				pages.Changed = hashedPage
+				pages.Changed = images.SumSize
 			}
 			kind = y.kind()
 			x.next()
@@ -167,63 +167,41 @@ func (d *Difference) process(p, q *Process, a, b *Layer) error {
 	}
 	d.Memory.add(out.Memory)
 	d.Processes = append(d.Processes, out)
-	return nil
 }
 
-// pageCursor goes through the pages of a process that are in the dump.
+// pageCursor goes through the pages of a process that are in a chain of dumps.
 type pageCursor struct {
-	ok            bool
-	address, hash uint64
+	ok      bool
+	address uint64
+	hash    images.PageSum
 
-	runs     []Run
+	memory   *Memory
+	pid      uint32
 	run      int
-	inRun    uint64 // units of the run that are behind
-	hashes   []uint64
-	pageSize uint64
 	mappings []Mapping
 	mapping  int
 }
 
 // pages starts at the first page of p, which may be nil.
-func (l *Layer) pages(p *Process) (*pageCursor, error) {
-	c := &pageCursor{pageSize: uint64(l.Manifest.Host.PageSize)}
-	if p == nil {
-		return c, nil
+func (m *Memory) pages(p *Process) *pageCursor {
+	c := &pageCursor{memory: m}
+	if p != nil {
+		c.pid, c.mappings = p.PID, p.Mappings
+		c.next()
 	}
-	name := fmt.Sprintf("pagemap-%d.img", p.PID)
-	data, ok := l.Images[name]
-	if !ok {
-		return c, nil
-	}
-	m, err := parsePagemap(data, c.pageSize)
-	if err != nil {
-		return nil, damaged(fmt.Errorf("%s: %w", name, err))
-	}
-	file := fmt.Sprintf("pages-%d.img", m.ID)
-	c.runs, c.hashes, c.mappings = m.Runs, l.Pages[file], p.Mappings
-	units := uint64(0)
-	for _, r := range m.Runs {
-		if r.Present {
-			units += r.Pages * (c.pageSize / hashedPage)
-		}
-	}
-	if units != uint64(len(c.hashes)) {
-		return nil, damaged(fmt.Errorf("%s speaks of %d bytes and %s has %d", name, units*hashedPage, file, len(c.hashes)*hashedPage))
-	}
-	c.next()
-	return c, nil
+	return c
 }
 
 func (c *pageCursor) next() {
-	for c.ok = false; c.run < len(c.runs); c.run, c.inRun = c.run+1, 0 {
-		r := c.runs[c.run]
-		if !r.Present || c.inRun == r.Pages*(c.pageSize/hashedPage) {
-			continue
+	runs := c.memory.processes[c.pid]
+	next := c.address + images.SumSize
+	for c.ok = false; c.run < len(runs); c.run++ {
+		for next = max(next, runs[c.run].start); next < runs[c.run].end; next += images.SumSize {
+			if sum, ok := c.memory.Sum(c.pid, next); ok {
+				c.ok, c.address, c.hash = true, next, sum
+				return
+			}
 		}
-		c.ok, c.address, c.hash = true, r.Start+c.inRun*hashedPage, c.hashes[0]
-		c.hashes = c.hashes[1:]
-		c.inRun++
-		return
 	}
 }
 

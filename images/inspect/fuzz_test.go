@@ -75,26 +75,3 @@ func FuzzProcesses(f *testing.F) {
 		}
 	})
 }
-
-func FuzzPagemap(f *testing.F) {
-	for _, n := range []string{"1", "8", "9"} {
-		data, err := os.ReadFile(filepath.Join("testdata", "dump", "pagemap-"+n+".img"))
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(data)
-	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		p, err := parsePagemap(data, 4096)
-		if err != nil {
-			return
-		}
-		last := uint64(0)
-		for _, r := range p.Runs {
-			if r.Start < last || r.End(4096) <= r.Start {
-				t.Fatalf("run %+v after %#x", r, last)
-			}
-			last = r.End(4096)
-		}
-	})
-}

@@ -45,7 +45,7 @@ func dumpDir(tb testing.TB) string {
 	for name, size := range pagesOf {
 		data := make([]byte, size)
 		for i := range data {
-			data[i] = byte(i / hashedPage * 7)
+			data[i] = byte(i / images.SumSize * 7)
 		}
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			tb.Fatal(err)
@@ -70,7 +70,7 @@ func tarLayer(tb testing.TB, dir string) []byte {
 	tb.Helper()
 	m := facts()
 	var buf bytes.Buffer
-	if err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m); err != nil {
+	if err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
 		tb.Fatal(err)
 	}
 	return buf.Bytes()
@@ -405,7 +405,7 @@ func TestPageHashes(t *testing.T) {
 	}
 	for name, size := range pagesOf {
 		hashes := l.Pages[name]
-		if len(hashes) != int(size/hashedPage) {
+		if len(hashes) != int(size/images.SumSize) {
 			t.Fatalf("%s has %d hashes", name, len(hashes))
 		}
 		if hashes[0] == hashes[1] {
@@ -449,17 +449,17 @@ func TestDiff(t *testing.T) {
 	imgA, a := read(first)
 	imgB, b := read(second)
 
-	same, err := Diff(imgA, imgA, a, a)
+	same, err := Diff(imgA, imgA, []*Layer{a}, []*Layer{a})
 	total := int64(77824 + 65536 + 61440)
 	if err != nil || !same.SameLayers || len(same.Facts) > 0 || same.Memory != (Pages{Equal: total}) || len(same.Processes) != 3 {
 		t.Errorf("with itself: %+v, %v", same, err)
 	}
 	b.Manifest.Host.CPU.Model = "Other"
-	d, err := Diff(imgA, imgB, a, b)
+	d, err := Diff(imgA, imgB, []*Layer{a}, []*Layer{b})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.Memory != (Pages{Equal: total - 2*hashedPage, Changed: 2 * hashedPage}) || len(d.Facts) != 1 || d.Facts[0].To != "Other" {
+	if d.Memory != (Pages{Equal: total - 2*images.SumSize, Changed: 2 * images.SumSize}) || len(d.Facts) != 1 || d.Facts[0].To != "Other" {
 		t.Errorf("%+v", d)
 	}
 	for _, p := range d.Processes {
@@ -488,7 +488,7 @@ func TestDiff(t *testing.T) {
 		x, y *Layer
 		in   string
 	}{{a, &less, "from"}, {&less, a, "to"}} {
-		d, err := Diff(imgA, imgA, tt.x, tt.y)
+		d, err := Diff(imgA, imgA, []*Layer{tt.x}, []*Layer{tt.y})
 		if err != nil || len(d.Processes) != 3 || d.Processes[2].In != tt.in || d.Memory.Added+d.Memory.Removed != 65536+61440 {
 			t.Errorf("%s: %+v, %v", tt.in, d, err)
 		}
@@ -496,7 +496,7 @@ func TestDiff(t *testing.T) {
 
 	// Memory that is not what the page map says.
 	a.Pages["pages-1.img"] = a.Pages["pages-1.img"][1:]
-	if _, err := Diff(imgA, imgB, a, b); !errors.Is(err, images.ErrDamaged) {
+	if _, err := Diff(imgA, imgB, []*Layer{a}, []*Layer{b}); !errors.Is(err, images.ErrDamaged) {
 		t.Errorf("a page is missing: %v", err)
 	}
 }

@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"hash/maphash"
 	"io"
 	"path"
 	"strings"
@@ -39,9 +38,11 @@ type Layer struct {
 	// digests if they were asked for.
 	Found []oci.File
 	// Pages are the hashes of the pages in pages-*.img, by name and in order, if
-	// they were asked for. Equal pages of one process's run have equal hashes; they
-	// mean nothing elsewhere.
-	Pages map[string][]uint64
+	// they were asked for: see images.SumPage.
+	Pages map[string][]images.PageSum
+	// ManifestDigest is that of manifest.json: dumps that continue this one name
+	// it by that.
+	ManifestDigest string
 }
 
 // Options say what a layer is read for. The zero value reads what is inside.
@@ -55,14 +56,11 @@ type Options struct {
 	Progress func(n int64)
 }
 
-// pageSeed makes hashes that no image can be made for.
-var pageSeed = maphash.MakeSeed()
-
 // readLayer reads an uncompressed checkpoint layer in one pass. What it finds is
 // hostile: only the format's own entries are taken, each once, and what is kept
 // is bounded. Errors wrap images.ErrDamaged.
 func readLayer(ctx context.Context, r io.Reader, o Options) (*Layer, error) {
-	l := &Layer{Images: make(map[string][]byte), Pages: make(map[string][]uint64)}
+	l := &Layer{Images: make(map[string][]byte), Pages: make(map[string][]images.PageSum)}
 	var (
 		manifest []byte
 		kept     int64
@@ -125,6 +123,8 @@ func readLayer(ctx context.Context, r io.Reader, o Options) (*Layer, error) {
 	if l.Manifest, err = oci.DecodeManifest(strings.NewReader(string(manifest))); err != nil {
 		return nil, damaged(err)
 	}
+	sum := sha256.Sum256(manifest)
+	l.ManifestDigest = "sha256:" + hex.EncodeToString(sum[:])
 	return l, nil
 }
 
@@ -161,22 +161,18 @@ func (l *Layer) file(r io.Reader, name string, size int64, o Options, keep func(
 	return nil
 }
 
-// hashedPage is the unit that memory is compared by. It is every page size's
-// divisor.
-const hashedPage = 4096
-
-func hashPages(r io.Reader) (hashes []uint64, err error) {
-	page := make([]byte, hashedPage)
+func hashPages(r io.Reader) (sums []images.PageSum, err error) {
+	page := make([]byte, images.SumSize)
 	for {
 		switch n, err := io.ReadFull(r, page); {
 		case errors.Is(err, io.EOF):
-			return hashes, nil
+			return sums, nil
 		case errors.Is(err, io.ErrUnexpectedEOF):
 			return nil, fmt.Errorf("does not hold whole pages: %d bytes are left over", n)
 		case err != nil:
 			return nil, err
 		}
-		hashes = append(hashes, maphash.Bytes(pageSeed, page))
+		sums = append(sums, images.SumPage(page))
 	}
 }
 

@@ -17,6 +17,8 @@ import (
 	skinet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/images"
 )
 
 // Process is a process of the dump.
@@ -201,7 +203,7 @@ func (d dump) memory(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize u
 	if !ok {
 		return nil
 	}
-	pagemap, err := parsePagemap(data, pageSize)
+	pagemap, err := images.ParsePagemap(data, pageSize)
 	if err != nil {
 		return damaged(fmt.Errorf("%s: %w", name, err))
 	}
@@ -211,7 +213,7 @@ func (d dump) memory(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize u
 
 // count adds what is in the dump to the mappings. Both lists are in order of
 // addresses; a run may span mappings.
-func (p *Process) count(runs []Run, pageSize uint64) {
+func (p *Process) count(runs []images.Run, pageSize uint64) {
 	i := 0
 	for _, r := range runs {
 		end := r.End(pageSize)
@@ -222,10 +224,10 @@ func (p *Process) count(runs []Run, pageSize uint64) {
 			m := &p.Mappings[k]
 			n := int64(min(end, m.end) - max(r.Start, m.start))
 			switch {
-			case r.Parent:
+			case r.InParent():
 				m.InParent += n
 				p.InParent += n
-			case r.Present:
+			case r.Present():
 				m.Dumped += n
 				p.Dumped += n
 			}

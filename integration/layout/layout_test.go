@@ -35,7 +35,7 @@ var may = map[string][]string{
 	"runtime/pager":               {},
 	"runtime/thread":              {},
 	"images":                      {"oci"},
-	"images/build":                {"images", "images/registry", "oci"},
+	"images/build":                {"images", "images/inspect", "images/registry", "oci"},
 	"images/inspect":              {"images", "oci"},
 	"images/registry":             {"oci"},
 	"oci":                         {},

@@ -1,0 +1,141 @@
+package inspect
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/content"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+// ReadChain reads the image's checkpoint layer and those of the dumps that it
+// continues, the nearest first.
+func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options) ([]*Layer, error) {
+	top, err := i.Read(ctx, store, o)
+	if err != nil {
+		return nil, err
+	}
+	chain := []*Layer{top}
+	for n, want := i.Checkpoint-1, top.Manifest.Parent; want != nil; n-- {
+		for n >= 0 && !i.isCheckpoint(n) {
+			n--
+		}
+		if n < 0 {
+			return nil, damaged(fmt.Errorf("%s: the dump with the manifest %s, which this one continues, is in no layer", i.Name, want.Manifest))
+		}
+		below := *i
+		below.Checkpoint = n
+		l, err := below.Read(ctx, store, o)
+		if err != nil {
+			return nil, err
+		}
+		if l.ManifestDigest != want.Manifest {
+			return nil, damaged(fmt.Errorf("%s: layer %s is not the dump that the one above it continues: its manifest is %s, not %s",
+				i.Name, i.Manifest.Layers[n].Digest, l.ManifestDigest, want.Manifest))
+		}
+		if len(chain) > oci.MaxDepth {
+			return nil, damaged(fmt.Errorf("%s: more than %d dumps continue one another", i.Name, oci.MaxDepth))
+		}
+		chain = append(chain, l)
+		want = l.Manifest.Parent
+	}
+	return chain, nil
+}
+
+// CheckpointLayers are the indexes of the layers that a chain of this length was
+// read from, the nearest first.
+func (i *Image) CheckpointLayers(length int) []int {
+	var all []int
+	for n := i.Checkpoint; n >= 0 && len(all) < length; n-- {
+		if i.isCheckpoint(n) {
+			all = append(all, n)
+		}
+	}
+	return all
+}
+
+// Memory is the memory of the processes of a chain of dumps, as hashes. It is
+// read-only, and safe for concurrent use.
+type Memory struct {
+	processes map[uint32][]summed
+	parent    *Memory
+}
+
+var _ images.ParentMemory = (*Memory)(nil)
+
+// summed is a run of pages with their hashes; none of pages that are the parent's.
+type summed struct {
+	start, end uint64
+	sums       []images.PageSum
+}
+
+// NewMemory takes the memory out of a chain of layers that were read with Pages.
+func NewMemory(chain []*Layer) (*Memory, error) {
+	var m *Memory
+	for _, l := range slices.Backward(chain) {
+		above := &Memory{processes: make(map[uint32][]summed), parent: m}
+		if err := above.read(l); err != nil {
+			return nil, damaged(err)
+		}
+		m = above
+	}
+	return m, nil
+}
+
+func (m *Memory) read(l *Layer) error {
+	pageSize := uint64(l.Manifest.Host.PageSize)
+	for name, data := range l.Images {
+		var pid uint32
+		if n, err := fmt.Sscanf(name, "pagemap-%d.img", &pid); n != 1 || err != nil || name != fmt.Sprintf("pagemap-%d.img", pid) {
+			continue
+		}
+		p, err := images.ParsePagemap(data, pageSize)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		file := fmt.Sprintf("pages-%d.img", p.ID)
+		sums := l.Pages[file]
+		var runs []summed
+		for _, r := range p.Runs {
+			s := summed{start: r.Start, end: r.End(pageSize)}
+			if r.Present() {
+				n := (s.end - s.start) / images.SumSize
+				if n > uint64(len(sums)) {
+					return fmt.Errorf("%s speaks of more pages than %s has", name, file)
+				}
+				s.sums, sums = sums[:n], sums[n:]
+			} else if !r.InParent() {
+				continue
+			}
+			runs = append(runs, s)
+		}
+		if len(sums) > 0 {
+			return fmt.Errorf("%s has more pages than %s speaks of", file, name)
+		}
+		m.processes[pid] = runs
+	}
+	return nil
+}
+
+// Sum implements images.ParentMemory.
+func (m *Memory) Sum(pid uint32, address uint64) (images.PageSum, bool) {
+	for ; m != nil; m = m.parent {
+		runs := m.processes[pid]
+		i, _ := slices.BinarySearchFunc(runs, address, func(s summed, at uint64) int {
+			if s.end <= at {
+				return -1
+			}
+			return 1 // the first that ends behind it is looked for
+		})
+		if i >= len(runs) || runs[i].start > address {
+			return images.PageSum{}, false
+		}
+		if runs[i].sums != nil {
+			return runs[i].sums[(address-runs[i].start)/images.SumSize], true
+		}
+	}
+	return images.PageSum{}, false
+}

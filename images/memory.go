@@ -1,0 +1,297 @@
+package images
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// SumSize is the unit in bytes that pages are compared by. It divides every size
+// that pages have.
+const SumSize = 4096
+
+// PageSum is a hash of SumSize bytes. It means something in this process alone:
+// its seeds are random, so that nobody can make two pages of one sum. That two
+// others have one is less likely than that the memory errs.
+type PageSum [2]uint64
+
+var sumSeeds = [2]maphash.Seed{maphash.MakeSeed(), maphash.MakeSeed()}
+
+// SumPage hashes a page of SumSize bytes.
+func SumPage(page []byte) PageSum {
+	return PageSum{maphash.Bytes(sumSeeds[0], page), maphash.Bytes(sumSeeds[1], page)}
+}
+
+// ParentMemory is the memory of a dump that another one continues.
+type ParentMemory interface {
+	// Sum is that of the SumSize bytes at an address in a process; ok is false for
+	// what the dump does not hold.
+	Sum(pid uint32, address uint64) (sum PageSum, ok bool)
+}
+
+// memory is how the memory in a dump is stored: without pages that are nothing
+// but zeroes where a restore finds zeroes anyway, and without those that a parent
+// has. Files that are as CRIU wrote them are not in it.
+type memory struct {
+	maps  map[string][]byte // pagemap-*.img
+	pages map[string]kept   // pages-*.img
+}
+
+// kept are the parts of a file that are stored, in order.
+type kept struct {
+	size   int64
+	ranges []byteRange
+}
+
+type byteRange struct{ offset, size int64 }
+
+func (k *kept) add(offset, size int64) {
+	k.size += size
+	if n := len(k.ranges); n > 0 && k.ranges[n-1].offset+k.ranges[n-1].size == offset {
+		k.ranges[n-1].size += size
+		return
+	}
+	k.ranges = append(k.ranges, byteRange{offset, size})
+}
+
+func (k kept) reader(f io.ReaderAt) io.Reader {
+	parts := make([]io.Reader, len(k.ranges))
+	for i, r := range k.ranges {
+		parts[i] = io.NewSectionReader(f, r.offset, r.size)
+	}
+	return io.MultiReader(parts...)
+}
+
+// planMemory reads a dump's memory once and decides what of it is stored. parent
+// may be nil.
+func planMemory(dir string, files []oci.File, pageSize uint64, parent ParentMemory) (*memory, error) {
+	m := &memory{maps: make(map[string][]byte), pages: make(map[string]kept)}
+	for _, f := range files {
+		rest, ok := strings.CutPrefix(f.Name, "pagemap-")
+		if !ok {
+			continue
+		}
+		// Those of shared memory, pagemap-shmem-*.img, are no process's.
+		pid, err := strconv.ParseUint(strings.TrimSuffix(rest, ".img"), 10, 32)
+		if err != nil {
+			continue
+		}
+		if err := m.plan(dir, f.Name, uint32(pid), pageSize, parent); err != nil {
+			return nil, fmt.Errorf("%w: %s: %w", ErrNotDump, filepath.Join(dir, f.Name), err)
+		}
+	}
+	return m, nil
+}
+
+func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent ParentMemory) error {
+	data, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		return err
+	}
+	old, err := ParsePagemap(data, pageSize)
+	if err != nil {
+		return err
+	}
+	anonymous, err := anonymousMemory(dir, pid)
+	if err != nil {
+		return err
+	}
+	file := fmt.Sprintf("pages-%d.img", old.ID)
+	if _, twice := m.pages[file]; twice {
+		return fmt.Errorf("%s belongs to another process, too", file)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, file), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var (
+		stored kept
+		left   = &Pagemap{ID: old.ID, wide: old.wide}
+		offset int64
+		in     = pageReader{f: f, page: make([]byte, pageSize)}
+	)
+	for _, r := range old.Runs {
+		if !r.Present() {
+			left.append(r.Start, r.Pages, r.flags, pageSize)
+			continue
+		}
+		for i := range r.Pages {
+			at := r.Start + i*pageSize
+			page, err := in.next()
+			if err != nil {
+				return fmt.Errorf("%s: %w", file, err)
+			}
+			switch {
+			case isZero(page) && anonymous.has(at):
+			case parent != nil && sameAs(parent, pid, at, page):
+				left.append(at, 1, pageInParent, pageSize)
+			default:
+				left.append(at, 1, r.flags, pageSize)
+				stored.add(offset, int64(pageSize))
+			}
+			offset += int64(pageSize)
+		}
+	}
+	if rest, err := in.rest(); err != nil || rest {
+		return errors.Join(fmt.Errorf("%s holds more pages than it says", file), err)
+	}
+	if stored.size == offset {
+		return nil // as it was
+	}
+	m.maps[name], m.pages[file] = left.encode(), stored
+	return nil
+}
+
+// pageReader reads a file page by page, in large parts.
+type pageReader struct {
+	f    io.Reader
+	page []byte
+	buf  []byte
+	full []byte
+}
+
+func (r *pageReader) next() ([]byte, error) {
+	if len(r.buf) < len(r.page) {
+		if r.full == nil {
+			r.full = make([]byte, max(1<<20, len(r.page)))
+		}
+		n := copy(r.full, r.buf)
+		for n < len(r.page) {
+			k, err := r.f.Read(r.full[n:])
+			n += k
+			if errors.Is(err, io.EOF) && n < len(r.page) {
+				return nil, errors.New("holds fewer pages than its page map says")
+			}
+			if err != nil && !errors.Is(err, io.EOF) {
+				return nil, err
+			}
+		}
+		r.buf = r.full[:n]
+	}
+	page := r.buf[:len(r.page)]
+	r.buf = r.buf[len(r.page):]
+	return page, nil
+}
+
+// rest tells whether there is more.
+func (r *pageReader) rest() (bool, error) {
+	if len(r.buf) > 0 {
+		return true, nil
+	}
+	n, err := r.f.Read(make([]byte, 1))
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return n > 0, err
+}
+
+func isZero(page []byte) bool {
+	// Most pages that are not zero show it at once.
+	return binary.NativeEndian.Uint64(page) == 0 && bytes.Equal(page[:len(page)-8], page[8:])
+}
+
+func sameAs(parent ParentMemory, pid uint32, at uint64, page []byte) bool {
+	for i := 0; i < len(page); i += SumSize {
+		sum, ok := parent.Sum(pid, at+uint64(i))
+		if !ok || sum != SumPage(page[i:i+SumSize]) {
+			return false
+		}
+	}
+	return true
+}
+
+// areas are address ranges, sorted, that do not overlap.
+type areas []struct{ start, end uint64 }
+
+func (a areas) has(at uint64) bool {
+	i, _ := slices.BinarySearchFunc(a, at, func(e struct{ start, end uint64 }, at uint64) int {
+		if e.end <= at {
+			return -1
+		}
+		return 1
+	})
+	return i < len(a) && a[i].start <= at
+}
+
+// Flags of a vma_entry: which mappings a restore makes anew as memory of its own,
+// which is zero (CRIU's image.h).
+const (
+	magicMm       = 0x57492820
+	vmaRegular    = 1 << 0
+	vmaStack      = 1 << 1
+	vmaHeap       = 1 << 5
+	vmaAnonymous  = 1 << 9
+	vmaOnlyThese  = vmaRegular | vmaStack | vmaHeap | vmaAnonymous
+	maxMappings   = 1 << 20
+	mmMappings    = 14
+	vmaStart      = 1
+	vmaEnd        = 2
+	vmaFlagsField = 6
+	vmaStatus     = 7
+)
+
+// anonymousMemory finds where pages that are not stored are zero after a restore.
+// None of a process without mm-*.img of its own.
+func anonymousMemory(dir string, pid uint32) (areas, error) {
+	name := fmt.Sprintf("mm-%d.img", pid)
+	data, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	messages, err := parseImage(data, magicMm)
+	if err == nil && len(messages) != 1 {
+		err = fmt.Errorf("holds %d messages instead of one", len(messages))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	mm, err := parse(messages[0])
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	var all areas
+	for _, v := range mm[mmMappings] {
+		if v.kind != protowire.BytesType || len(all) > maxMappings {
+			return nil, fmt.Errorf("%s has mappings that are none", name)
+		}
+		f, err := parse(v.bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		number := func(n protowire.Number) uint64 {
+			if len(f[n]) != 1 {
+				return 0
+			}
+			return f[n][0].number
+		}
+		status, flags := number(vmaStatus), number(vmaFlagsField)
+		if status&vmaAnonymous == 0 || status&^vmaOnlyThese != 0 || flags&unix.MAP_HUGETLB != 0 || flags&unix.MAP_SHARED != 0 {
+			continue
+		}
+		all = append(all, struct{ start, end uint64 }{number(vmaStart), number(vmaEnd)})
+	}
+	slices.SortFunc(all, func(a, b struct{ start, end uint64 }) int {
+		if a.start < b.start {
+			return -1
+		}
+		return 1
+	})
+	return all, nil
+}

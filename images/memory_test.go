@@ -1,0 +1,267 @@
+package images
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+const page = 4096
+
+// pagesFile has a page for each letter: all of it that letter, and '0' is zero.
+func pagesFile(letters string) string {
+	var b strings.Builder
+	for _, l := range letters {
+		if l == '0' {
+			l = 0
+		}
+		b.WriteString(strings.Repeat(string(l), page))
+	}
+	return b.String()
+}
+
+// mappings is an mm-*.img of mappings, each from, pages, status and flags.
+func mappings(all ...[4]uint64) string {
+	var mm message
+	for _, m := range all {
+		mm = mm.msg(mmMappings, message{}.num(vmaStart, m[0]).num(vmaEnd, m[0]+m[1]*page).num(vmaFlagsField, m[3]).num(vmaStatus, m[2]))
+	}
+	return image([]uint32{magicCommon, magicMm}, mm)
+}
+
+func runs(wide bool, all ...Run) string {
+	return string((&Pagemap{ID: 3, Runs: all, wide: wide}).encode())
+}
+
+const (
+	anonymous = vmaRegular | vmaAnonymous
+	private   = 0x22
+	mapped    = vmaRegular | 1<<6 // a file, privately
+)
+
+// toldMemory is a parent's memory: a letter for a page.
+type toldMemory map[uint64]byte
+
+func (m toldMemory) Sum(pid uint32, at uint64) (PageSum, bool) {
+	l, ok := m[at]
+	return SumPage(bytes.Repeat([]byte{l}, page)), ok && pid == 7
+}
+
+func TestMemoryIsStored(t *testing.T) {
+	const a, b = 0x10000, 0x80000
+	for _, tt := range []struct {
+		name   string
+		maps   string
+		mm     string
+		pages  string
+		parent ParentMemory
+		want   string // the runs: start, pages, flags
+		left   string // pages
+	}{
+		{"as it was", runs(true, Run{a, 3, 4}), mappings([4]uint64{a, 3, anonymous, private}), "abc", nil, "10000+3:4", "abc"},
+		{"zeroes", runs(true, Run{a, 6, 4}), mappings([4]uint64{a, 6, anonymous, private}), "0ab00c", nil, "11000+2:4 15000+1:4", "abc"},
+		{"of a lazy run", runs(true, Run{a, 3, 6}), mappings([4]uint64{a, 3, anonymous, private}), "a0b", nil, "10000+1:6 12000+1:6", "ab"},
+		{"before 4.2", runs(false, Run{a, 3, 4}), mappings([4]uint64{a, 3, anonymous, private}), "a0b", nil, "10000+1:4 12000+1:4", "ab"},
+		{"nothing but zeroes", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous, private}), "00", nil, "", ""},
+		{"a file's are content", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, mapped, 2}), "0a", nil, "10000+2:4", "0a"},
+		{"shared memory", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous, 0x21}), "0a", nil, "10000+2:4", "0a"},
+		{"huge pages", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous, private | 0x40000}), "0a", nil, "10000+2:4", "0a"},
+		{"something later", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous | 1<<20, private}), "0a", nil, "10000+2:4", "0a"},
+		{"two mappings", runs(true, Run{a, 4, 4}), mappings([4]uint64{a + 2*page, 2, mapped, 2}, [4]uint64{a, 2, anonymous, private}), "0000", nil, "12000+2:4", "00"},
+		{"outside of all", runs(true, Run{b, 1, 4}), mappings([4]uint64{a, 2, anonymous, private}), "0", nil, "80000+1:4", "0"},
+
+		{
+			"a parent's", runs(true, Run{a, 4, 4}, Run{b, 1, 4}), mappings([4]uint64{a, 4, anonymous, private}), "abcde",
+			toldMemory{a: 'a', a + page: 'x', a + 2*page: 'c', a + 3*page: 'd', b: 'e'},
+			"10000+1:1 11000+1:4 12000+2:1 80000+1:1", "b",
+		},
+		{"zero, though the parent's is not", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous, private}), "a0", toldMemory{a: 'a', a + page: 'x'}, "10000+1:1", ""},
+		{"a file's zero that the parent has", runs(true, Run{a, 1, 4}), mappings([4]uint64{a, 1, mapped, 2}), "0", toldMemory{a: 0}, "10000+1:1", ""},
+		{"what the parent lacks", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous, private}), "ab", toldMemory{b: 'a'}, "10000+2:4", "ab"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := dump(t)
+			write(t, filepath.Join(dir, "pagemap-7.img"), tt.maps)
+			write(t, filepath.Join(dir, "mm-7.img"), tt.mm)
+			write(t, filepath.Join(dir, "pages-3.img"), pagesFile(tt.pages))
+			m := facts()
+			m.Host.PageSize = page
+			if tt.parent != nil {
+				m.Parent = &oci.Parent{Manifest: "sha256:" + strings.Repeat("a", 64), Depth: 1}
+			}
+			var buf bytes.Buffer
+			if err := WriteLayer(&buf, dir, []byte("{}"), &m, tt.parent); err != nil {
+				t.Fatal(err)
+			}
+			out := t.TempDir()
+			untar(t, &buf, out)
+			got, err := os.ReadFile(filepath.Join(out, ".crac/v1/criu/pagemap-7.img"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := ParsePagemap(got, page)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var said []string
+			for _, r := range p.Runs {
+				said = append(said, fmt.Sprintf("%x+%d:%d", r.Start, r.Pages, r.flags))
+			}
+			if s := strings.Join(said, " "); s != tt.want || p.ID != 3 {
+				t.Errorf("page map %d: %s, want %s", p.ID, s, tt.want)
+			}
+			if p.wide != (tt.name != "before 4.2") && len(p.Runs) > 0 {
+				t.Error("the numbers of pages are where this CRIU does not look")
+			}
+			if pages, err := os.ReadFile(filepath.Join(out, ".crac/v1/criu/pages-3.img")); err != nil || string(pages) != pagesFile(tt.left) {
+				t.Errorf("%d bytes are left, %v; want the pages %q", len(pages), err, tt.left)
+			}
+			// And the manifest is of what is stored.
+			c := &Checkpoint{Dir: filepath.Join(out, ".crac/v1"), Layer: out, Manifest: &m}
+			if err := c.VerifyAll(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+
+	for name, change := range map[string]func(dir string){
+		"fewer pages":     func(dir string) { write(t, filepath.Join(dir, "pages-3.img"), pagesFile("a")) },
+		"part of a page":  func(dir string) { write(t, filepath.Join(dir, "pages-3.img"), pagesFile("ab")+"x") },
+		"more pages":      func(dir string) { write(t, filepath.Join(dir, "pages-3.img"), pagesFile("abc")) },
+		"no pages":        func(dir string) { remove(t, filepath.Join(dir, "pages-3.img")) },
+		"another's, too":  func(dir string) { write(t, filepath.Join(dir, "pagemap-8.img"), runs(true, Run{a, 2, 4})) },
+		"broken page map": func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), "x") },
+		"broken mappings": func(dir string) { write(t, filepath.Join(dir, "mm-7.img"), "x") },
+		"unaligned":       func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{a + 1, 2, 4})) },
+		"over the end":    func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{1<<64 - page, 2, 4})) },
+		"runs that overlap": func(dir string) {
+			write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{a, 2, 4}, Run{a, 1, 4}))
+		},
+	} {
+		dir := dump(t)
+		write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{a, 2, 4}))
+		// As many zeroes as it takes to be looked at twice.
+		write(t, filepath.Join(dir, "pages-3.img"), pagesFile("00"))
+		write(t, filepath.Join(dir, "mm-7.img"), mappings([4]uint64{a, 2, anonymous, private}))
+		change(dir)
+		m := facts()
+		m.Host.PageSize = page
+		if err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
+			t.Errorf("%s: %v, want ErrNotDump", name, err)
+		}
+	}
+}
+
+func FuzzPagemap(f *testing.F) {
+	f.Add([]byte(runs(true, Run{0x1000, 2, 4}, Run{0x8000, 1, 1})))
+	f.Add([]byte(runs(false, Run{0x1000, 2, 6})))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		p, err := ParsePagemap(data, page)
+		if err != nil {
+			return
+		}
+		last := uint64(0)
+		for _, r := range p.Runs {
+			if r.Start < last || r.End(page) <= r.Start {
+				t.Fatalf("run %+v after %#x", r, last)
+			}
+			last = r.End(page)
+		}
+		again, err := ParsePagemap(p.encode(), page)
+		if err != nil || len(again.Runs) != len(p.Runs) {
+			t.Fatalf("not as it was: %v", err)
+		}
+	})
+}
+
+// chained unpacks a dump and others that it continues, the topmost first.
+func chained(t *testing.T, depth int, tag string) (layers []string) {
+	t.Helper()
+	var parent *oci.Parent
+	for i := range depth + 1 {
+		m := facts()
+		m.Container.ID = fmt.Sprint(tag, i)
+		m.Parent = parent
+		var buf bytes.Buffer
+		if err := WriteLayer(&buf, dump(t), []byte("{}"), &m, nil); err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		untar(t, &buf, dir)
+		layers = append([]string{dir}, layers...)
+		l, err := readLayer(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parent = &oci.Parent{Manifest: l.checkpoint.digest, Depth: i + 1}
+	}
+	return layers
+}
+
+func TestFindParents(t *testing.T) {
+	l := chained(t, 2, "one ")
+	other := chained(t, 0, "other ")[0]
+	base := baseLayer(t)
+	overlay := func(dirs ...string) []Mount {
+		return []Mount{{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + strings.Join(dirs, ":"), "upperdir=/u", "workdir=/w"}}}
+	}
+	for _, tt := range []struct {
+		name    string
+		mounts  []Mount
+		parents []string
+		err     string
+	}{
+		{"whole", overlay(l[2], base), nil, ""},
+		{"one", overlay(l[1], l[2], base), []string{l[2]}, ""},
+		{"two", overlay(l[0], l[1], l[2], base), []string{l[1], l[2]}, ""},
+		{"others between", overlay(l[0], base, l[1], other, l[2]), []string{l[1], l[2]}, ""},
+		{"none there", overlay(l[1], base), nil, "cracctl flatten"},
+		{"one missing", overlay(l[0], l[1], base), nil, "in no layer below"},
+		{"another's", overlay(l[1], other, base), nil, "in no layer below"},
+		{"in the wrong order", overlay(l[0], l[2], l[1], base), nil, "in no layer below"},
+		{"in one directory", []Mount{{Type: "bind", Source: l[1]}}, nil, "in no layer below"},
+	} {
+		c, rest, err := Find(tt.mounts)
+		if tt.err != "" {
+			if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), tt.err) {
+				t.Errorf("%s: %v, want ErrDamaged with %q", tt.name, err, tt.err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		var parents []string
+		for _, p := range c.Parents {
+			parents = append(parents, p.Layer)
+		}
+		if strings.Join(parents, " ") != strings.Join(tt.parents, " ") || len(c.ParentDirs()) != len(parents) {
+			t.Errorf("%s: parents %v, want %v", tt.name, parents, tt.parents)
+		}
+		for _, dir := range append(l, other) {
+			if strings.Contains(strings.Join(rest[0].Options, ","), dir) {
+				t.Errorf("%s: the container would see %s: %v", tt.name, dir, rest)
+			}
+		}
+		if err := c.VerifyAll(); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+	// A parent that was changed is not restored from.
+	c, _, err := Find(overlay(l[0], l[1], l[2], base))
+	if err != nil {
+		t.Fatal(err)
+	}
+	remove(t, filepath.Join(l[2], ".crac/v1/criu/pages-1.img"))
+	if err := c.Verify(); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), l[2]) {
+		t.Errorf("a damaged parent: %v", err)
+	}
+}
