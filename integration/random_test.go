@@ -26,6 +26,7 @@ type drawing struct {
 	// files puts what the program needs into a directory, which the container has as /opt/draw.
 	files func(t *harness.T, dir string)
 	env   []string
+	flags []string // of ctr, if it is to use the SDK
 	args  []string // the argument "sdk" is added if it is to use the SDK
 	kinds []string
 	// without lists the kinds that two clones draw alike without the SDK, and with those that they
@@ -82,6 +83,17 @@ var drawings = []drawing{
 		without: []string{"math/rand", "math/rand/v2"},
 		// Nothing can give the Go runtime's generator a new seed; crac.Rand is in its place.
 		with: []string{"math/rand", "math/rand/v2"},
+	},
+	{
+		name:    "java",
+		image:   "tomcat",
+		files:   javaFiles,
+		flags:   []string{option("java", "auto")},
+		args:    []string{"java", "-cp", "/opt/draw", "Draw"},
+		kinds:   []string{"SecureRandom", "SHA1PRNG", "DRBG", "strong", "randomUUID", "Random", "ThreadLocalRandom", "SplittableRandom", "Math.random"},
+		without: []string{"SHA1PRNG", "DRBG", "Random", "ThreadLocalRandom", "SplittableRandom", "Math.random"},
+		// No secure ones, and out of reach.
+		with: []string{"ThreadLocalRandom", "SplittableRandom", "Math.random"},
 	},
 }
 
@@ -140,6 +152,7 @@ func (d drawing) prepare(t *harness.T, sdk bool) how {
 	}
 	if sdk {
 		h.args = append(h.args, "sdk")
+		h.flags = append(h.flags, d.flags...)
 	}
 	return h
 }

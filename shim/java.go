@@ -58,9 +58,6 @@ func (s *service) adaptJava(c *container) error {
 	if err := addJar(c, spec); err != nil {
 		return fmt.Errorf("option %sjava=%s: %w", oci.AnnotationPrefix, c.options.Java, err)
 	}
-	if policy := javaPolicy(spec.Process); policy != "" && c.options.FDPolicy == "" {
-		c.options.FDPolicy = "file:" + policy // as the option itself would name it
-	}
 	c.args = spec.Process.Args
 	spec.Process = p
 	return nil
@@ -99,6 +96,18 @@ func withJavaOptions(env []string) []string {
 		out = append(out, e)
 	}
 	return append(out, javaOptionsEnv+"="+value)
+}
+
+// descriptorPolicy is what the option fd-policy says, or else, where the option
+// java is set, the file that the JVM's own options name.
+func (c *container) descriptorPolicy() string {
+	p := c.rt.Spec().Process
+	if c.options.FDPolicy == "" && wantsJava(c.options) && p != nil && len(p.Args) > 0 {
+		if policy := javaPolicy(p); policy != "" {
+			return "file:" + policy // as the option would name it
+		}
+	}
+	return c.options.FDPolicy
 }
 
 // javaPolicy is the file that a JVM with CRaC of its own would take its rules for

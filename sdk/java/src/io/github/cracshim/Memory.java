@@ -32,21 +32,18 @@ final class Memory {
         private static final String MAX = "MaxHeapFreeRatio";
 
         /** The serial collector shrinks by 0, 10, 40 and 100 % of what it could, one collection after the other. */
-        private static final int MOST = 4;
+        private static final int SERIAL_STEPS = 4;
 
         static void collect() {
             HotSpotDiagnosticMXBean vm = ManagementFactory.getPlatformMXBean(HotSpotDiagnosticMXBean.class);
             String min = vm.getVMOption(MIN).getValue();
             String max = vm.getVMOption(MAX).getValue();
+            int steps = Boolean.parseBoolean(vm.getVMOption("UseSerialGC").getValue()) ? SERIAL_STEPS : 1;
             try {
                 vm.setVMOption(MIN, "0"); // first: it may not exceed the other
                 vm.setVMOption(MAX, "1");
-                Runtime heap = Runtime.getRuntime();
-                for (int i = 0; i < MOST; i++) {
+                for (int i = 0; i < steps; i++) {
                     System.gc();
-                    if (heap.freeMemory() < heap.totalMemory() / 4) {
-                        break;
-                    }
                 }
             } finally {
                 vm.setVMOption(MAX, max);
