@@ -265,3 +265,67 @@ func TestFindParents(t *testing.T) {
 		t.Errorf("a damaged parent: %v", err)
 	}
 }
+
+// What is left out for a parent comes back.
+func TestMerge(t *testing.T) {
+	const a = 0x10000
+	level := func(maps, letters string) string {
+		dir := dump(t)
+		if maps != "" {
+			write(t, filepath.Join(dir, "pagemap-7.img"), maps)
+			write(t, filepath.Join(dir, "pages-3.img"), pagesFile(letters))
+		}
+		return dir
+	}
+	at := func(index int, n uint64, flags uint64) Run { return Run{a + uint64(index)*page, n, flags} }
+	for _, tt := range []struct {
+		name string
+		dirs []string
+		want string // runs and pages; an error if it begins with !
+	}{
+		{"whole", []string{level(runs(true, at(0, 2, 4)), "ab")}, "10000+2:4 ab"},
+		{"one parent", []string{level(runs(true, at(0, 1, 1), at(1, 1, 4), at(2, 1, 1)), "X"), level(runs(true, at(0, 4, 4)), "abcd")}, "10000+3:4 aXc"},
+		{"two parents", []string{
+			level(runs(true, at(0, 4, 1)), ""), level(runs(true, at(0, 1, 4), at(1, 3, 1)), "X"), level(runs(true, at(1, 3, 4)), "bcd"),
+		}, "10000+4:4 Xbcd"},
+		{"lazy pages stay so", []string{level(runs(true, at(0, 1, 6), at(1, 1, 1)), "X"), level(runs(true, at(1, 1, 4)), "b")}, "10000+1:6 11000+1:4 Xb"},
+		{"a hole", []string{level(runs(true, at(0, 1, 1), at(3, 1, 4)), "X"), level(runs(true, at(0, 1, 4)), "a")}, "10000+1:4 13000+1:4 aX"},
+		{"no parent", []string{level(runs(true, at(0, 1, 1)), "")}, "!none of the dumps"},
+		{"not in the parent", []string{level(runs(true, at(0, 1, 1)), ""), level(runs(true, at(1, 1, 4)), "b")}, "!0x10000"},
+		{"parent without the process", []string{level(runs(true, at(0, 1, 1)), ""), level("", "")}, "!none of the dumps"},
+		{"parent cut off", []string{level(runs(true, at(1, 1, 1)), ""), level(runs(true, at(0, 2, 4)), "a")}, "!EOF"},
+		{"broken parent", []string{level(runs(true, at(0, 1, 1)), ""), level("x", "a")}, "!pagemap-7.img"},
+	} {
+		err := Merge(tt.dirs, page)
+		if want, bad := strings.CutPrefix(tt.want, "!"); bad {
+			if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want ErrDamaged with %q", tt.name, err, want)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(tt.dirs[0], "pagemap-7.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ParsePagemap(data, page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var said []string
+		for _, r := range p.Runs {
+			said = append(said, fmt.Sprintf("%x+%d:%d", r.Start, r.Pages, r.flags))
+		}
+		pages, err := os.ReadFile(filepath.Join(tt.dirs[0], "pages-3.img"))
+		wantRuns, letters := tt.want[:strings.LastIndexByte(tt.want, ' ')], tt.want[strings.LastIndexByte(tt.want, ' ')+1:]
+		if err != nil || strings.Join(said, " ") != wantRuns || string(pages) != pagesFile(letters) {
+			t.Errorf("%s: %v and %d bytes, %v; want %s", tt.name, said, len(pages), err, tt.want)
+		}
+		if left, _ := filepath.Glob(filepath.Join(tt.dirs[0], ".merge-*")); len(left) > 0 {
+			t.Errorf("%s: left %v", tt.name, left)
+		}
+	}
+}

@@ -93,6 +93,21 @@ func TestDeltaCheckpoint(tb *testing.T) {
 		clone.seesNoDump()
 	}
 
+	// Flattened it is one layer, and starts as well.
+	flat := ref(t)
+	t.CracctlOK("flatten", last0, flat)
+	isCheckpointOf(t, flat, harness.ImageRef("python"), 1)
+	if f := fromJSON[dump](t, "inspect", flat); f.DumpSize < 16<<20 {
+		t.Errorf("a flattened checkpoint has %d bytes", f.DumpSize)
+	}
+	if d := fromJSON[differs](t, "diff", last0, flat); d.Memory.Changed+d.Memory.Added > 0 {
+		t.Errorf("flattening changed the memory: %+v", d)
+	}
+	whole1 := start(t, how{image: flat, args: args, flags: []string{option("restore", "require")}})
+	whole1.waitTicks(3)
+	whole1.inOrder()
+	whole1.remove()
+
 	// A checkpoint of the clone replaces all of them, unless it continues them.
 	again := ref(t)
 	t.CracctlOK("checkpoint", clone.id, again)

@@ -1001,6 +1001,47 @@ func TestBuildWithParent(t *testing.T) {
 		}
 		name = ref
 	}
+	// Flattened it is one layer again, with all of the memory, every time the same.
+	work := w.t.TempDir()
+	var first ocispec.Descriptor
+	for i, comp := range []oci.Compression{"", "zstd"} {
+		desc, err := flatten(w.ctx, w.services, FlattenRequest{From: name, Ref: "flat:1", WorkDir: work, Compression: comp}, func(Event) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			first = desc
+		}
+		if desc.Digest != first.Digest {
+			t.Errorf("flattened again it is %s, not %s", desc.Digest, first.Digest)
+		}
+	}
+	flat := w.load("flat:1")
+	if len(flat.manifest.Layers) != 2 || flat.manifest.Annotations[oci.AnnotationDepth] != "" {
+		t.Errorf("%+v", flat.manifest)
+	}
+	for _, e := range w.entries(flat.manifest.Layers[1]) {
+		if !strings.HasSuffix(e.Name, "pages-1.img") {
+			continue
+		}
+		for i := range pages {
+			want := byte(1 + i)
+			if i == oci.MaxDepth {
+				want = 255 // the last one changed this page, and the earlier ones' are as they were
+			}
+			if got := e.data[i*4096]; len(e.data) != pages*4096 || got != want {
+				t.Errorf("page %d of %d begins with %d, want %d", i, len(e.data)/4096, got, want)
+			}
+		}
+	}
+	if left, err := os.ReadDir(work); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	for _, r := range []FlattenRequest{{From: "gone:1", Ref: "x:1"}, {From: "base:1", Ref: "x:1"}, {From: name, Ref: "x y"}, {From: name, Ref: "x:1", Compression: "lz4"}} {
+		if _, err := flatten(w.ctx, w.services, r, func(Event) {}); err == nil {
+			t.Errorf("%+v gives no error", r)
+		}
+	}
 	for parent, want := range map[string]string{
 		name: "cracctl flatten", "base:1": "no checkpoint", "gone:1": "pull it",
 	} {

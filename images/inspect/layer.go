@@ -15,7 +15,9 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"os"
 	"path"
+	"path/filepath"
 	"strings"
 
 	"github.com/crac-shim/crac/images"
@@ -51,6 +53,9 @@ type Options struct {
 	Digests bool
 	// Pages are hashed.
 	Pages bool
+	// Extract, if it is not empty, is a directory that the files of the dump, memory
+	// included, are written into. It has to be empty.
+	Extract string
 	// Progress, if there is one, is told how many bytes of the layer as stored were
 	// read since it was told last.
 	Progress func(n int64)
@@ -136,6 +141,17 @@ func (l *Layer) file(r io.Reader, name string, size int64, o Options, keep func(
 		digest = sha256.New()
 		r = io.TeeReader(r, digest)
 	}
+	var extracted *os.File
+	if o.Extract != "" {
+		// The name is a plain one: see entry.
+		f, err := os.OpenFile(filepath.Join(o.Extract, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		extracted = f
+		defer f.Close()
+		r = io.TeeReader(r, f)
+	}
 	switch {
 	case !images.IsPages(name):
 		data, err := keep(r, size)
@@ -158,6 +174,9 @@ func (l *Layer) file(r io.Reader, name string, size int64, o Options, keep func(
 		found.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	}
 	l.Found = append(l.Found, found)
+	if extracted != nil {
+		return extracted.Close()
+	}
 	return nil
 }
 

@@ -3,7 +3,10 @@ package inspect
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 
 	"github.com/containerd/containerd/v2/core/content"
 
@@ -12,8 +15,20 @@ import (
 )
 
 // ReadChain reads the image's checkpoint layer and those of the dumps that it
-// continues, the nearest first.
+// continues, the nearest first. With o.Extract the files of the first go into its
+// directory 0, those of the next into 1, and so on.
 func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options) ([]*Layer, error) {
+	extract := o.Extract
+	level := func(n int) error {
+		if extract == "" {
+			return nil
+		}
+		o.Extract = filepath.Join(extract, strconv.Itoa(n))
+		return os.Mkdir(o.Extract, 0o700)
+	}
+	if err := level(0); err != nil {
+		return nil, err
+	}
 	top, err := i.Read(ctx, store, o)
 	if err != nil {
 		return nil, err
@@ -25,6 +40,9 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 		}
 		if n < 0 {
 			return nil, damaged(fmt.Errorf("%s: the dump with the manifest %s, which this one continues, is in no layer", i.Name, want.Manifest))
+		}
+		if err := level(len(chain)); err != nil {
+			return nil, err
 		}
 		below := *i
 		below.Checkpoint = n

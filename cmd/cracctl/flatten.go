@@ -1,0 +1,65 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/oci"
+)
+
+func newFlatten(t *target) *cobra.Command {
+	var (
+		r           build.FlattenRequest
+		compression string
+		quiet       bool
+	)
+	cmd := &cobra.Command{
+		Use:   "flatten REF [NEW]",
+		Short: "Make one whole checkpoint of one that continues others",
+		Long: `Make a checkpoint image with a whole dump of one that continues others (checkpoint
+--parent): with the same memory and files, in one checkpoint layer. Without NEW the
+name REF is moved to it. The dumps are unpacked for as long as it takes, so it needs
+as much room as their memory.`,
+		Args:              cobra.RangeArgs(1, 2),
+		ValidArgsFunction: completeImages(t),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r.From, r.Ref = args[0], args[len(args)-1]
+			r.Compression = oci.Compression(compression)
+			s, err := t.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			d := display{at: func(string, int64, int64) {}, end: func() {}}
+			if !quiet {
+				d = newDisplay(cmd.ErrOrStderr())
+			}
+			desc, err := build.Flatten(s.ctx, s.Client, r, func(e build.Event) {
+				switch e.Event {
+				case images.EventProgress:
+					d.at(packing, e.Done, e.Total)
+				case images.EventWarning:
+					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+				}
+			})
+			d.end()
+			if err != nil {
+				return fmt.Errorf("flatten %s: %w", r.From, err)
+			}
+			if quiet {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
+			} else {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\n", r.Ref, desc.Digest)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip")
+	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
+	return cmd
+}

@@ -1,0 +1,136 @@
+package build
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// FlattenRequest says what to flatten.
+type FlattenRequest struct {
+	// From is a checkpoint image, Ref the name of the one to make of it.
+	From, Ref string
+	// WorkDir is where the dumps are unpacked for as long as it takes; empty is the
+	// system's temporary directory.
+	WorkDir     string
+	Compression oci.Compression
+}
+
+// Flatten makes a checkpoint image with a whole dump of one that continues others.
+// Memory and files are the same, the manifest says the same but for the parent; the
+// same image gives the same bytes. ctx must carry the namespace.
+func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
+	return flatten(ctx, services{
+		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
+	}, r, emit)
+}
+
+func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
+	none := ocispec.Descriptor{}
+	comp, err := newCompression(r.Compression)
+	if err != nil {
+		return none, err
+	}
+	if err := oci.CheckRef(r.Ref); err != nil {
+		return none, err
+	}
+	record, err := s.images.Get(ctx, r.From)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return none, fmt.Errorf("image %s is not there: %w", r.From, err)
+		}
+		return none, err
+	}
+	img, err := inspect.Open(ctx, s.content, r.From, record.Target, s.platform)
+	if err != nil {
+		return none, err
+	}
+	if img.Covered() {
+		return none, fmt.Errorf("%s: %w: its memory does not match the files", r.From, images.ErrCovered)
+	}
+	ctx, release, err := withLease(ctx, s.leases)
+	if err != nil {
+		return none, err
+	}
+	defer func() {
+		if rerr := release(); rerr != nil && err == nil {
+			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
+		}
+	}()
+	work, err := os.MkdirTemp(r.WorkDir, "crac-flatten-")
+	if err != nil {
+		return none, err
+	}
+	defer os.RemoveAll(work)
+	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Digests: true, Extract: work})
+	if err != nil {
+		return none, err
+	}
+	dirs := make([]string, len(chain))
+	for i, l := range chain {
+		// What is put together here is not looked at again before it is restored.
+		if err := l.Verify(); err != nil {
+			return none, fmt.Errorf("%s: %w", r.From, err)
+		}
+		dirs[i] = filepath.Join(work, strconv.Itoa(i))
+	}
+	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
+		return none, fmt.Errorf("%s: %w", r.From, err)
+	}
+	return s.rewrap(ctx, r, chain[0], dirs[0], comp, emit)
+}
+
+// rewrap writes an image with another dump in place of its checkpoint layers.
+func (s services) rewrap(ctx context.Context, r FlattenRequest, top *inspect.Layer, dir string, comp compression, emit func(Event)) (ocispec.Descriptor, error) {
+	none := ocispec.Descriptor{}
+	record, err := s.images.Get(ctx, r.From)
+	if err != nil {
+		return none, err
+	}
+	b := &base{name: r.From}
+	if err := b.readManifest(ctx, s, record.Target); err != nil {
+		return none, fmt.Errorf("read image %s: %w", r.From, err)
+	}
+	if err := b.readConfig(ctx, s.content); err != nil {
+		return none, fmt.Errorf("read image %s: %w", r.From, err)
+	}
+	b.dropCheckpoints()
+	m := *top.Manifest
+	m.Parent = nil
+	files, err := images.DumpFiles(dir)
+	if err != nil {
+		return none, err
+	}
+	total := int64(0)
+	for _, f := range files {
+		total += f.Size
+	}
+	// Under a name that no other build has: another image may be flattened.
+	request := Request{Container: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), DumpDir: dir}
+	dump, err := writeDump(ctx, s.content, request, top.Spec, &m, nil, comp, total, emit)
+	if err != nil {
+		return none, fmt.Errorf("pack the dump of %s: %w", r.From, err)
+	}
+	target, size, err := writeImage(ctx, s.content, b, newLayer{}, nil, dump, &m)
+	if err != nil {
+		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
+	}
+	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target}); err != nil {
+		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
+	}
+	emit(Event{Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size, LayerSize: dump.desc.Size, DumpSize: total})
+	return target, nil
+}
