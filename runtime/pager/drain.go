@@ -6,20 +6,27 @@ import (
 	goruntime "runtime"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The drain brings all memory in the background, in the order of the working set
 // first and then by address. Faults go before it: it copies in small batches
 // while there are any, since who serves a fault waits for a copy under way. And
 // the workload's CPU goes before it: while more threads want to run than there
-// are CPUs, each of the drain's sleeps for a multiple of the time that it works.
+// are CPUs, each of the drain's sleeps for a multiple of the time that it has
+// worked; a large one at first, when the workload has somebody to answer.
+// (Priorities would not do: they mean nothing between cgroups, and a thread that
+// does not get to run must not hold a lock that a fault waits for.)
 const (
 	batchBytes  = 1 << 20
 	faultBytes  = 128 << 10              // while there are faults
 	faultQuiet  = 2 * time.Millisecond   // after so long there are none
 	recordQuiet = 100 * time.Millisecond // a recording has enough when there are none for so long,
 	recordLimit = 5 * time.Second        // and in any case then
-	crowdedRest = 4                      // times the work, to sleep while CPUs are short
+	earlyRest   = 9                      // times the work, to sleep while CPUs are short,
+	earlyTime   = 250 * time.Millisecond // for so long after the restore,
+	lateRest    = 1                      // and from then on
 	maxThreads  = 4
 	drainPause  = 100 * time.Microsecond // to look again what other threads have left
 )
@@ -31,7 +38,8 @@ type pace struct {
 	loadavg *os.File
 
 	hurried   atomic.Bool
-	lastFault atomic.Int64 // nanoseconds since epoch
+	began     atomic.Int64 // nanoseconds since epoch: the workload runs
+	lastFault atomic.Int64
 }
 
 var epoch = time.Now()
@@ -46,6 +54,7 @@ func (p *pace) open(threads int) {
 
 func (p *pace) close() { p.loadavg.Close() }
 
+func (p *pace) begin() { p.began.Store(int64(time.Since(epoch))) }
 func (p *pace) fault() { p.lastFault.Store(int64(time.Since(epoch))) }
 func (p *pace) hurry() { p.hurried.Store(true) }
 
@@ -63,9 +72,21 @@ func (p *pace) batch() uint64 {
 
 // rest lets others run, after some work.
 func (p *pace) rest(worked time.Duration) {
-	if !p.hurried.Load() && p.crowded() {
-		time.Sleep(crowdedRest * worked)
+	if p.hurried.Load() || !p.crowded() {
+		return
 	}
+	if time.Since(epoch)-time.Duration(p.began.Load()) < earlyTime {
+		time.Sleep(earlyRest * worked)
+	} else {
+		time.Sleep(lateRest * worked)
+	}
+}
+
+// threadTime is the CPU time of the calling thread.
+func threadTime() time.Duration {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) // always there
+	return time.Duration(t.Nano())
 }
 
 // crowded tells whether more threads want to run than there are CPUs.
@@ -97,10 +118,18 @@ func runnable(loadavg []byte) int {
 
 // drain is one thread of the drain.
 func (s *Server) drain() {
+	goruntime.LockOSThread() // for threadTime
 	select {
 	case <-s.restored:
 	case <-s.failing:
 		return
+	}
+	if s.cfg.hold != nil {
+		select {
+		case <-s.cfg.hold:
+		case <-s.failing:
+			return
+		}
 	}
 	if s.cfg.Record != "" {
 		s.awaitRecording()
@@ -200,13 +229,13 @@ func (s *space) claimRun(run pageRun) claim {
 // work copies what is claimed from a space, until that is all.
 func (s *Server) work(sp *space, next claim) {
 	for !s.ended() {
-		start := time.Now()
+		start := threadTime()
 		more, err := s.workOnce(sp, next)
 		switch {
 		case err == nil && !more:
 			return
 		case err == nil:
-			s.pace.rest(time.Since(start))
+			s.pace.rest(threadTime() - start)
 		case errors.Is(err, errAgain):
 			time.Sleep(againPause)
 		case errors.Is(err, errNoMemory):

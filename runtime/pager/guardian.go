@@ -138,7 +138,7 @@ func (g *guardians) start() error {
 	}
 	g.pid = pid
 	for _, dir := range g.cgroups {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		if err := tell(filepath.Join(dir, "cgroup.procs"), strconv.Itoa(pid)); err != nil {
 			_ = unix.Kill(pid, unix.SIGKILL)
 			_, _ = unix.Wait4(pid, nil, 0, nil)
 			return fmt.Errorf("put the guardian into %s: %w", dir, err)

@@ -70,7 +70,7 @@ func killAll(dir string) (found bool) {
 		return false
 	}
 	// cgroup v2, Linux 5.14: all at once, whoever forks meanwhile.
-	if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); err == nil {
+	if err := tell(filepath.Join(dir, "cgroup.kill"), "1"); err == nil {
 		return true
 	}
 	for _, pid := range pids {
@@ -84,7 +84,7 @@ func killAll(dir string) (found bool) {
 func thaw(dir string) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.Name() == "freezer.state" {
-			_ = os.WriteFile(path, []byte("THAWED"), 0)
+			_ = tell(path, "THAWED")
 		}
 		return nil
 	})
@@ -111,4 +111,15 @@ func processes(dir string) []int {
 		return nil
 	})
 	return pids
+}
+
+// tell writes to a file of the kernel's, and makes none.
+func tell(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteString(value)
+	return err
 }

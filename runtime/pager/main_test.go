@@ -29,7 +29,8 @@ var programs struct {
 
 func TestMain(m *testing.M) {
 	Main() // this program is also the pager of its tests
-	if os.Getenv(insideEnv) == "" {
+	switch os.Getenv(insideEnv) {
+	case "":
 		code, err := isolated()
 		if err == nil {
 			os.Exit(code)
@@ -37,13 +38,43 @@ func TestMain(m *testing.M) {
 		// Some of the tests need nothing.
 		programs.err = fmt.Errorf("this needs root, to make namespaces and to run CRIU: %w", err)
 		os.Exit(m.Run())
+	case "init":
+		os.Exit(initProcess())
+	default:
+		os.Exit(inside(m))
 	}
-	os.Exit(inside(m))
+}
+
+// initProcess is the first process of the namespace: it reaps orphans, so that
+// their ids are free for a restore, while the tests wait for their own children.
+func initProcess() int {
+	_ = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), insideEnv+"=tests")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
+		if err == nil && pid == cmd.Process.Pid {
+			if status.Signaled() {
+				return 1
+			}
+			return status.ExitStatus()
+		}
+	}
 }
 
 func isolated() (code int, err error) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
+	cmd.Env = append(os.Environ(), insideEnv+"=init")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &unix.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS,
@@ -79,8 +110,6 @@ func prepare(dir string) error {
 		source, target, fstype string
 		flags                  uintptr
 	}{
-		{"", "/", "", unix.MS_REC | unix.MS_PRIVATE},
-		{"proc", "/proc", "proc", 0},
 		{"tmpfs", "/run", "tmpfs", 0},
 	} {
 		if err := unix.Mount(mount.source, mount.target, mount.fstype, mount.flags, ""); err != nil {
@@ -142,6 +171,9 @@ func newWorkload(t testing.TB, commands ...string) *workload {
 	}
 	w.pid = cmd.Process.Pid
 	t.Cleanup(w.kill)
+	if err := os.WriteFile(filepath.Join(w.group, "cgroup.procs"), []byte(strconv.Itoa(w.pid)), 0); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range commands {
 		w.run(c)
 	}
@@ -159,9 +191,23 @@ func (w *workload) makePipes(name string) {
 
 // kill ends the workload, wherever it is.
 func (w *workload) kill() {
+	// Their ids must be free for the next restore, which has the same.
+	pids := append(processes(w.group), w.pid)
 	cgroups{w.group}.kill()
-	// Its id must be free for the next restore, which has the same.
-	_, _ = unix.Wait4(w.pid, nil, 0, nil)
+	w.reaped(pids)
+}
+
+// reaped returns when processes that end are gone.
+func (w *workload) reaped(pids []int) {
+	w.t.Helper()
+	_, _ = unix.Wait4(w.pid, nil, 0, nil) // a child of ours, up to its first dump
+	for _, pid := range pids {
+		for start := time.Now(); unix.Kill(pid, 0) == nil; time.Sleep(100 * time.Microsecond) {
+			if time.Since(start) > 10*time.Second {
+				w.t.Fatalf("process %d does not end", pid)
+			}
+		}
+	}
 }
 
 var errWorkloadDead = errors.New("the workload is dead")
@@ -198,6 +244,20 @@ func (w *workload) ask(name, command string) (answer string, err error) {
 	return "", fmt.Errorf("no answer to %q in a minute", command)
 }
 
+// askOnce runs a command after which the process is not there any more.
+func (w *workload) askOnce(name, command string) (answer string, err error) {
+	in, err := os.OpenFile(filepath.Join(w.dir, name+".in"), os.O_RDWR, 0)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	if _, err := fmt.Fprintln(in, command); err != nil {
+		return "", err
+	}
+	time.Sleep(50 * time.Millisecond)
+	return "", errWorkloadDead
+}
+
 // run wants a command of the first process to succeed.
 func (w *workload) run(command string) {
 	w.t.Helper()
@@ -218,16 +278,15 @@ func (w *workload) alive() bool {
 }
 
 // dump makes a dump in the workload's directory, which ends it.
-func (w *workload) dump(name string, args ...string) (images string) {
+func (w *workload) dump(name string) (images string) {
 	w.t.Helper()
 	images = filepath.Join(w.dir, name)
 	if err := os.Mkdir(images, 0o700); err != nil {
 		w.t.Fatal(err)
 	}
-	w.criu("dump", append([]string{"-D", images, "-t", strconv.Itoa(w.pid)}, args...)...)
-	if len(args) == 0 || args[0] != "--leave-running" {
-		_, _ = unix.Wait4(w.pid, nil, 0, nil)
-	}
+	pids := processes(w.group)
+	w.criu("dump", "-D", images, "-t", strconv.Itoa(w.pid))
+	w.reaped(pids)
 	return images
 }
 
@@ -289,15 +348,16 @@ func (w *workload) restore(images string, change func(*Config)) *Server {
 		s.fail(errors.New("the test is over"))
 		<-s.Done()
 	})
-	w.criuRestore(images)
+	w.criuRestore(images, "--lazy-pages")
 	return s
 }
 
-func (w *workload) criuRestore(images string) {
+// criuRestore lets CRIU restore; --lazy-pages is up to the caller.
+func (w *workload) criuRestore(images string, args ...string) {
 	w.t.Helper()
 	pidfile := filepath.Join(w.dir, "pid")
 	_ = os.Remove(pidfile)
-	w.criu("restore", "--lazy-pages", "-d", "-D", images, "--pidfile", pidfile)
+	w.criu("restore", append([]string{"-d", "-D", images, "--pidfile", pidfile}, args...)...)
 	w.readPid(pidfile)
 }
 
@@ -331,14 +391,7 @@ func newCgroupIn(t testing.TB, top string) string {
 	}
 	t.Cleanup(func() {
 		cgroups{dir}.kill()
-		// A zombie keeps its cgroup busy for a moment.
-		for start := time.Now(); os.Remove(dir) != nil; {
-			if time.Since(start) > 5*time.Second {
-				t.Errorf("cgroup %s cannot be removed", dir)
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
+		removed(t, dir)
 	})
 	return dir
 }

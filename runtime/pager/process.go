@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	goruntime "runtime"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -355,8 +356,11 @@ func runPager(cfg *processConfig, control *reporter, commands *json.Decoder) err
 	if err := limitFDs(); err != nil {
 		return err
 	}
+	// A thread that comes back from epoll_wait(2) with a fault must not wait until
+	// one of the drain's gives up its place.
+	goruntime.GOMAXPROCS(faultThreads + maxThreads + 2)
 	// The last to be killed for memory, and the guardian with it.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	_ = tell("/proc/self/oom_score_adj", "-1000")
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	g, err := guard(guardianConfig{Cgroups: cfg.Cgroups, Control: controlFD}, cfg.GuardianCgroups, stop)
@@ -371,6 +375,7 @@ func runPager(cfg *processConfig, control *reporter, commands *json.Decoder) err
 		Record:     cfg.Record,
 		Threads:    cfg.Threads,
 		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		realtime:   true,
 	}, g.stop)
 	if err != nil {
 		g.stop()

@@ -92,7 +92,7 @@ func TestProcess(t *testing.T) {
 		t.Errorf("the pager calls itself %s", name)
 	}
 	g := guardianOf(t, p.Pid())
-	w.criuRestore(images)
+	w.criuRestore(images, "--lazy-pages")
 	w.run("check 1 0 8192")
 	if err := p.Finish(t.Context()); err != nil {
 		t.Fatal(err)
@@ -102,6 +102,94 @@ func TestProcess(t *testing.T) {
 	}
 	if s := p.Stats(); s.Tasks != 1 || s.FaultBytes+s.DrainBytes < s.Total {
 		t.Errorf("%+v", s)
+	}
+	w.run("check 1 0 8192")
+}
+
+// What cannot be served is an error before CRIU is started.
+func TestStartFails(t *testing.T) {
+	w := newWorkload(t, "map 1 64", "fill 1 0 64")
+	images := w.dump("dump")
+	copied := filepath.Join(w.dir, "damaged")
+	if err := os.CopyFS(copied, os.DirFS(images)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(filepath.Join(copied, "pages-1.img"), int64(pageSize)); err != nil {
+		t.Fatal(err)
+	}
+	damaged, err := os.Open(copied)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		change func(*ProcessConfig)
+		want   string
+	}{
+		"damaged":            {func(c *ProcessConfig) { c.Images = damaged }, "pages-1.img has 4096 bytes"},
+		"no cgroup":          {func(c *ProcessConfig) { c.Cgroups = nil }, "no cgroup is named"},
+		"all of the cgroups": {func(c *ProcessConfig) { c.Cgroups = []string{filepath.Dir(w.group)} }, "not a cgroup below the root"},
+		"no cgroup for the guardian": {
+			func(c *ProcessConfig) { c.GuardianCgroups = []string{w.dir} }, "put the guardian into",
+		},
+	} {
+		cfg := ProcessConfig{Config: w.config(images)}
+		c.change(&cfg)
+		if _, err := Start(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: error %v instead of one with %q", name, err, c.want)
+		}
+	}
+}
+
+// A pager that is not needed after all ends, and what is in the cgroup with it.
+func TestStop(t *testing.T) {
+	w := newWorkload(t, "map 1 64", "fill 1 0 64")
+	images := w.dump("dump")
+	p := w.start(images)
+	guardian := guardianOf(t, p.Pid())
+	if err := p.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Wait(); err == nil || err.Error() != errStopped.Error() {
+		t.Errorf("error %v", err)
+	}
+	if comm(guardian) != "" {
+		t.Error("the guardian is still there")
+	}
+}
+
+// The guardian is where it is told to be.
+func TestGuardianCgroup(t *testing.T) {
+	w := newWorkload(t, "map 1 64", "fill 1 0 64")
+	images := w.dump("dump")
+	group := newCgroup(t)
+	p, err := Start(t.Context(), ProcessConfig{Config: w.config(images), GuardianCgroups: []string{group}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	guardian := guardianOf(t, p.Pid())
+	if got := processes(group); len(got) != 1 || got[0] != guardian {
+		t.Errorf("%v is in its cgroup instead of %d", got, guardian)
+	}
+	w.criuRestore(images, "--lazy-pages")
+	if err := p.Finish(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.run("check 1 0 64")
+}
+
+// When the parent is gone, the memory comes all the same.
+func TestParentDies(t *testing.T) {
+	w := newWorkload(t, "map 1 8192", "fill 1 0 8192")
+	images := w.dump("dump")
+	p := w.start(images)
+	w.criuRestore(images, "--lazy-pages")
+	if err := p.control.file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.run("check 1 0 8192")
+	_ = p.Wait() // there is nobody to tell the end
+	if state := p.cmd.ProcessState; !state.Success() {
+		t.Errorf("the pager ends with %s", state)
 	}
 	w.run("check 1 0 8192")
 }
@@ -146,8 +234,9 @@ func killRound(t *testing.T, w *workload, images, victim string) (died bool) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// A restore takes 60 ms here and the drain as long again.
-	time.Sleep(time.Duration(rand.Int64N(int64(150 * time.Millisecond))))
+	// At any moment from before CRIU connects to after the last page, whose time
+	// depends on what else the machine does.
+	time.Sleep(time.Duration(rand.ExpFloat64() * float64(100*time.Millisecond)))
 	switch victim {
 	case "pager":
 		_ = unix.Kill(p.Pid(), unix.SIGKILL)

@@ -46,6 +46,7 @@ func (s *Server) accept() {
 	s.mu.Lock()
 	s.stats.Restored = time.Since(s.connected)
 	s.mu.Unlock()
+	s.pace.begin()
 	close(s.restored)
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	goruntime "runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,6 +36,9 @@ type Config struct {
 	Threads int
 	// Log gets what an operator may want to know; nil: nothing.
 	Log *slog.Logger
+
+	realtime bool            // faults are served by real-time threads, where that is allowed
+	hold     <-chan struct{} // for tests: the drain waits for it
 }
 
 // Stats tell what a server has done. Bytes are of contents, without zeroes.
@@ -322,6 +326,8 @@ func (s *Server) remove(sp *space) {
 const (
 	// faultThreads serve faults: one process's by one thread at a time.
 	faultThreads = 2
+	// schedRR is SCHED_RR of sched(7).
+	schedRR = 2
 	// maxMessages are read at once.
 	maxMessages = 32
 	// againPause is how long it takes a process to go on after its event was read.
@@ -334,6 +340,12 @@ const (
 
 // serveFaults answers whatever the processes ask for.
 func (s *Server) serveFaults() {
+	if s.cfg.realtime {
+		// Whoever waits for a page has had its turn to run; it is not to wait for
+		// ours on top of that. There is as much to do as it asks for.
+		goruntime.LockOSThread()
+		_ = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: schedRR, Priority: 1}, 0)
+	}
 	buffer := make([]uffdMessage, maxMessages)
 	events := make([]unix.EpollEvent, 1)
 	for {

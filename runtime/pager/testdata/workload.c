@@ -207,6 +207,10 @@ static void command(char *line)
 			rc = mprotect(r->at + p * PAGE, b * PAGE, PROT_READ);
 	} else if (!strcmp(verb, "check")) { /* REGION FROM N AS */
 		bad = wrong(a, d ? d : a, b, c, 0);
+	} else if (!strcmp(verb, "every")) { /* REGION N: a word of every Nth page */
+		for (long p = 0; p < r->pages && bad < 0; p += b)
+			if (*(volatile uint64_t *)(r->at + p * PAGE) != word(a, p, 0))
+				bad = p;
 	} else if (!strcmp(verb, "zero")) { /* REGION FROM N */
 		bad = wrong(a, a, b, c, 1);
 	} else if (!strcmp(verb, "advise")) { /* REGION FROM N ADVICE */
