@@ -388,7 +388,7 @@ func (d *Daemon) purge() error {
 	errs = append(errs, err)
 	errs = append(errs, unmountBelow(d.Dir), removeCgroups(d.Namespace), removeRunEntries(d.Namespace))
 	if d.opts.Keep {
-		for _, p := range []string{"root", "state", "opt", "fifo", "view", "registry", "cni", "s", "nerdctl"} {
+		for _, p := range []string{"root", "state", "opt", "fifo", "view", "registry", "docker-registry", "cni", "s", "nerdctl"} {
 			errs = append(errs, os.RemoveAll(d.path(p)))
 		}
 	} else {

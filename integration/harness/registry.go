@@ -20,11 +20,16 @@ type RegistryServer struct {
 // StartRegistry starts a registry whose data lie in dir/registry. containerd's clients talk
 // plain http to the loopback address by themselves.
 func (d *Daemon) StartRegistry(ctx context.Context) (*RegistryServer, error) {
-	bin, err := d.Tools.path(Registry)
+	return d.StartRegistryOf(ctx, Registry)
+}
+
+// StartRegistryOf is StartRegistry with another program. Its data lie in a directory of its name.
+func (d *Daemon) StartRegistryOf(ctx context.Context, tool Tool) (*RegistryServer, error) {
+	bin, err := d.Tools.path(tool)
 	if err != nil {
 		return nil, err
 	}
-	dir := d.path("registry")
+	dir := d.path(tool.Name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -49,7 +54,7 @@ http: {addr: %q}
 		cmd := d.Command(context.Background(), bin, "serve", file)
 		// Tracing is on unless it is told otherwise, and would look for a collector.
 		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=none")
-		if r.proc, err = startProcess(cmd, d.path("registry.log")); err != nil {
+		if r.proc, err = startProcess(cmd, d.path(tool.Name+".log")); err != nil {
 			return nil, err
 		}
 		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -74,5 +79,5 @@ http: {addr: %q}
 			break
 		}
 	}
-	return nil, fmt.Errorf("start the registry: %w (its log: %s)", err, tail(d.readLog("registry.log"), 2000))
+	return nil, fmt.Errorf("start the registry: %w (its log: %s)", err, tail(d.readLog(tool.Name+".log"), 2000))
 }

@@ -30,10 +30,12 @@ var (
 	Runc       = Tool{"runc", "tools"}
 	Nerdctl    = Tool{"nerdctl", "tools"}
 	Registry   = Tool{"registry", "tools"}
-	CNI        = Tool{"cni/bin/bridge", "tools"}
-	CRIU       = Tool{"criu", "tools"}
-	Shim       = Tool{"containerd-shim-crac-v2", "build"}
-	Cracctl    = Tool{"cracctl", "build"}
+	// DebianRegistry is Debian's own, of an older line.
+	DebianRegistry = Tool{"docker-registry", "tools"}
+	CNI            = Tool{"cni/bin/bridge", "tools"}
+	CRIU           = Tool{"criu", "tools"}
+	Shim           = Tool{"containerd-shim-crac-v2", "build"}
+	Cracctl        = Tool{"cracctl", "build"}
 )
 
 // FindTools locates the build directory and checks that every named tool is there.

@@ -76,7 +76,7 @@ install_host() {
   # For cgo (nsenter, seccomp), for CRIU's prefix, and for what the tests call.
   debian_packages gcc libc6-dev make pkg-config libseccomp-dev ca-certificates \
     iproute2 iptables procps util-linux zstd patchelf mmdebstrap \
-    python3 nodejs socat
+    python3 nodejs socat skopeo umoci
 }
 
 install_jdk() {
@@ -181,6 +181,16 @@ build_registry() {
     -ldflags "-s -w -X github.com/distribution/distribution/v3/version.version=$REGISTRY_VERSION" \
     -o out/registry ./cmd/registry
   put "$tools/bin" out/registry
+}
+
+# build_debian_registry: Debian's, an older line than ours. Taken out of its
+# package, which would start a service.
+build_debian_registry() {
+  mkdir -p "$tmp/debian-registry"
+  cd "$tmp/debian-registry"
+  apt-get -o APT::Sandbox::User=root download docker-registry
+  dpkg -x docker-registry_*.deb root
+  put "$tools/bin" root/usr/bin/docker-registry
 }
 
 build_cni() {
@@ -422,6 +432,7 @@ install_one() {
   runc) install_built runc "$RUNC_VERSION" build_runc "$b/runc" ;;
   nerdctl) install_built nerdctl "$NERDCTL_VERSION" build_nerdctl "$b/nerdctl" ;;
   registry) install_built registry "$REGISTRY_VERSION" build_registry "$b/registry" ;;
+  debian-registry) install_built debian-registry debian build_debian_registry "$b/docker-registry" ;;
   cni)
     install_built cni "$CNI_PLUGINS_VERSION" build_cni \
       "$c/bridge" "$c/loopback" "$c/host-local" "$c/portmap" "$c/firewall" "$c/tuning"
@@ -431,11 +442,11 @@ install_one() {
     install_built lint "$GOLANGCI_LINT_VERSION $GOFUMPT_VERSION" build_lint \
       "$tools/lint/golangci-lint" "$tools/lint/gofumpt"
     ;;
-  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry nerdctl lint" ;;
+  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry debian-registry nerdctl lint" ;;
   esac
 }
 
-[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry nerdctl
+[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry debian-registry nerdctl
 for target in "$@"; do
   install_one "$target"
 done
