@@ -100,6 +100,9 @@ func (d *Daemon) processes() []Process {
 	return own
 }
 
+// OwnProcesses returns what runs for this daemon, but not containerd itself.
+func (d *Daemon) OwnProcesses() []Process { return d.processes() }
+
 // shims returns the shims of this daemon.
 func (d *Daemon) shims() []Process {
 	var shims []Process
