@@ -76,7 +76,7 @@ bench-start: tools build ## start-up time and memory beside containerd's runc sh
 
 .PHONY: demo
 demo: tools build ## the whole story on Tomcat: cold, warm, checkpoint, push, pull, clones
-	@integration/apps/build.sh busybox tomcat
+	@integration/apps/build.sh busybox tomcat postgres
 	go run -tags '$(GOTAGS)' ./integration/demo
 
 .PHONY: doctor

@@ -208,7 +208,7 @@ for name in "$@"; do
   rm -f "$cache/image-$name.key"
   if [ ! -x "$tmp/ociimage" ]; then
     [ "$(id -u)" = 0 ] || die "images are built as root, because their files belong to several users"
-    "$root/integration/tools/install.sh" host go
+    "$root/integration/tools/install.sh" host go jdk
     logged ociimage "ociimage: building" env CGO_ENABLED=0 go build -C "$root" -trimpath -o "$tmp/ociimage" ./integration/apps/ociimage
   fi
   if [ -f "$here/$name/packages" ]; then

@@ -25,6 +25,8 @@ type Report struct {
 	ClonesOK             bool      `json:"clones_ok"`
 	ColdUnderRuncOK      bool      `json:"cold_under_runc_ok"`
 	DumpHiddenOK         bool      `json:"dump_hidden_ok"`
+	PoolOKWithHook       bool      `json:"pool_ok_with_hook"`
+	PoolFailsWithoutHook bool      `json:"pool_fails_without_hook"`
 	ImageBytes           int64     `json:"image_bytes"`
 	CheckpointLayerBytes int64     `json:"checkpoint_layer_bytes"`
 	BaseImageBytes       int64     `json:"base_image_bytes"`
@@ -38,7 +40,8 @@ type Report struct {
 
 // ok is true when every step was what it should be.
 func (r *Report) ok() bool {
-	return len(r.Problems) == 0 && r.StateOK && r.FileOK && r.ClonesOK && r.ColdUnderRuncOK && r.DumpHiddenOK
+	return len(r.Problems) == 0 && r.StateOK && r.FileOK && r.ClonesOK && r.ColdUnderRuncOK && r.DumpHiddenOK &&
+		r.PoolOKWithHook && r.PoolFailsWithoutHook
 }
 
 func (r *Report) problem(format string, args ...any) {
@@ -111,6 +114,8 @@ func (r *Report) print(out io.Writer) error {
 		line{"clones have own hostname, address and state", yes(r.ClonesOK), ""},
 		line{"the dump is not visible inside", yes(r.DumpHiddenOK), ""},
 		line{"the same image starts cold under runc", yes(r.ColdUnderRuncOK), ""},
+		line{"a clone's pool of database connections works", yes(r.PoolOKWithHook), "with a participant that closes and opens it"},
+		line{"and fails", yes(r.PoolFailsWithoutHook), "without one: that is what it is for"},
 		line{label: "Where the time went"},
 	)
 	for _, s := range r.Steps {

@@ -14,7 +14,7 @@ import (
 func good() *Report {
 	return &Report{
 		ColdMS: 3100, WarmMS: 100, Ratio: 31, StateOK: true, FileOK: true, ClonesOK: true,
-		ColdUnderRuncOK: true, DumpHiddenOK: true, ImageBytes: 150 << 20, CheckpointLayerBytes: 30 << 20,
+		ColdUnderRuncOK: true, DumpHiddenOK: true, PoolOKWithHook: true, PoolFailsWithoutHook: true, ImageBytes: 150 << 20, CheckpointLayerBytes: 30 << 20,
 		ClonesMS: []float64{110, 120}, Steps: []Step{{"push", 812}},
 	}
 }
@@ -29,6 +29,8 @@ func TestReportIsOKOnlyWhenEverythingIs(t *testing.T) {
 		"clones":  func(r *Report) { r.ClonesOK = false },
 		"runc":    func(r *Report) { r.ColdUnderRuncOK = false },
 		"hidden":  func(r *Report) { r.DumpHiddenOK = false },
+		"pool":    func(r *Report) { r.PoolOKWithHook = false },
+		"no pool": func(r *Report) { r.PoolFailsWithoutHook = false },
 		"problem": func(r *Report) { r.problem("registry is %s", "gone") },
 	} {
 		r := good()

@@ -63,7 +63,9 @@ type scenario struct {
 type container struct {
 	id, runtime, image string
 	annotations        []string
+	env                []string
 	browser            *browser
+	path               string // of the page that it is asked for; empty: pagePath
 
 	address string
 	first   page          // its first answer
@@ -77,6 +79,7 @@ func (c *container) url(path string) string {
 func (s *scenario) play(ctx context.Context) error {
 	for _, act := range []func(context.Context) error{
 		s.cold, s.warmItUp, s.makeCheckpoint, s.throughTheRegistry, s.warm, s.clones, s.underRunc,
+		s.databaseStory,
 	} {
 		if err := act(ctx); err != nil {
 			return err
@@ -366,7 +369,14 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	for _, a := range c.annotations {
 		args = append(args, "--annotation", a)
 	}
+	for _, e := range c.env {
+		args = append(args, "--env", e)
+	}
 	args = append(args, c.image, c.id)
+	path := c.path
+	if path == "" {
+		path = pagePath
+	}
 
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s did not answer within %v", c.id, patience))
 	defer cancel()
@@ -383,7 +393,7 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	}()
 	var err error
 	if c.address, err = address(poll, s.d, c.id); err == nil {
-		c.first, err = until(poll, func() (page, error) { return c.browser.keyed(poll, c.url(pagePath)) })
+		c.first, err = until(poll, func() (page, error) { return c.browser.keyed(poll, c.url(path)) })
 	}
 	c.took = time.Since(begin)
 	if err != nil {
