@@ -137,10 +137,13 @@ func prepare(dir string) error {
 	return nil
 }
 
-// needPrograms skips what cannot run, except where CI says that it must.
+// needPrograms skips what cannot run, except where it must; and what takes minutes, as root, with
+// real restores, unless it is asked for: make test-e2e does.
 func needPrograms(t testing.TB) {
 	t.Helper()
 	switch {
+	case os.Getenv("CRAC_PAGER_TEST") == "":
+		t.Skip("set CRAC_PAGER_TEST=1 to restore real processes (root, CRIU)")
 	case programs.err == nil:
 	case os.Getenv("CRAC_PAGER_TEST") == "require":
 		t.Fatal(programs.err)

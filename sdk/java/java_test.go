@@ -134,8 +134,26 @@ type program struct {
 	dir   string // $CRAC_DIR
 	in    io.WriteCloser
 	lines chan string
-	errs  bytes.Buffer
+	errs  output
 	ended chan error
+}
+
+// output is what a program writes, to be read while it runs.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
 }
 
 // startApp starts the test program. opts are further options of the JVM, env variables.
