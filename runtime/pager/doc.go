@@ -60,4 +60,15 @@
 // What cannot be served ends in the same way, with a reason: a file of pages that
 // is damaged, short or unreadable, memory that CRIU has not registered, a
 // container at its limit of memory.
+//
+// # Limits
+//
+// In a user namespace CRIU can make a userfaultfd only where the sysctl
+// vm.unprivileged_userfaultfd is 1.
+//
+// The kernel tells nobody of MADV_GUARD_INSTALL, and lets a copy replace a guard.
+// So guards that a workload puts, after its restore, on memory that is still
+// missing are lost when that comes; those that it had when it was dumped are not.
+// Nor does it tell of MADV_WIPEONFORK: what the workload marks while it is missing
+// is not empty in a child that is forked before it has come.
 package pager

@@ -247,18 +247,26 @@ func (w *workload) ask(name, command string) (answer string, err error) {
 	return "", fmt.Errorf("no answer to %q in a minute", command)
 }
 
-// askOnce runs a command after which the process is not there any more.
+// askOnce runs a command that ends the process, and gives an answer only if there
+// is one all the same.
 func (w *workload) askOnce(name, command string) (answer string, err error) {
 	in, err := os.OpenFile(filepath.Join(w.dir, name+".in"), os.O_RDWR, 0)
 	if err != nil {
 		return "", err
 	}
 	defer in.Close()
+	out, err := os.OpenFile(filepath.Join(w.dir, name+".out"), os.O_RDWR|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer out.Close()
 	if _, err := fmt.Fprintln(in, command); err != nil {
 		return "", err
 	}
-	time.Sleep(50 * time.Millisecond)
-	return "", errWorkloadDead
+	if err := out.SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+		return "", err
+	}
+	return bufio.NewReader(out).ReadString('\n')
 }
 
 // run wants a command of the first process to succeed.

@@ -196,9 +196,9 @@ func TestParentDies(t *testing.T) {
 
 // Whoever is killed, and when: the workload has the right memory or is dead.
 func TestKill(t *testing.T) {
-	rounds := 60
-	if testing.Short() {
-		rounds = 5
+	rounds := 10
+	if os.Getenv("CRAC_PAGER_TEST") == "require" {
+		rounds = 60 // make test-e2e
 	}
 	w := newWorkload(t, "map 1 16384", "fill 1 0 16384")
 	images := w.dump("dump")

@@ -301,6 +301,9 @@ func (s *Server) space(id int32) *space {
 
 // add begins to serve a process.
 func (s *Server) add(sp *space) error {
+	// As soon as others know of it, it may turn out to be complete, or gone.
+	sp.changing.RLock()
+	defer sp.changing.RUnlock()
 	s.mu.Lock()
 	s.lastSpace++
 	sp.id = s.lastSpace
