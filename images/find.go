@@ -330,6 +330,10 @@ func parseOverlay(options []string) (overlay, error) {
 					data = true
 					continue
 				}
+				if n := len(o.lower); !data && n > 0 && o.lower[n-1].data {
+					// The kernel refuses it, too.
+					return o, fmt.Errorf("overlay option %q has a layer below data layers", opt)
+				}
 				o.lower = append(o.lower, lower{option: i, raw: raw, path: unescape(raw), data: data})
 				data = false
 			}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -95,6 +96,60 @@ func TestAnnotationsGolden(t *testing.T) {
 		t.Fatal(err)
 	}
 	golden(t, "annotations.json", append(got, '\n'))
+}
+
+// The specification has the golden file as its example, and names every field.
+func TestSpecification(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "docs", "checkpoint-image.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile(filepath.Join("testdata", "manifest.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(doc, []byte("```json\n"+string(example)+"```\n")) {
+		t.Error("the example in the specification is not testdata/manifest.json")
+	}
+	var walk func(prefix string, typ reflect.Type)
+	walk = func(prefix string, typ reflect.Type) {
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			inner := f.Type
+			for inner.Kind() == reflect.Pointer {
+				inner = inner.Elem()
+			}
+			switch {
+			case inner.Kind() == reflect.Struct && inner != reflect.TypeFor[time.Time]():
+				walk(prefix+name+".", inner)
+			case inner.Kind() == reflect.Slice && inner.Elem().Kind() == reflect.Struct:
+				for k := range inner.Elem().NumField() {
+					part, _, _ := strings.Cut(inner.Elem().Field(k).Tag.Get("json"), ",")
+					if !bytes.Contains(doc, []byte("`"+part+"`")) {
+						t.Errorf("the specification does not name %s of %s%s", part, prefix, name)
+					}
+				}
+				fallthrough
+			default:
+				if !bytes.Contains(doc, []byte("`"+prefix+name+"`")) {
+					t.Errorf("the specification does not name %s%s", prefix, name)
+				}
+			}
+		}
+	}
+	walk("", reflect.TypeFor[Manifest]())
+	for _, r := range append(KernelFeatures(), RequireParent) {
+		if !bytes.Contains(doc, []byte("`"+r+"`")) {
+			t.Errorf("the specification does not name the requirement %s", r)
+		}
+	}
+	for key := range Annotations(sample()) {
+		short := strings.TrimPrefix(strings.TrimPrefix(key, ImagePrefix), "org.criu.checkpoint.")
+		if !strings.HasPrefix(key, "org.opencontainers.") && !bytes.Contains(doc, []byte("`"+short+"`")) {
+			t.Errorf("the specification does not name the annotation %s", key)
+		}
+	}
 }
 
 // What a scheduler reads is what the builder wrote.
@@ -277,6 +332,25 @@ func FuzzDecodeManifest(f *testing.F) {
 		out2, err := again.Encode()
 		if err != nil || !bytes.Equal(out, out2) {
 			t.Fatalf("not stable (%v):\n%s\n%s", err, out, out2)
+		}
+	})
+}
+
+// FuzzFactsOf: whatever annotations say, what is read of them can be judged.
+func FuzzFactsOf(f *testing.F) {
+	for k, v := range Annotations(sample()) {
+		f.Add(k, v)
+	}
+	good := Annotations(sample())
+	f.Fuzz(func(t *testing.T, key, value string) {
+		all := maps.Clone(good)
+		all[key] = value
+		m, ok := FactsOf(all)
+		if ok != (all[AnnotationVersion] != "") {
+			t.Fatalf("%q=%q: %v", key, value, ok)
+		}
+		if ok && (m.Host.PageSize < 0 || m.CRIU.Minimum < 0 || m.CRIU.Minimum > 999999 || len(m.Files) != 1 || m.Files[0].Size < 0) {
+			t.Fatalf("%q=%q: %+v", key, value, m)
 		}
 	})
 }
