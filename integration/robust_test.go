@@ -147,7 +147,7 @@ func TestFullDisk(tb *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Fallocate(int(f.Fd()), 0, 0, max(1, int64(st.Bavail)*int64(st.Bsize)-left)); err != nil {
+		if err := unix.Fallocate(int(f.Fd()), 0, 0, max(1, int64(st.Bavail)*st.Bsize-left)); err != nil {
 			t.Fatal(err)
 		}
 		image := ref(t)
