@@ -13,17 +13,17 @@ type task struct {
 	comm            string
 	capabilities    uint64 // of all sets together
 	filtered        bool
+	seccompMode     uint32
+	seccompFilter   *uint32 // the number of the first in its chain
 	noNewPrivileges bool
 	rseq            bool
 	lsm             string // the security module's profile or context
 }
 
-// TASK_DEAD and TASK_ZOMBIE of CRIU's pid.h, SECCOMP_MODE_FILTER of the kernel's
-// seccomp.h.
+// TASK_DEAD and TASK_ZOMBIE of CRIU's pid.h.
 const (
-	taskDead      = 2
-	taskZombie    = 6
-	seccompFilter = 2
+	taskDead   = 2
+	taskZombie = 6
 )
 
 // parseCore reads a core_entry.
@@ -64,12 +64,17 @@ func parseCore(data []byte) (t task, err error) {
 	if thread == nil {
 		return t, errors.New("says nothing about its thread")
 	}
-	mode, err := thread.number(11)
-	if err != nil {
+	if t.seccompMode, err = thread.number(threadSeccomp); err != nil {
 		return t, err
 	}
-	// Without the number of its filter, CRIU installs none, whatever the mode.
-	t.filtered = mode == seccompFilter && thread.has(12)
+	if thread.has(threadChain) {
+		chain, err := thread.number(threadChain)
+		if err != nil {
+			return t, err
+		}
+		t.seccompFilter = &chain
+	}
+	t.filtered = t.seccompMode == seccompFilter && t.seccompFilter != nil
 	creds, err := thread.message(10)
 	if err != nil {
 		return t, err

@@ -23,10 +23,7 @@ const CodePrivileges = "privileges"
 // would decide them.
 type Privileges struct {
 	// Capabilities is the bounding set, bit by bit as in the kernel.
-	Capabilities uint64
-	// Seccomp: every thread must have a filter. Which one is not compared: it
-	// depends on the libseccomp and the kernel that made it.
-	Seccomp         bool
+	Capabilities    uint64
 	NoNewPrivileges bool
 	// ReadonlyRootfs and ReadonlyPaths must be read-only in the dump as well.
 	ReadonlyRootfs bool
@@ -53,7 +50,6 @@ func PrivilegesOf(spec *specs.Spec) Privileges {
 		p.ReadonlyRootfs = spec.Root.Readonly
 	}
 	if spec.Linux != nil {
-		p.Seccomp = spec.Linux.Seccomp != nil
 		p.ReadonlyPaths = spec.Linux.ReadonlyPaths
 		for _, ns := range spec.Linux.Namespaces {
 			if ns.Path == "" || !isOwnNamespace(ns.Path) {
@@ -110,12 +106,13 @@ func capabilityNames(mask uint64) string {
 }
 
 // CheckPrivileges tells what a dump would give its processes that the request
-// does not allow: capabilities, a missing seccomp filter or no_new_privs, the
-// host's namespaces, and mounts. The dump is hostile: an error wraps ErrDamaged,
+// does not allow: capabilities, a missing no_new_privs, the host's namespaces, and
+// mounts. The dump is hostile: an error wraps ErrDamaged,
 // and means that it must not be restored.
 //
-// Not looked at: what a seccomp filter filters, masked paths, which hide only what
-// may be read, resource limits, and the write protection of cgroup file systems.
+// Not looked at: seccomp filters and resource limits, for which Confinement cares,
+// masked paths, which hide only what may be read, and the write protection of cgroup
+// file systems.
 func CheckPrivileges(dir string, allowed Privileges) ([]Reason, error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -150,7 +147,7 @@ type checker struct {
 	allowed Privileges
 	tasks   int // threads that will run
 
-	capabilities, seccomp, newPrivileges, namespaces, mounts finding
+	capabilities, newPrivileges, namespaces, mounts finding
 
 	excess uint64      // of capabilities
 	root   *mountEntry // of the first mount namespace
@@ -184,10 +181,6 @@ func (c *checker) reasons() (reasons []Reason) {
 	if f := c.capabilities; f.count > 0 {
 		add(CodePrivileges, "the checkpoint's %s%s may have capabilities that the request does not allow: %s; allow them if you trust the image, or make the checkpoint of a container without them",
 			f.where, f.and("threads"), capabilityNames(c.excess))
-	}
-	if f := c.seccomp; f.count > 0 {
-		add(CodePrivileges, "the checkpoint's %s%s runs without a seccomp filter and the request has one; make the checkpoint of a container with one, or ask for none if you trust the image",
-			f.where, f.and("threads"))
 	}
 	if f := c.newPrivileges; f.count > 0 {
 		add(CodePrivileges, "the checkpoint's %s%s may gain new privileges and the request forbids it; make the checkpoint of a container with noNewPrivileges, or allow new privileges if you trust the image",
@@ -243,9 +236,6 @@ func (c *checker) core(name string) error {
 	if excess := t.capabilities &^ c.allowed.Capabilities; excess != 0 {
 		c.excess |= excess
 		c.capabilities.add(who)
-	}
-	if c.allowed.Seccomp && !t.filtered {
-		c.seccomp.add(who)
 	}
 	if c.allowed.NoNewPrivileges && !t.noNewPrivileges {
 		c.newPrivileges.add(who)

@@ -38,7 +38,6 @@ func ordinary() Privileges {
 func nerdctls() Privileges {
 	p := ordinary()
 	p.NoNewPrivileges = false
-	p.Seccomp = true
 	p.Mounts = append(p.Mounts,
 		specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro"}},
 		specs.Mount{Destination: "/etc/hosts", Type: "bind", Source: "/h", Options: []string{"bind"}},
@@ -58,8 +57,6 @@ func privileged() Privileges {
 // TestPrivilegesOfRealDumps looks at dumps that CRIU 4.2.1 made of containers
 // of ctr (plain, --seccomp, --privileged) and of nerdctl (volumes, one read-only).
 func TestPrivilegesOfRealDumps(t *testing.T) {
-	seccomp := ordinary()
-	seccomp.Seccomp = true
 	readonlyRoot := ordinary()
 	readonlyRoot.ReadonlyRootfs = true
 	fewer := ordinary()
@@ -81,15 +78,13 @@ func TestPrivilegesOfRealDumps(t *testing.T) {
 	}{
 		{"plain", ordinary(), nil},
 		{"plain", privileged(), nil},
-		{"plain", seccomp, []string{"privileges: process 1 (\"sh\") runs without a seccomp filter"}},
 		{"plain", readonlyRoot, []string{"mounts: a writable root"}},
 		{"plain", fewer, []string{"privileges: CAP_CHOWN CAP_DAC_OVERRIDE"}},
 		{"plain", userNS, []string{"namespaces: the host's user namespace"}},
-		{"seccomp", seccomp, nil},
 		{"seccomp", ordinary(), nil},
 		{"nerdctl", nerdctls(), nil},
 		{"nerdctl", readonlyW, []string{"mounts: at \"/w\""}},
-		{"nerdctl", seccomp, []string{"privileges: may gain new privileges"}},
+		{"nerdctl", ordinary(), []string{"privileges: may gain new privileges"}},
 		{"privileged", privileged(), nil},
 		{"privileged", narrow, []string{"privileges: CAP_SYS_ADMIN"}},
 		{"privileged", rw, []string{"privileges: CAP_SYS_ADMIN", "mounts: sysfs (\"sysfs\") at \"/sys\""}},
@@ -165,7 +160,7 @@ func numbered(first protowire.Number, values []uint64) (m message) {
 
 // TestPrivilegesOfThreads looks at hand-made core images.
 func TestPrivilegesOfThreads(t *testing.T) {
-	allowed := Privileges{Capabilities: 1 << unix.CAP_CHOWN, NoNewPrivileges: true, Seccomp: true}
+	allowed := Privileges{Capabilities: 1 << unix.CAP_CHOWN, NoNewPrivileges: true}
 	good := capable(1, 0)
 	for _, tt := range []struct {
 		name string
@@ -182,11 +177,8 @@ func TestPrivilegesOfThreads(t *testing.T) {
 		{"bounding", alive(filtered(thread(capable(1 << 21)))), []string{"privileges: CAP_SYS_ADMIN"}},
 		{"ambient", alive(filtered(thread(good.num(19, 1<<12)))), []string{"privileges: CAP_NET_ADMIN"}},
 		{"unknown capability", alive(filtered(thread(good.num(19, 0, 1<<31)))), []string{"privileges: capability 63"}},
-		{"no filter", alive(thread(good)), []string{"privileges: without a seccomp filter"}},
-		{"strict", alive(thread(good).num(11, 1).num(12, 0)), []string{"privileges: without a seccomp filter"}},
-		{"mode without a filter", alive(thread(good).num(11, 2)), []string{"privileges: without a seccomp filter"}},
 		{"new privileges", alive(filtered(thread(message{}.num(12, 1)))), []string{"privileges: may gain new privileges"}},
-		{"everything", alive(thread(message{}.num(12, 2))), []string{"privileges: CAP_DAC", "privileges: seccomp", "privileges: new"}},
+		{"everything", alive(thread(message{}.num(12, 2))), []string{"privileges: CAP_DAC", "privileges: new"}},
 		{"zombie", message{}.num(1, 1).msg(3, leader(taskZombie)), []string{"damaged: no process"}},
 		{"dead thread only in name", message{}.num(1, 1).msg(5, message{}.num(1, taskDead)), []string{"damaged: no credentials"}},
 		{"no thread", message{}.num(1, 1).msg(3, leader(1)), []string{"damaged: nothing about its thread"}},
@@ -464,7 +456,6 @@ func TestPrivilegesOfSpec(t *testing.T) {
 		},
 		Root: &specs.Root{Readonly: true},
 		Linux: &specs.Linux{
-			Seccomp:       &specs.LinuxSeccomp{},
 			ReadonlyPaths: []string{"/proc/sys"},
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace},
@@ -477,13 +468,13 @@ func TestPrivilegesOfSpec(t *testing.T) {
 	if p.Capabilities != 1|1<<21|1<<40 {
 		t.Errorf("capabilities %#x", p.Capabilities)
 	}
-	if !p.NoNewPrivileges || !p.Seccomp || !p.ReadonlyRootfs || !slices.Equal(p.ReadonlyPaths, []string{"/proc/sys"}) {
+	if !p.NoNewPrivileges || !p.ReadonlyRootfs || !slices.Equal(p.ReadonlyPaths, []string{"/proc/sys"}) {
 		t.Errorf("got %+v", p)
 	}
 	if want := []specs.LinuxNamespaceType{specs.PIDNamespace, specs.NetworkNamespace}; !slices.Equal(p.Namespaces, want) {
 		t.Errorf("namespaces %v, want %v", p.Namespaces, want)
 	}
-	if p := PrivilegesOf(&specs.Spec{}); p.Capabilities != 0 || p.Seccomp || p.NoNewPrivileges {
+	if p := PrivilegesOf(&specs.Spec{}); p.Capabilities != 0 || p.NoNewPrivileges {
 		t.Errorf("of an empty spec: %+v", p)
 	}
 }

@@ -1,12 +1,17 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
+
+	"github.com/crac-shim/crac/integration/harness"
 )
 
 // looker is a workload that looks once for a file, with its first instructions as the clone that
@@ -47,5 +52,138 @@ func TestCloneFindsItsMounts(tb *testing.T) {
 			}
 			clone.wantStatus(containerd.Running)
 		})
+	}
+}
+
+// trier is a ticker that makes a user namespace when it is asked to, which the clients' seccomp
+// profiles forbid.
+const trier = `i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.05
+if [ -e /try ]; then rm /try; if unshare -U true; then echo unshared; else echo refused; fi; fi; done`
+
+// tries asks a trier, and returns what came of it.
+func (b *box) tries() string {
+	b.Helper()
+	answers := func() []string { return regexp.MustCompile(`(?m)^(unshared|refused)$`).FindAllString(b.log(), -1) }
+	before := len(answers())
+	b.exec("touch", "/try")
+	b.Eventually("an answer", func() bool { return len(answers()) > before })
+	return answers()[before]
+}
+
+// filters are how many seccomp filters each thread of the container's first process has.
+func (b *box) filters() (counts []string) {
+	b.Helper()
+	statuses, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", b.task().Pid()))
+	if err != nil || len(statuses) == 0 {
+		b.Fatalf("no threads of %s: %v", b.id, err)
+	}
+	for _, name := range statuses {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			b.Fatal(err)
+		}
+		counts = append(counts, string(regexp.MustCompile(`Seccomp_filters:\s*(\d+)`).FindSubmatch(data)[1]))
+	}
+	return counts
+}
+
+// The filter of a request is on every process of its clone, whatever the dump had.
+func TestCloneIsUnderTheRequestsFilter(tb *testing.T) {
+	onlyCrac(tb)
+	for name, flags := range map[string][]string{"host's users": nil, "user namespace": ownMaps} {
+		tb.Run(name, func(tb *testing.T) { filterOfClones(setup(tb), flags) })
+	}
+}
+
+func filterOfClones(t *harness.T, flags []string) {
+	with := func(more ...string) []string { return append(slices.Clip(flags), more...) }
+	workload := []string{"sh", "-c", trier}
+	image := ref(t)
+	original := start(t, how{args: workload, flags: with(option("checkpoint.image", image))})
+	original.waitTicks(3)
+	if got := original.tries(); got != "unshared" {
+		t.Fatalf("without a filter, the original is %s", got)
+	}
+	original.checkpoint("--exit")
+	last := original.lastTick()
+	original.remove()
+
+	free := start(t, how{image: image, args: workload, flags: with(option("restore", "require"))})
+	free.goesOnFrom(last)
+	if got := free.tries(); got != "unshared" {
+		t.Errorf("a clone that asks for no filter is %s", got)
+	}
+	second := ref(t)
+	held := start(t, how{image: image, args: workload, flags: with("--seccomp", option("restore", "require"), option("checkpoint.image", second))})
+	held.goesOnFrom(last)
+	if got := held.tries(); got != "refused" {
+		t.Errorf("a clone that asks for a filter is %s", got)
+	}
+	if got := held.filters(); got[0] != "1" {
+		t.Errorf("the clone has %v filters, want 1", got)
+	}
+
+	// A filter that is there already is not put there twice.
+	held.checkpoint("--exit")
+	last = held.lastTick()
+	held.remove()
+	again := start(t, how{image: second, args: workload, flags: with("--seccomp", option("restore", "require"))})
+	again.goesOnFrom(last)
+	if got := again.filters(); got[0] != "1" {
+		t.Errorf("the clone's clone has %v filters, want 1", got)
+	}
+	if got := again.tries(); got != "refused" {
+		t.Errorf("the clone's clone is %s", got)
+	}
+	// It stays, whatever a later request asks for: it is part of the workload now.
+	after := start(t, how{image: second, args: workload, flags: with(option("restore", "require"))})
+	after.goesOnFrom(last)
+	if got := after.tries(); got != "refused" {
+		t.Errorf("a clone of a workload under a filter is %s", got)
+	}
+}
+
+// All threads get the filter, where CRIU notes it for the first one only and where it notes none.
+func TestCloneWithThreadsUnderAFilter(tb *testing.T) {
+	onlyCrac(tb)
+	for name, flags := range map[string][]string{"dumped with": {"--seccomp"}, "dumped without": nil} {
+		tb.Run(name, func(tb *testing.T) {
+			t := setup(tb)
+			needImage(t, "goserver")
+			image := ref(t)
+			b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: append([]string{noMPTCP, option("checkpoint.image", image)}, flags...)})
+			count(t, b)
+			b.checkpoint("--exit")
+			b.remove()
+			clone := start(t, how{image: image, cni: true, flags: []string{"--seccomp", option("restore", "require")}})
+			if got := count(t, clone); got != 2 {
+				t.Errorf("the clone counts %d, want 2", got)
+			}
+			filters := clone.filters()
+			if len(filters) < 3 {
+				t.Errorf("only %d threads", len(filters))
+			}
+			for _, n := range filters {
+				if n != "1" {
+					t.Errorf("the threads have %v filters, want 1 each", filters)
+				}
+			}
+		})
+	}
+}
+
+// The resource limits of a clone are those that its request names.
+func TestCloneHasTheRequestsLimits(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image, last := checkpointed(t, "--rlimit-nofile", "512")
+	clone := start(t, warm(image, "--rlimit-nofile", "700"))
+	clone.goesOnFrom(last)
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", clone.task().Pid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !regexp.MustCompile(`(?m)^Max open files\s+700\s+700\s`).Match(data) {
+		t.Errorf("the clone asks for 700 files and has\n%s", data)
 	}
 }

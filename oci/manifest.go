@@ -94,6 +94,9 @@ type Container struct {
 	GID            uint32   `json:"gid"`
 	AdditionalGids []uint32 `json:"additionalGids,omitempty"`
 	Terminal       bool     `json:"terminal,omitempty"`
+	// Seccomp: it was started under a seccomp filter, which is the oldest of each
+	// process's.
+	Seccomp bool `json:"seccomp,omitempty"`
 	// Namespaces are the types of the namespaces that the container has for
 	// itself, under the runtime spec's names, sorted.
 	Namespaces  []string    `json:"namespaces,omitempty"`

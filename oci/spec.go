@@ -19,6 +19,7 @@ func ContainerOf(spec *specs.Spec) Container {
 		c.Terminal = p.Terminal
 	}
 	if l := spec.Linux; l != nil {
+		c.Seccomp = l.Seccomp != nil
 		for _, ns := range l.Namespaces {
 			c.Namespaces = append(c.Namespaces, string(ns.Type))
 		}

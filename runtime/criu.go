@@ -48,8 +48,9 @@ type CRIUOptions struct {
 	// Parents are the directories of the dumps that the one to restore continues,
 	// the nearest first.
 	Parents []string
-	// LSMProfile is the AppArmor or SELinux profile to restore under.
-	LSMProfile string
+	// Images are image files, by name, that a restore reads instead of the
+	// dump's.
+	Images map[string][]byte
 }
 
 // CRIUError is a dump or restore that CRIU gave up.
@@ -145,7 +146,6 @@ func (c *Container) criuOptions(dir string, o CRIUOptions, pid int) (*libcontain
 		ShellJob:                o.ShellJob,
 		FileLocks:               true,
 		EmptyNs:                 emptyNS,
-		LsmProfile:              o.LSMProfile,
 		ManageCgroupsMode:       c.cgroupsMode(),
 		StatusFd:                -1,
 	}, nil

@@ -129,7 +129,7 @@ func TestViewRenamesTheHost(t *testing.T) {
 			spec := specOf(tt.namespaces...)
 			spec.Hostname = tt.hostname
 			c := &Container{cfg: Config{ID: "c", Bundle: bundle}, spec: spec}
-			v, err := c.view(dir, nil)
+			v, err := c.view(dir, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -171,7 +171,7 @@ func TestViewShowsParents(t *testing.T) {
 	for depth := range dirs {
 		bundle := t.TempDir()
 		c := &Container{cfg: Config{ID: "c", Bundle: bundle}, spec: specOf()}
-		v, err := c.view(dirs[0], dirs[1:depth+1])
+		v, err := c.view(dirs[0], nil, dirs[1:depth+1])
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/oci"
 )
 
 // Stdio is what a process gets as its standard streams: three open files, or
@@ -135,25 +137,6 @@ func (s Stdio) names() ([]string, error) {
 	return names, nil
 }
 
-var rlimits = map[string]int{
-	"RLIMIT_CPU":        unix.RLIMIT_CPU,
-	"RLIMIT_FSIZE":      unix.RLIMIT_FSIZE,
-	"RLIMIT_DATA":       unix.RLIMIT_DATA,
-	"RLIMIT_STACK":      unix.RLIMIT_STACK,
-	"RLIMIT_CORE":       unix.RLIMIT_CORE,
-	"RLIMIT_RSS":        unix.RLIMIT_RSS,
-	"RLIMIT_NPROC":      unix.RLIMIT_NPROC,
-	"RLIMIT_NOFILE":     unix.RLIMIT_NOFILE,
-	"RLIMIT_MEMLOCK":    unix.RLIMIT_MEMLOCK,
-	"RLIMIT_AS":         unix.RLIMIT_AS,
-	"RLIMIT_LOCKS":      unix.RLIMIT_LOCKS,
-	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING,
-	"RLIMIT_MSGQUEUE":   unix.RLIMIT_MSGQUEUE,
-	"RLIMIT_NICE":       unix.RLIMIT_NICE,
-	"RLIMIT_RTPRIO":     unix.RLIMIT_RTPRIO,
-	"RLIMIT_RTTIME":     unix.RLIMIT_RTTIME,
-}
-
 // checkProcess finds what libcontainer would fail on later and less clearly.
 func checkProcess(p *specs.Process) error {
 	switch {
@@ -220,7 +203,7 @@ func processConfig(p *specs.Process, io Stdio) (*libcontainer.Process, error) {
 		lp.AdditionalGroups = append(lp.AdditionalGroups, int(gid))
 	}
 	for _, l := range p.Rlimits {
-		resource, ok := rlimits[l.Type]
+		resource, ok := oci.Rlimits[l.Type]
 		if !ok {
 			return nil, fmt.Errorf("process.rlimits: unknown limit %q", l.Type)
 		}

@@ -81,7 +81,7 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 }
 
 func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
-	view, err := c.view(dir, o.Parents)
+	view, err := c.view(dir, o.Images, o.Parents)
 	if err != nil {
 		return nil, err
 	}

@@ -41,15 +41,15 @@ func (v *dumpView) Close() {
 }
 
 // view shows the dump in dir with what this container has of its own: an overlay
-// with some files in place of the dump's. It is mounted nowhere, and gone with
-// the last file that is open in it.
+// with some files in place of the dump's, among them images (by name). It is
+// mounted nowhere, and gone with the last file that is open in it.
 //
 // Links in a directory would not do: CRIU opens some images after it has changed
 // its root.
-func (c *Container) view(dir string, parents []string) (_ *dumpView, err error) {
+func (c *Container) view(dir string, images map[string][]byte, parents []string) (_ *dumpView, err error) {
 	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
 	inside := private(c.spec, specs.UserNamespace)
-	if !named && !inside && len(parents) == 0 {
+	if !named && !inside && len(images) == 0 && len(parents) == 0 {
 		return &dumpView{dir: dir}, nil
 	}
 	v := new(dumpView)
@@ -62,11 +62,16 @@ func (c *Container) view(dir string, parents []string) (_ *dumpView, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if named {
-		mode := os.FileMode(0o600)
-		if inside {
-			mode = 0o644
+	mode := os.FileMode(0o600)
+	if inside {
+		mode = 0o644
+	}
+	for name, data := range images {
+		if err := writeImage(filepath.Join(own, name), data, mode); err != nil {
+			return nil, err
 		}
+	}
+	if named {
 		// A clone must not run for a moment under the name of the original.
 		if err := replaceImages(dir, own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(c.spec.Hostname, c.spec.Domainname) }); err != nil {
 			return nil, err
@@ -219,16 +224,19 @@ func replaceImages(dir, own, pattern string, mode os.FileMode, content func([]by
 		if err != nil {
 			return err
 		}
-		path := filepath.Join(own, e.Name())
-		if err := os.WriteFile(path, content(data), mode); err != nil {
-			return err
-		}
-		// Whatever the umask is.
-		if err := os.Chmod(path, mode); err != nil {
+		if err := writeImage(filepath.Join(own, e.Name()), content(data), mode); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// writeImage gives the file this mode whatever the umask is.
+func writeImage(path string, data []byte, mode os.FileMode) error {
+	if err := os.WriteFile(path, data, mode); err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
 }
 
 // tmpfsOwners gives each new tmpfs to whom it would belong if it were mounted

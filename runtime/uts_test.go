@@ -79,7 +79,7 @@ func TestViewFromInsideShowsClocks(t *testing.T) {
 	for name, owner := range map[string]uint32{"the dump belongs to the host": 100000, "the dump belongs to the container": 0} {
 		spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: owner, Size: 10}}
 		c := &Container{spec: spec, cfg: Config{Bundle: t.TempDir()}}
-		v, err := c.view(dump, nil)
+		v, err := c.view(dump, nil, nil)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -135,6 +136,8 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		}
 	}()
 	if c.warm = found.warm; c.warm != nil {
+		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) { return s.confine(found.warm, spec) })
+		go func(w *restore) { _, _ = w.images() }(c.warm) // Start asks for the error
 		c.init.pid, err = c.rt.PrepareRestore(ctx)
 		return c, err
 	}

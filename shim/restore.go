@@ -44,6 +44,10 @@ type restore struct {
 	mounts   []specs.Mount // to attach afterwards
 	tcp      runtime.TCPMode
 	required bool // a cold start is not what was asked for
+
+	// images are what the restore reads instead of the dump's files. They are
+	// made in the background, from Create on.
+	images func() (map[string][]byte, error)
 }
 
 // coldReason is why a checkpoint that is there is not used.
@@ -262,6 +266,10 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	if _, err := s.criu(); err != nil {
 		return &coldReason{code: images.CodeNoCRIU, err: err}
 	}
+	own, err := r.images()
+	if err != nil {
+		return err
+	}
 	c.hooks.restoring(r.manifest)
 	io := c.init.io
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
@@ -271,6 +279,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		Lazy:                s.lazy(c, r.dir),
 		ExternalUnixSockets: true,
 		ConfigFile:          c.criu.config,
+		Images:              own,
 	}, r.mounts, io.child)
 	if proc != nil {
 		io.afterStart()

@@ -6,6 +6,7 @@ import (
 	"github.com/opencontainers/runc/libcontainer"
 	_ "github.com/opencontainers/runc/libcontainer/nsenter" // enters the container's namespaces before Go starts
 
+	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/pager"
 )
 
@@ -16,6 +17,8 @@ func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		libcontainer.Init()
 	}
-	// And as what brings memory to restored processes.
+	// And as what brings memory to restored processes, and what compiles a seccomp
+	// filter.
 	pager.Main()
+	runtime.SeccompHelper(os.Args[1:])
 }

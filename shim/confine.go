@@ -1,0 +1,53 @@
+package shim
+
+import (
+	"fmt"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
+)
+
+// confine makes the image files with which a dump is restored under the
+// request's seccomp filter and resource limits.
+func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, error) {
+	limits, err := limitsOf(spec.Process)
+	if err != nil {
+		return nil, err
+	}
+	want := images.Confinement{Limits: limits, Replace: r.manifest != nil && r.manifest.Container.Seccomp}
+	if spec.Linux != nil {
+		filter, err := runtime.CompileSeccomp(s.reaper, spec.Linux.Seccomp)
+		if err != nil {
+			return nil, &coldReason{code: images.CodePrivileges, err: err}
+		}
+		if filter != nil {
+			want.Seccomp = &images.SeccompFilter{Program: filter.Program, Flags: filter.Flags}
+		}
+	}
+	return want.Images(r.dir)
+}
+
+// limitsOf are the limits of a request, and for the others what a cold start
+// would inherit from this process.
+func limitsOf(p *specs.Process) ([]images.Limit, error) {
+	limits := make([]images.Limit, len(oci.Rlimits))
+	for _, number := range oci.Rlimits {
+		var own unix.Rlimit
+		if err := unix.Getrlimit(number, &own); err != nil {
+			return nil, fmt.Errorf("resource limit %d: %w", number, err)
+		}
+		limits[number] = images.Limit{Soft: own.Max, Hard: own.Max}
+	}
+	for _, l := range p.Rlimits {
+		number, ok := oci.Rlimits[l.Type]
+		if !ok {
+			return nil, fmt.Errorf("process.rlimits: unknown limit %q", l.Type)
+		}
+		limits[number] = images.Limit{Soft: l.Soft, Hard: l.Hard, Asked: true}
+	}
+	return limits, nil
+}
