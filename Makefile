@@ -55,16 +55,13 @@ test-unit: host ## unit tests with the race detector
 	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
-# Every fuzz target, one after the other. Minimizing would take most of the time.
+# Every fuzz target, as many at once as there are CPUs, each with one worker.
+# Minimizing would take most of the time.
 FUZZTIME ?= 1m
 .PHONY: fuzz
 fuzz: host ## every fuzz target, for FUZZTIME=1m each
-	@git grep -h --no-line-number --name-only '^func Fuzz' -- '*_test.go' | sort -u | while read -r file; do \
-	  sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' "$$file" | while read -r target; do \
-	    echo "$$(dirname "$$file") $$target"; \
-	    go test -tags '$(GOTAGS)' "./$$(dirname "$$file")" -run '^$$' -fuzz "^$$target\$$" -fuzztime '$(FUZZTIME)' -fuzzminimizetime 1x </dev/null || exit 1; \
-	  done || exit 1; \
-	done
+	@git grep -H '^func Fuzz' -- '*_test.go' | sed -n 's|^\(.*\)/[^/]*:func \(Fuzz[A-Za-z0-9]*\)(.*|\1 \2|p' | sort -u | \
+	  xargs -P "$$(nproc)" -L 1 sh -c 'echo "$$0 $$1"; exec go test -tags "$(GOTAGS)" "./$$0" -run "^$$" -fuzz "^$$1\$$" -parallel 1 -fuzztime "$(FUZZTIME)" -fuzzminimizetime 1x </dev/null'
 
 .PHONY: test-e2e
 test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and registry (root; RUN=regexp for some)
