@@ -17,12 +17,15 @@ func TestResizeDuringStart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.close()
+	defer func() {
+		p.hangUp() // ends the copying
+		p.wait()
+		p.close()
+	}()
 	master, path, err := console.NewPty()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer master.Close()
 
 	started := make(chan struct{})
 	var client sync.WaitGroup
@@ -42,6 +45,7 @@ func TestResizeDuringStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.afterStart()
+	master.Close() // the copy in the message is the shim's own
 	err = p.attachConsole(context.Background(), owner(t))
 	close(started)
 	client.Wait()
@@ -51,7 +55,7 @@ func TestResizeDuringStart(t *testing.T) {
 	if err := p.resize(121, 41); err != nil {
 		t.Fatal(err)
 	}
-	if size, err := master.Size(); err != nil || size.Width != 121 || size.Height != 41 {
+	if size, err := p.terminal().Size(); err != nil || size.Width != 121 || size.Height != 41 {
 		t.Errorf("the terminal has %dx%d after the start, want 121x41: %v", size.Width, size.Height, err)
 	}
 }
