@@ -335,7 +335,7 @@ func TestCheckOfACloneWithExec(tb *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() {
-		_, err := b.tryExec("sh", "-c", "touch /there; while [ ! -e /gone ]; do sleep 0.05; done")
+		_, err := b.Ctr(b.Ctx, "tasks", "exec", "--exec-id", newID(b), b.id, "sh", "-c", "touch /there; while [ ! -e /gone ]; do sleep 0.05; done")
 		done <- err
 	}()
 	t.Eventually("exec runs", func() bool { _, err := b.tryExec("test", "-e", "/there"); return err == nil })

@@ -250,6 +250,23 @@ func TestFDPolicyInError(tb *testing.T) {
 	}
 }
 
+// A clone has the policy of its own request.
+func TestFDPolicyOfAClone(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	script := []string{"sh", "-c", "mkfifo /f; exec 7<>/f; while :; do echo tick; sleep 0.05; done"}
+	original := start(t, how{args: script, flags: []string{option("checkpoint.image", image)}})
+	original.says("tick")
+	original.checkpoint()
+	clone := start(t, how{image: image, args: script, flags: []string{option("restore", "require"), option("checkpoint.image", ref(t)), option("fd-policy", "type: file\npath: /f\naction: error")}})
+	_, err := t.Ctr(t.Ctx, "tasks", "checkpoint", clone.id)
+	if want := fmt.Sprintf("process %d (sh, 1 inside): descriptor 7, fifo /f: forbidden", clone.task().Pid()); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("a checkpoint of the clone gives %v, want an error with %q", err, want)
+	}
+	clone.wantStatus(containerd.Running)
+}
+
 // The processes of the whole tree are looked at; those of exec, which no dump holds, are not.
 func TestFDPolicyOfChildren(tb *testing.T) {
 	onlyCrac(tb)

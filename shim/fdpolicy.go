@@ -30,7 +30,12 @@ func (c *container) enforceFDPolicy(p oci.FDPolicy, pids []int) error {
 	if len(p.Rules) == 0 {
 		return nil
 	}
-	held, err := inspect.Inspect(c.init.getPid(), pids, inspect.Options{})
+	init := c.init.getPid()
+	held, err := inspect.Inspect(init, pids, inspect.Options{})
+	if err == nil && held.Process(init) == nil {
+		// Whom a dump holds is told by descent from it.
+		err = fmt.Errorf("the container's first process, %d, is not among its processes %v", init, pids)
+	}
 	if err != nil {
 		return fmt.Errorf("carry out the descriptor policy: %w", err)
 	}
