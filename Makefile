@@ -61,7 +61,7 @@ FUZZTIME ?= 1m
 .PHONY: fuzz
 fuzz: host ## every fuzz target, for FUZZTIME=1m each
 	@git grep -H '^func Fuzz' -- '*_test.go' | sed -n 's|^\(.*\)/[^/]*:func \(Fuzz[A-Za-z0-9]*\)(.*|\1 \2|p' | sort -u | \
-	  xargs -P "$$(nproc)" -L 1 sh -c 'echo "$$0 $$1"; exec go test -tags "$(GOTAGS)" "./$$0" -run "^$$" -fuzz "^$$1\$$" -parallel 1 -fuzztime "$(FUZZTIME)" -fuzzminimizetime 1x </dev/null'
+	  xargs -P "$$(nproc)" -L 1 integration/tools/fuzz.sh '$(FUZZTIME)'
 
 .PHONY: test-e2e
 test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and registry (root; RUN=regexp for some)
