@@ -150,13 +150,17 @@ func (c *Container) relate(mounts *mounts) {
 		}
 	}
 	held := make(map[uint64]bool)
+	ports := make(map[uint16]bool)
 	for fd := range c.sockets() {
 		held[fd.Inode] = true
+		if s := fd.Socket; s.Listening() && s.Protocol != "" {
+			ports[s.Local.Port()] = true
+		}
 	}
 	for fd := range c.sockets() {
-		if s := fd.Socket; s.Family == "unix" && s.PeerInode != 0 {
-			s.External = !held[s.PeerInode]
-		}
+		s := fd.Socket
+		s.External = s.PeerInode != 0 && !held[s.PeerInode]
+		s.Inbound = s.Protocol != "" && !s.Listening() && ports[s.Local.Port()]
 	}
 }
 

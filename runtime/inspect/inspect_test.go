@@ -137,6 +137,12 @@ func TestInspect(t *testing.T) {
 			t.Errorf("%s has no cookie", name)
 		}
 	}
+	if s := fds["accepted"].Socket; !s.Inbound || s.Connection() != "tcp from 127.0.0.1 to port "+port[1:] {
+		t.Errorf("the server's end is %q", s.Connection())
+	}
+	if s := fds["client"].Socket; s.Inbound || s.Connection() != "tcp to 127.0.0.1"+port {
+		t.Errorf("the client's end is %q", s.Connection())
+	}
 	if n := fds["listener"].Socket.Pending; n != 2 {
 		t.Errorf("%d connections wait to be accepted, want 2", n)
 	}

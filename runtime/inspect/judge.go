@@ -14,34 +14,6 @@ import (
 // in bytes on disk. CRIU's own limit, 1 MiB, is less than databases and JVMs keep.
 const GhostLimit = 1 << 30
 
-// Level says what a finding means.
-type Level string
-
-// The levels.
-const (
-	Error   Level = "error"   // no checkpoint can be made
-	Warning Level = "warning" // a clone differs, or needs something to start
-	Info    Level = "info"
-)
-
-// Finding is one reason why a checkpoint fails, or why a clone will not be what
-// the original is.
-type Finding struct {
-	Level Level  `json:"level"`
-	Code  string `json:"code"` // for programs
-	// The process, in the host's pid namespace and in its own; 0 if the finding
-	// is about none.
-	PID     int    `json:"pid,omitempty"`
-	Inside  int    `json:"container_pid,omitempty"`
-	Program string `json:"program,omitempty"`
-	FDs     []int  `json:"descriptors,omitempty"`
-	// Others is how many more processes hold the same.
-	Others int    `json:"other_processes,omitempty"`
-	What   string `json:"what"`
-	Why    string `json:"why"`
-	Fix    string `json:"fix,omitempty"`
-}
-
 // Conditions are those of the dump that is judged.
 type Conditions struct {
 	TCP oci.TCPMode
@@ -62,7 +34,7 @@ type Conditions struct {
 // Judge tells what of a container CRIU 4 cannot dump, and what will be different
 // in a clone. It knows CRIU's limits as far as they can be seen from outside.
 func (c *Container) Judge(on Conditions) []Finding {
-	j := &judge{Container: c, on: on, seen: make(map[held]int)}
+	j := &judge{Container: c, on: on}
 	if init := c.Process(c.Init); init != nil {
 		j.namespaces = init.Namespaces
 	}
@@ -86,22 +58,14 @@ func (c *Container) Judge(on Conditions) []Finding {
 			j.mapping(p, m)
 		}
 	}
-	return j.all
+	return j.All
 }
 
 type judge struct {
 	*Container
+	Findings
 	on         Conditions
 	namespaces map[string]uint64 // the init's
-	all        []Finding
-	seen       map[held]int // the index of the finding
-}
-
-// held is what makes two findings the same.
-type held struct {
-	code, what  string
-	pid         int    // the process, or
-	dev, object uint64 // a file, which processes may share
 }
 
 // finding is a Finding without who.
@@ -110,35 +74,8 @@ type finding struct {
 	code, what, why, fix string
 }
 
-// add notes a finding. The same of other descriptors of the process, and the
-// same file in other processes, become one.
 func (j *judge) add(p *Process, fd *FD, f finding) {
-	mine := held{code: f.code, what: f.what, pid: p.PID}
-	if fd != nil {
-		file := held{code: f.code, what: f.what, dev: fd.Device, object: fd.Inode}
-		if i, ok := j.seen[file]; ok && j.all[i].PID != p.PID {
-			counted := held{code: f.code, what: f.what, pid: p.PID, object: uint64(i) + 1}
-			if _, ok := j.seen[counted]; !ok {
-				j.seen[counted] = i
-				j.all[i].Others++
-			}
-			return
-		}
-		if i, ok := j.seen[mine]; ok {
-			j.seen[file] = i
-			j.all[i].FDs = append(j.all[i].FDs, fd.Number)
-			return
-		}
-		j.seen[file] = len(j.all)
-	} else if _, ok := j.seen[mine]; ok {
-		return
-	}
-	j.seen[mine] = len(j.all)
-	n := Finding{Level: f.level, Code: f.code, PID: p.PID, Inside: p.Inside, Program: Printable(p.Name), What: f.what, Why: f.why, Fix: f.fix}
-	if fd != nil {
-		n.FDs = []int{fd.Number}
-	}
-	j.all = append(j.all, n)
+	j.Add(p, fd, Finding{Level: f.level, Code: f.code, What: f.what, Why: f.why, Fix: f.fix})
 }
 
 const (
@@ -282,10 +219,7 @@ func (j *judge) socket(p *Process, fd *FD) {
 // connection tells of connections by their peer.
 func (j *judge) connection(p *Process, fd *FD) {
 	s := fd.Socket
-	f := finding{Warning, "connection", "tcp with a peer", "", ""}
-	if s.Peer.IsValid() {
-		f.what = "tcp to " + plainAddr(s.Peer)
-	}
+	f := finding{Warning, "connection", s.Connection(), "", ""}
 	const policy = "or close it by a rule of fd-policy (docs/fd-policy.md)"
 	switch j.on.TCP {
 	case oci.TCPError:

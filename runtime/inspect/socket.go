@@ -22,6 +22,10 @@ type SocketInfo struct {
 	LocalPath, PeerPath string         // of unix; "@…" for an abstract name
 	Pending             int            // of a listening TCP socket: connections that wait to be accepted
 
+	// Inbound tells that the container listens on the local port: a client of the
+	// container is at the other end.
+	Inbound bool
+
 	Cookie    uint64 // the kernel's unique number for it
 	Device    int    // the interface that it is bound to; 0: none
 	PeerInode uint64 // of unix: the socket at the other end
@@ -74,6 +78,18 @@ func (s *SocketInfo) String() string {
 		b.WriteString(" (" + s.State + ")")
 	}
 	return b.String()
+}
+
+// Connection names what TCP connections have in common that go to one server, or
+// come from one client: a client's port is of no interest.
+func (s *SocketInfo) Connection() string {
+	switch {
+	case !s.Peer.IsValid():
+		return s.Protocol + " with a peer"
+	case s.Inbound:
+		return fmt.Sprintf("%s from %s to port %d", s.Protocol, s.Peer.Addr().Unmap(), s.Local.Port())
+	}
+	return s.Protocol + " to " + plainAddr(s.Peer)
 }
 
 // plainAddr writes an IPv4 address inside an IPv6 one as what it is.

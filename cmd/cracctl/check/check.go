@@ -171,11 +171,13 @@ func (r *Report) policy(option, rootfs string, held *inspect.Container) (closed 
 		return nil
 	}
 	actions, refused := fdpolicy.Plan(p, held)
+	var found inspect.Findings
 	note := func(level inspect.Level, a fdpolicy.Action, why, fix string) {
-		r.Findings = append(r.Findings, inspect.Finding{
-			Level: level, Code: "policy", PID: a.Process.PID, Inside: a.Process.Inside, Program: inspect.Printable(a.Process.Name),
-			FDs: []int{a.FD.Number}, What: a.FD.String(), Why: why, Fix: fix,
-		})
+		what := a.FD.String()
+		if s := a.FD.Socket; s != nil && s.Peer.IsValid() {
+			what = s.Connection()
+		}
+		found.Add(a.Process, a.FD, inspect.Finding{Level: level, Code: "policy", What: what, Why: why, Fix: fix})
 	}
 	for _, a := range refused {
 		note(inspect.Error, a, fmt.Sprintf("the descriptor policy refuses it, by %s", a.Rule), a.Note)
@@ -190,6 +192,7 @@ func (r *Report) policy(option, rootfs string, held *inspect.Container) (closed 
 			note(inspect.Info, a, fmt.Sprintf("the descriptor policy: %s, by %s", a.Note, a.Rule), "")
 		}
 	}
+	r.Findings = append(r.Findings, found.All...)
 	return func(fd *inspect.FD) bool { return fd.Socket != nil && closes[fd.Socket.Cookie] }
 }
 

@@ -104,7 +104,7 @@ func TestPolicy(t *testing.T) {
 	got := r.text()
 	for _, want := range []string{
 		"error policy: file /f: the descriptor policy refuses it, by rule 2 (line 5",
-		"warning policy: tcp -> 10.0.0.9:1: the descriptor policy closes it",
+		"warning policy: tcp to 10.0.0.9:1: the descriptor policy closes it",
 		"info policy: file /g: the descriptor policy: left to CRIU",
 	} {
 		if !strings.Contains(got, want) {
