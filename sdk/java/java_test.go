@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -136,6 +137,8 @@ type program struct {
 	lines chan string
 	errs  output
 	ended chan error
+
+	stored atomic.Bool // the image of the program's own checkpoint
 }
 
 // output is what a program writes, to be read while it runs.
@@ -361,6 +364,9 @@ func (p *program) accepting() (asked chan struct{}) {
 			asked <- struct{}{}
 			return message{"ok": true, "id": "0123"}
 		}
+		if p.stored.Load() {
+			return message{"ok": true, "outcome": "checkpointed"}
+		}
 		return message{"ok": true, "outcome": "pending"}
 	})
 	return asked
@@ -504,7 +510,14 @@ func TestCheckpointRestore(t *testing.T) {
 					if got := p.notify(c.event, c.more); got != c.after {
 						t.Errorf("%s: %q, want %q", c.event, got, c.after)
 					}
-					p.expect("after a in "+mainer, "checkpoint: "+c.result)
+					p.expect("after a in " + mainer)
+					if c.name == "resumed" {
+						// The image is made while the program runs, and is what it asked for.
+						p.silent()
+						p.stored.Store(true)
+					}
+					p.expect("checkpoint: " + c.result)
+					p.stored.Store(false)
 				}
 			})
 		})

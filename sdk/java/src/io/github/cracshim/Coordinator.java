@@ -175,6 +175,29 @@ final class Coordinator {
         throw refused(error);
     }
 
+    /**
+     * Waits until the image is there: the workload goes on before that, and whoever asked for the
+     * checkpoint wants to use it.
+     */
+    private Exception stored(Request r) {
+        while (true) {
+            try {
+                Map<String, Object> now = ControlSocket.ask(outcomeOf(r.id), null);
+                switch (String.valueOf(Json.string(now, "outcome"))) {
+                    case "pending":
+                        sleep(POLL_MILLIS);
+                        continue;
+                    case "failed":
+                        return refused(Json.string(now, "error"));
+                    default:
+                        return null;
+                }
+            } catch (IOException e) {
+                return null; // there is nobody to ask
+            }
+        }
+    }
+
     /** Waits for the end of a request's checkpoint, telling the resources on the way. */
     private Exception take(Request r) {
         while (true) {
@@ -201,7 +224,8 @@ final class Coordinator {
                     }
                 }
                 if (over) {
-                    return result.failure;
+                    boolean dumped = "checkpointed".equals(Json.string(message, "outcome"));
+                    return dumped && result.failure == null ? stored(r) : result.failure;
                 }
                 continue;
             }
