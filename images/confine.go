@@ -1,7 +1,6 @@
 package images
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,9 +23,17 @@ type Confinement struct {
 	// the oldest of each process, and Seccomp takes its place. If a dump lies
 	// about this, only its own processes' filters get lost.
 	Replace bool
+	// Profile is the AppArmor profile or SELinux context of every thread; for
+	// AppArmor it may be Unconfined. Empty leaves them theirs.
+	Profile string
+	// NoNewPrivileges: no thread may gain any (prctl(2), PR_SET_NO_NEW_PRIVS).
+	NoNewPrivileges bool
 	// Limits are resource limits by their numbers (RLIMIT_CPU is 0).
 	Limits []Limit
 }
+
+// Unconfined is AppArmor's name for no profile.
+const Unconfined = "unconfined"
 
 // SeccompFilter is a filter as the kernel takes it (seccomp(2)).
 type SeccompFilter struct {
@@ -52,7 +59,7 @@ const (
 // instead of those of the same names; none if the dump says all this already. The
 // dump is hostile, and an error wraps ErrDamaged.
 func (c Confinement) Images(dir string) (map[string][]byte, error) {
-	if c.Seccomp == nil && len(c.Limits) == 0 {
+	if c.Seccomp == nil && !c.ofThreads() && len(c.Limits) == 0 {
 		return nil, nil
 	}
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -66,6 +73,9 @@ func (c Confinement) Images(dir string) (map[string][]byte, error) {
 	}
 	return r.images(), nil
 }
+
+// ofThreads tells whether there is something that each thread has for itself.
+func (c Confinement) ofThreads() bool { return c.Profile != "" || c.NoNewPrivileges }
 
 // confiner changes the images of a dump.
 type confiner struct {
@@ -84,8 +94,10 @@ type threadImage struct {
 	message []byte
 	changed bool
 
-	mode   uint32
-	filter *uint32 // the first one of its chain
+	mode            uint32
+	filter          *uint32 // the first one of its chain
+	lsm             string
+	noNewPrivileges bool
 }
 
 // filterEntry is one seccomp filter of the dump. CRIU installs the chain of a
@@ -144,10 +156,10 @@ func (r *confiner) process(pid uint32, threads []uint32) error {
 			return err
 		}
 	}
-	if r.want.Seccomp == nil {
+	if r.want.Seccomp == nil && !r.want.ofThreads() {
 		return nil
 	}
-	var others []*threadImage
+	all := []*threadImage{leader}
 	for _, tid := range threads {
 		if tid == pid {
 			continue
@@ -157,10 +169,18 @@ func (r *confiner) process(pid uint32, threads []uint32) error {
 			return fmt.Errorf("thread %d: %w", tid, err)
 		}
 		if t != nil {
-			others = append(others, t)
+			all = append(all, t)
 		}
 	}
-	return r.filter(leader, others)
+	for _, t := range all {
+		if err := r.credentials(t); err != nil {
+			return err
+		}
+	}
+	if r.want.Seccomp == nil {
+		return nil
+	}
+	return r.filter(all)
 }
 
 // core reads the image of a thread; nil for that of a zombie.
@@ -180,7 +200,7 @@ func (r *confiner) core(tid uint32) (*threadImage, error) {
 	if t.dead {
 		return nil, nil
 	}
-	c := &threadImage{message: data, mode: t.seccompMode, filter: t.seccompFilter}
+	c := &threadImage{message: data, mode: t.seccompMode, filter: t.seccompFilter, lsm: t.lsm, noNewPrivileges: t.noNewPrivileges}
 	r.cores[tid] = c
 	return c, nil
 }
@@ -192,6 +212,8 @@ const (
 	coreTask, coreThread       = 3, 5
 	taskLimits                 = 8
 	threadSeccomp, threadChain = 11, 12
+	threadCreds                = 10
+	credsProfile, credsNoNew   = 15, 18
 )
 
 // Modes of seccomp and the flag that makes the kernel give a filter to all
@@ -266,8 +288,9 @@ func parseFilter(data []byte) (e filterEntry, err error) {
 // one goes the same way. The kernel does so only if the others have no filters of
 // their own, and CRIU does not notice if it does not: then each thread gets it
 // for itself.
-func (r *confiner) filter(leader *threadImage, others []*threadImage) error {
-	for _, t := range append([]*threadImage{leader}, others...) {
+func (r *confiner) filter(all []*threadImage) error {
+	leader, others := all[0], all[1:]
+	for _, t := range all {
 		if r.want.Replace && t.mode == seccompFilter {
 			if err := r.replace(t); err != nil {
 				return err
@@ -288,7 +311,7 @@ func (r *confiner) filter(leader *threadImage, others []*threadImage) error {
 	if together {
 		return r.add(leader, flagTsync)
 	}
-	for _, t := range append([]*threadImage{leader}, others...) {
+	for _, t := range all {
 		if t.mode == seccompFilter {
 			if flags, err := r.chainFlags(t); err != nil {
 				return err
@@ -366,6 +389,33 @@ func (r *confiner) add(t *threadImage, tsync uint32) error {
 		thread = protowire.AppendVarint(protowire.AppendTag(thread, threadSeccomp, protowire.VarintType), seccompFilter)
 		return protowire.AppendVarint(protowire.AppendTag(thread, threadChain, protowire.VarintType), uint64(index)), err
 	})
+}
+
+// credentials changes those of a thread. CRIU's own --lsm-profile does so only for
+// threads that had a profile.
+func (r *confiner) credentials(t *threadImage) error {
+	change := func(field protowire.Number, value []byte) error {
+		return t.edit(coreThread, func(thread []byte) ([]byte, error) {
+			return edited(thread, threadCreds, func(creds []byte) ([]byte, error) {
+				creds, err := without(creds, field)
+				return append(creds, value...), err
+			})
+		})
+	}
+	if r.want.NoNewPrivileges && !t.noNewPrivileges {
+		if err := change(credsNoNew, protowire.AppendVarint(protowire.AppendTag(nil, credsNoNew, protowire.VarintType), 1)); err != nil {
+			return err
+		}
+	}
+	switch want := r.want.Profile; {
+	case want == "" || want == t.lsm:
+		return nil
+	case want != Unconfined:
+		return change(credsProfile, protowire.AppendString(protowire.AppendTag(nil, credsProfile, protowire.BytesType), want))
+	case t.lsm != "":
+		return change(credsProfile, nil) // is what CRIU notes then
+	}
+	return nil
 }
 
 // limit sets the resource limits of a process.
@@ -468,25 +518,31 @@ func limitsOf(core []byte) (limits []rlimit, err error) {
 }
 
 // edit changes a message that the core image holds.
-func (c *threadImage) edit(field protowire.Number, change func([]byte) ([]byte, error)) error {
-	f, err := parse(c.message)
+func (t *threadImage) edit(field protowire.Number, change func([]byte) ([]byte, error)) (err error) {
+	t.message, err = edited(t.message, field, change)
+	t.changed = true
+	return err
+}
+
+// edited copies a message in which another one has changed.
+func edited(message []byte, field protowire.Number, change func([]byte) ([]byte, error)) ([]byte, error) {
+	f, err := parse(message)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	old, err := f.single(field, protowire.BytesType)
-	if err != nil || old == nil {
-		return errors.Join(err, errors.New("lacks a part"))
-	}
-	inner, err := change(bytes.Clone(old.bytes))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	rest, err := without(c.message, field)
+	if old == nil {
+		return nil, fmt.Errorf("field %d is not there", field)
+	}
+	inner, err := change(old.bytes)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	c.message, c.changed = protowire.AppendBytes(protowire.AppendTag(rest, field, protowire.BytesType), inner), true
-	return nil
+	rest, err := without(message, field)
+	return protowire.AppendBytes(protowire.AppendTag(rest, field, protowire.BytesType), inner), err
 }
 
 // without copies a message but for some of its fields.

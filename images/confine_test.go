@@ -39,8 +39,9 @@ type process struct {
 }
 
 type threadSpec struct {
-	mode  uint64
-	chain int // -1: none said
+	mode    uint64
+	chain   int // -1: none said
+	profile string
 }
 
 func (d tree) write(t testing.TB) string {
@@ -61,7 +62,11 @@ func (d tree) write(t testing.TB) string {
 		for i, s := range p.threads {
 			tid := p.pid + uint32(i)
 			entry = entry.num(5, uint64(tid))
-			th := thread(capable()).num(2, 0)
+			creds := message{}.num(12, 1)
+			if s.profile != "" {
+				creds = creds.str(15, s.profile)
+			}
+			th := thread(creds).num(2, 0)
 			if s.mode != 0 {
 				th = th.num(11, s.mode)
 			}
@@ -186,8 +191,8 @@ func restored(dir string, own map[string][]byte) (map[uint32]string, error) {
 
 func TestConfineSeccomp(t *testing.T) {
 	const tsync, log = unix.SECCOMP_FILTER_FLAG_TSYNC, unix.SECCOMP_FILTER_FLAG_LOG
-	plain := threadSpec{0, -1}
-	filter := func(n int) threadSpec { return threadSpec{2, n} }
+	plain := threadSpec{mode: 0, chain: -1}
+	filter := func(n int) threadSpec { return threadSpec{mode: 2, chain: n} }
 	one := func(threads ...threadSpec) []process { return []process{{pid: 1, threads: threads}} }
 	for name, tt := range map[string]struct {
 		dump    tree
@@ -207,9 +212,9 @@ func TestConfineSeccomp(t *testing.T) {
 		"each its own":                 {tree{[]filterEntry{{theirs, -1, 0}, {other, -1, 0}}, one(filter(0), filter(1), plain)}, false, "1:ours theirs 2:ours other 3:ours", "core-1.img core-2.img core-3.img seccomp.img", ""},
 		"only the first":               {tree{[]filterEntry{{ours, -1, 0}}, one(filter(0), plain)}, false, "1:ours 2:ours", "core-2.img seccomp.img", ""},
 		"only another":                 {tree{[]filterEntry{{theirs, -1, 0}}, one(plain, filter(0))}, false, "1:ours 2:ours theirs", "core-1.img core-2.img seccomp.img", ""},
-		"strict":                       {tree{nil, one(threadSpec{1, -1})}, false, "1:strict", "", ""},
-		"strict thread":                {tree{nil, one(plain, threadSpec{1, -1})}, false, "1:ours 2:strict", "core-1.img seccomp.img", ""},
-		"strict first":                 {tree{nil, one(threadSpec{1, -1}, plain)}, false, "1:strict 2:ours", "core-2.img seccomp.img", ""},
+		"strict":                       {tree{nil, one(threadSpec{mode: 1, chain: -1})}, false, "1:strict", "", ""},
+		"strict thread":                {tree{nil, one(plain, threadSpec{mode: 1, chain: -1})}, false, "1:ours 2:strict", "core-1.img seccomp.img", ""},
+		"strict first":                 {tree{nil, one(threadSpec{mode: 1, chain: -1}, plain)}, false, "1:strict 2:ours", "core-2.img seccomp.img", ""},
 		"zombie":                       {tree{nil, []process{{pid: 1, threads: []threadSpec{plain}}, {pid: 5, state: taskZombie, threads: []threadSpec{plain}}}}, false, "1:ours", "core-1.img seccomp.img", ""},
 		"processes":                    {tree{[]filterEntry{{ours, -1, tsync}}, []process{{pid: 1, threads: []threadSpec{plain}}, {pid: 5, threads: []threadSpec{filter(0)}}, {pid: 7, threads: []threadSpec{plain, plain}}}}, false, "1:ours 5:ours 7:ours 8:ours", "core-1.img core-7.img seccomp.img", ""},
 		"replaced":                     {tree{[]filterEntry{{theirs, -1, 0}}, one(filter(0))}, true, "1:ours", "seccomp.img", ""},
@@ -222,8 +227,8 @@ func TestConfineSeccomp(t *testing.T) {
 		"sync that fails":              {tree{[]filterEntry{{theirs, -1, tsync}, {other, -1, 0}}, one(filter(0), filter(1))}, false, "", "", "of their own"},
 		"half a sync":                  {tree{[]filterEntry{{other, -1, 0}, {theirs, 0, tsync}}, one(filter(1), plain)}, false, "", "", "of their own"},
 		"no such filter":               {tree{[]filterEntry{{theirs, -1, 0}}, one(filter(1))}, false, "", "", "not there"},
-		"filter not said":              {tree{[]filterEntry{{theirs, -1, 0}}, one(threadSpec{2, -1})}, false, "", "", "without a number"},
-		"unknown mode":                 {tree{nil, one(threadSpec{3, -1})}, false, "", "", "mode 3"},
+		"filter not said":              {tree{[]filterEntry{{theirs, -1, 0}}, one(threadSpec{mode: 2, chain: -1})}, false, "", "", "without a number"},
+		"unknown mode":                 {tree{nil, one(threadSpec{mode: 3, chain: -1})}, false, "", "", "mode 3"},
 		"endless chain":                {tree{[]filterEntry{{theirs, 0, 0}}, one(filter(0))}, false, "", "", "comes later"},
 		"chain upwards":                {tree{[]filterEntry{{theirs, 1, 0}, {other, -1, 0}}, one(filter(0))}, false, "", "", "comes later"},
 		"no program":                   {tree{[]filterEntry{{"short", -1, 0}}, one(filter(0))}, false, "", "", "no program"},
@@ -262,7 +267,7 @@ func TestConfineSeccomp(t *testing.T) {
 
 // What a request's filter is besides its program goes with it.
 func TestConfineKeepsFlags(t *testing.T) {
-	dir := tree{nil, []process{{pid: 1, threads: []threadSpec{{0, -1}}}}}.write(t)
+	dir := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
 	own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours), Flags: unix.SECCOMP_FILTER_FLAG_LOG}}.Images(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -273,6 +278,65 @@ func TestConfineKeepsFlags(t *testing.T) {
 	}
 	if f := filters.GetSeccompFilters(); len(f) != 1 || f[0].GetFlags() != unix.SECCOMP_FILTER_FLAG_LOG|unix.SECCOMP_FILTER_FLAG_TSYNC {
 		t.Errorf("filters %v", f)
+	}
+}
+
+// Every thread gets the profile, and keeps all else.
+func TestConfineProfile(t *testing.T) {
+	for name, tt := range map[string]struct {
+		had, asked, want string
+		changed          int
+	}{
+		"none asked":     {"old", "", "old", 0},
+		"the same":       {"app", "app", "app", 0},
+		"another":        {"old", "app", "app", 3},
+		"had none":       {"", "app", "app", 3},
+		"unconfined":     {"old", Unconfined, "", 3},
+		"was unconfined": {"", Unconfined, "", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := threadSpec{chain: -1, profile: tt.had}
+			dir := tree{nil, []process{{pid: 1, threads: []threadSpec{s, s}}, {pid: 5, threads: []threadSpec{s}}, {pid: 7, state: taskZombie, threads: []threadSpec{s}}}}.write(t)
+			own, err := Confinement{Profile: tt.asked}.Images(dir)
+			if err != nil || len(own) != tt.changed {
+				t.Fatalf("%d files, %v; want %d", len(own), err, tt.changed)
+			}
+			for _, tid := range []int{1, 2, 5} {
+				var core criucore.CoreEntry
+				if err := decode(dir, own, fmt.Sprintf("core-%d.img", tid), func() proto.Message { return &core }); err != nil {
+					t.Fatal(err)
+				}
+				creds := core.GetThreadCore().GetCreds()
+				if creds.GetLsmProfile() != tt.want || len(creds.GetCapBnd()) != 1 || (tid != 2) != (core.GetTc().GetComm() == "app") {
+					t.Errorf("thread %d: %v", tid, &core)
+				}
+			}
+		})
+	}
+}
+
+// No thread may gain privileges, whatever the dump says of it.
+func TestConfineNewPrivileges(t *testing.T) {
+	dir := tree{nil, []process{{pid: 1, threads: []threadSpec{{chain: -1}, {chain: -1}}}}}.write(t)
+	write(t, filepath.Join(dir, "core-2.img"), coreImage(message{}.num(1, 1).msg(5, thread(message{}.num(12, 1).num(18, 1)))))
+	own, err := Confinement{NoNewPrivileges: true, Profile: "app"}.Images(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range own {
+		messages, err := parseImage(data, magicCore)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if th, err := parseCore(messages[0]); err != nil || !th.noNewPrivileges || th.lsm != "app" || th.capabilities != 1 {
+			t.Errorf("%s: %+v, %v", name, th, err)
+		}
+	}
+	if len(own) != 2 {
+		t.Errorf("changed %d files", len(own))
+	}
+	if own, err := (Confinement{NoNewPrivileges: true}).Images(dir); err != nil || len(own) != 1 {
+		t.Errorf("changed %d files of one that needs it, %v", len(own), err)
 	}
 }
 
@@ -304,8 +368,8 @@ func TestConfineLimits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			// Another limit before it, and none behind: the dump has one limit less.
 			dir := tree{nil, []process{
-				{pid: 1, threads: []threadSpec{{0, -1}}, limits: []rlimit{{7, 7}, tt.init}},
-				{pid: 9, threads: []threadSpec{{0, -1}}, limits: []rlimit{{7, 7}, tt.child}},
+				{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}, limits: []rlimit{{7, 7}, tt.init}},
+				{pid: 9, threads: []threadSpec{{mode: 0, chain: -1}}, limits: []rlimit{{7, 7}, tt.child}},
 			}}.write(t)
 			own, err := Confinement{Limits: []Limit{bound(inf), tt.want}}.Images(dir)
 			if err != nil {
@@ -330,12 +394,12 @@ func TestConfineLimits(t *testing.T) {
 		})
 	}
 
-	short := tree{nil, []process{{pid: 1, threads: []threadSpec{{0, -1}}}}}.write(t)
+	short := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
 	own, err := Confinement{Limits: []Limit{asked(1, 2)}}.Images(short)
 	if err != nil || len(own) != 1 {
 		t.Errorf("a dump without this limit: %v, %d files", err, len(own))
 	}
-	bare := tree{nil, []process{{pid: 1, threads: []threadSpec{{0, -1}}, bare: true}}}.write(t)
+	bare := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}, bare: true}}}.write(t)
 	if _, err := (Confinement{Limits: []Limit{asked(1, 2)}}).Images(bare); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a dump without any limit: %v", err)
 	}
@@ -352,7 +416,7 @@ func TestConfineNothing(t *testing.T) {
 	if _, err := want.Images(t.TempDir()); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "pstree.img") {
 		t.Errorf("an empty dump: %v", err)
 	}
-	cut := tree{nil, []process{{pid: 1, threads: []threadSpec{{0, -1}}}}}.write(t)
+	cut := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
 	if err := os.Remove(filepath.Join(cut, "core-1.img")); err != nil {
 		t.Fatal(err)
 	}
@@ -364,7 +428,7 @@ func TestConfineNothing(t *testing.T) {
 // FuzzConfine: whatever a dump says of its filters, it is damaged, or every thread that is not
 // strict gets ours.
 func FuzzConfine(f *testing.F) {
-	seeds := tree{[]filterEntry{{theirs, -1, 1}, {other, 0, 1}}, []process{{pid: 1, threads: []threadSpec{{2, 1}, {0, -1}}}}}.write(f)
+	seeds := tree{[]filterEntry{{theirs, -1, 1}, {other, 0, 1}}, []process{{pid: 1, threads: []threadSpec{{mode: 2, chain: 1}, {chain: -1}}}}}.write(f)
 	read := func(name string) []byte {
 		data, err := os.ReadFile(filepath.Join(seeds, name))
 		if err != nil {
@@ -378,7 +442,7 @@ func FuzzConfine(f *testing.F) {
 		for name, data := range map[string][]byte{"seccomp.img": filters, "pstree.img": tree, "core-1.img": core1, "core-2.img": core2} {
 			write(t, filepath.Join(dir, name), string(data))
 		}
-		own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours)}, Replace: replace, Limits: []Limit{{5, 10, true}}}.Images(dir)
+		own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours)}, Replace: replace, Profile: "app", Limits: []Limit{{5, 10, true}}}.Images(dir)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) {
 				t.Errorf("%v is not ErrDamaged", err)

@@ -47,6 +47,9 @@ type Request struct {
 	UIDMappings []oci.IDMapping
 	GIDMappings []oci.IDMapping
 	Mounts      []oci.Mount
+	// Profile is the AppArmor profile or SELinux context that takes the place of
+	// those of the dump; empty for none.
+	Profile string
 }
 
 // RequestOf reads a request from its container's facts: see oci.ContainerOf and
@@ -76,12 +79,17 @@ func (r Reason) String() string { return r.Text }
 // reason means that a restore may be tried. It never trusts the image with
 // more than a refusal.
 func Gate(m *oci.Manifest, h Host, r Request) []Reason {
-	return append(GateHost(m, h), gateRequest(m, r)...)
+	reasons := append(gateHost(m, h), gateLSM(m.Container.LSM, h, r.Profile)...)
+	return append(reasons, gateRequest(m, r)...)
 }
 
 // GateHost is the part of Gate that no request can change: what the checkpoint
 // needs of a host.
-func GateHost(m *oci.Manifest, h Host) (reasons []Reason) {
+func GateHost(m *oci.Manifest, h Host) []Reason {
+	return append(gateHost(m, h), gateLSM(m.Container.LSM, h, "")...)
+}
+
+func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 	add := func(code, format string, a ...any) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
 	}
@@ -135,18 +143,21 @@ func GateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 		add(CodeKernel, "the checkpoint needs features that this host's kernel (%s) lacks: %s; enable them, or make a checkpoint on a kernel without them",
 			orUnknown(h.Kernel), strings.Join(lacking, " "))
 	}
-	return append(reasons, gateLSM(m.Container.LSM, h)...)
+	return reasons
 }
 
 // gateLSM compares security modules: CRIU puts processes back into the profiles or
-// contexts that they had.
-func gateLSM(l *oci.LSM, h Host) []Reason {
+// contexts that they had, unless the request has one of its own.
+func gateLSM(l *oci.LSM, h Host, own string) []Reason {
 	switch {
 	case l == nil:
 		return nil
 	case l.Name != h.LSM:
 		return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint's processes were confined by %s (%s) and this host's kernel has %s; make one on a host with the same security module, or of a container that is not confined by one",
 			l.Name, strings.Join(l.Profiles, ", "), cmp.Or(h.LSM, "neither AppArmor nor SELinux"))}}
+	}
+	if own != "" {
+		return nil
 	}
 	var missing []string
 	for _, p := range l.Profiles {

@@ -57,6 +57,14 @@ func TestGate(t *testing.T) {
 			m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"app", ":other:x", "a//&b", "web"}}
 			h.LSM, h.Profiles = "apparmor", []string{"app"}
 		}},
+		{name: "profile that is not loaded nor needed", change: func(m *oci.Manifest, h *Host, r *Request) {
+			m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}
+			h.LSM, h.Profiles, r.Profile = "apparmor", []string{"app"}, "app"
+		}},
+		{name: "profile for another security module", code: CodeLSM, says: []string{"apparmor (web)", "selinux"}, change: func(m *oci.Manifest, h *Host, r *Request) {
+			m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}
+			h.LSM, r.Profile = "selinux", "u:r:t:s0"
+		}},
 		{name: "profiles that cannot be listed", change: func(m *oci.Manifest, h *Host, _ *Request) {
 			m.Container.LSM, h.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}, "apparmor"
 		}},

@@ -56,7 +56,7 @@ func ThisHost(criuVersion int) Host {
 			h.Features = append(h.Features, f)
 		}
 	}
-	h.LSM, h.Profiles = securityModule("/")
+	h.LSM, h.Profiles = SecurityModule()
 	return h
 }
 
@@ -79,8 +79,11 @@ func kernelHas(feature string) bool {
 	return false
 }
 
-// securityModule finds the module that gives processes profiles or contexts. root
-// is where proc and sys are.
+// SecurityModule finds the module that gives processes profiles or contexts,
+// "apparmor" or "selinux", and the profiles that AppArmor knows, if that can be read.
+func SecurityModule() (name string, profiles []string) { return securityModule("/") }
+
+// securityModule is SecurityModule below a root.
 func securityModule(root string) (name string, profiles []string) {
 	if on, err := os.ReadFile(filepath.Join(root, "sys/module/apparmor/parameters/enabled")); err == nil && strings.TrimSpace(string(on)) == "Y" {
 		f, err := os.Open(filepath.Join(root, "sys/kernel/security/apparmor/profiles"))

@@ -23,8 +23,7 @@ const CodePrivileges = "privileges"
 // would decide them.
 type Privileges struct {
 	// Capabilities is the bounding set, bit by bit as in the kernel.
-	Capabilities    uint64
-	NoNewPrivileges bool
+	Capabilities uint64
 	// ReadonlyRootfs and ReadonlyPaths must be read-only in the dump as well.
 	ReadonlyRootfs bool
 	ReadonlyPaths  []string
@@ -37,7 +36,6 @@ type Privileges struct {
 func PrivilegesOf(spec *specs.Spec) Privileges {
 	p := Privileges{Mounts: spec.Mounts}
 	if spec.Process != nil {
-		p.NoNewPrivileges = spec.Process.NoNewPrivileges
 		if c := spec.Process.Capabilities; c != nil {
 			for _, name := range c.Bounding {
 				if i := slices.Index(capabilities, strings.ToUpper(name)); i >= 0 {
@@ -106,13 +104,11 @@ func capabilityNames(mask uint64) string {
 }
 
 // CheckPrivileges tells what a dump would give its processes that the request
-// does not allow: capabilities, a missing no_new_privs, the host's namespaces, and
-// mounts. The dump is hostile: an error wraps ErrDamaged,
+// does not allow: capabilities, the host's namespaces, and mounts. The dump is hostile: an error wraps ErrDamaged,
 // and means that it must not be restored.
 //
-// Not looked at: seccomp filters and resource limits, for which Confinement cares,
-// masked paths, which hide only what may be read, and the write protection of cgroup
-// file systems.
+// Not looked at: what Confinement cares for, masked paths, which hide only what may
+// be read, and the write protection of cgroup file systems.
 func CheckPrivileges(dir string, allowed Privileges) ([]Reason, error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -147,7 +143,7 @@ type checker struct {
 	allowed Privileges
 	tasks   int // threads that will run
 
-	capabilities, newPrivileges, namespaces, mounts finding
+	capabilities, namespaces, mounts finding
 
 	excess uint64      // of capabilities
 	root   *mountEntry // of the first mount namespace
@@ -181,10 +177,6 @@ func (c *checker) reasons() (reasons []Reason) {
 	if f := c.capabilities; f.count > 0 {
 		add(CodePrivileges, "the checkpoint's %s%s may have capabilities that the request does not allow: %s; allow them if you trust the image, or make the checkpoint of a container without them",
 			f.where, f.and("threads"), capabilityNames(c.excess))
-	}
-	if f := c.newPrivileges; f.count > 0 {
-		add(CodePrivileges, "the checkpoint's %s%s may gain new privileges and the request forbids it; make the checkpoint of a container with noNewPrivileges, or allow new privileges if you trust the image",
-			f.where, f.and("threads"))
 	}
 	if f := c.namespaces; f.count > 0 {
 		add(CodeNamespaces, "the checkpoint's %s%s; the request asks for namespaces of its own; make the checkpoint of a container with the namespaces of the request",
@@ -236,9 +228,6 @@ func (c *checker) core(name string) error {
 	if excess := t.capabilities &^ c.allowed.Capabilities; excess != 0 {
 		c.excess |= excess
 		c.capabilities.add(who)
-	}
-	if c.allowed.NoNewPrivileges && !t.noNewPrivileges {
-		c.newPrivileges.add(who)
 	}
 	if t.leader && len(c.allowed.Namespaces) > 0 {
 		return c.ids(pid, who)

@@ -20,9 +20,8 @@ const defaultCapabilities = 0xa80425fb
 // ordinary is what a client asks for by default.
 func ordinary() Privileges {
 	return Privileges{
-		Capabilities:    defaultCapabilities,
-		NoNewPrivileges: true,
-		ReadonlyPaths:   []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/not-on-this-kernel"},
+		Capabilities:  defaultCapabilities,
+		ReadonlyPaths: []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/not-on-this-kernel"},
 		Namespaces: []specs.LinuxNamespaceType{
 			specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.MountNamespace,
 		},
@@ -34,10 +33,9 @@ func ordinary() Privileges {
 	}
 }
 
-// nerdctls is what nerdctl asks for: other mounts, and no noNewPrivileges.
+// nerdctls is what nerdctl asks for: other mounts.
 func nerdctls() Privileges {
 	p := ordinary()
-	p.NoNewPrivileges = false
 	p.Mounts = append(p.Mounts,
 		specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro"}},
 		specs.Mount{Destination: "/etc/hosts", Type: "bind", Source: "/h", Options: []string{"bind"}},
@@ -84,7 +82,6 @@ func TestPrivilegesOfRealDumps(t *testing.T) {
 		{"seccomp", ordinary(), nil},
 		{"nerdctl", nerdctls(), nil},
 		{"nerdctl", readonlyW, []string{"mounts: at \"/w\""}},
-		{"nerdctl", ordinary(), []string{"privileges: may gain new privileges"}},
 		{"privileged", privileged(), nil},
 		{"privileged", narrow, []string{"privileges: CAP_SYS_ADMIN"}},
 		{"privileged", rw, []string{"privileges: CAP_SYS_ADMIN", "mounts: sysfs (\"sysfs\") at \"/sys\""}},
@@ -160,7 +157,7 @@ func numbered(first protowire.Number, values []uint64) (m message) {
 
 // TestPrivilegesOfThreads looks at hand-made core images.
 func TestPrivilegesOfThreads(t *testing.T) {
-	allowed := Privileges{Capabilities: 1 << unix.CAP_CHOWN, NoNewPrivileges: true}
+	allowed := Privileges{Capabilities: 1 << unix.CAP_CHOWN}
 	good := capable(1, 0)
 	for _, tt := range []struct {
 		name string
@@ -177,8 +174,7 @@ func TestPrivilegesOfThreads(t *testing.T) {
 		{"bounding", alive(filtered(thread(capable(1 << 21)))), []string{"privileges: CAP_SYS_ADMIN"}},
 		{"ambient", alive(filtered(thread(good.num(19, 1<<12)))), []string{"privileges: CAP_NET_ADMIN"}},
 		{"unknown capability", alive(filtered(thread(good.num(19, 0, 1<<31)))), []string{"privileges: capability 63"}},
-		{"new privileges", alive(filtered(thread(message{}.num(12, 1)))), []string{"privileges: may gain new privileges"}},
-		{"everything", alive(thread(message{}.num(12, 2))), []string{"privileges: CAP_DAC", "privileges: new"}},
+		{"everything", alive(thread(message{}.num(12, 2))), []string{"privileges: CAP_DAC"}},
 		{"zombie", message{}.num(1, 1).msg(3, leader(taskZombie)), []string{"damaged: no process"}},
 		{"dead thread only in name", message{}.num(1, 1).msg(5, message{}.num(1, taskDead)), []string{"damaged: no credentials"}},
 		{"no thread", message{}.num(1, 1).msg(3, leader(1)), []string{"damaged: nothing about its thread"}},
@@ -451,8 +447,7 @@ func TestPrivilegesOfDamagedFiles(t *testing.T) {
 func TestPrivilegesOfSpec(t *testing.T) {
 	spec := &specs.Spec{
 		Process: &specs.Process{
-			NoNewPrivileges: true,
-			Capabilities:    &specs.LinuxCapabilities{Bounding: []string{"CAP_CHOWN", "CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE", "CAP_OF_TOMORROW"}, Effective: []string{"CAP_BPF"}},
+			Capabilities: &specs.LinuxCapabilities{Bounding: []string{"CAP_CHOWN", "CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE", "CAP_OF_TOMORROW"}, Effective: []string{"CAP_BPF"}},
 		},
 		Root: &specs.Root{Readonly: true},
 		Linux: &specs.Linux{
@@ -468,13 +463,13 @@ func TestPrivilegesOfSpec(t *testing.T) {
 	if p.Capabilities != 1|1<<21|1<<40 {
 		t.Errorf("capabilities %#x", p.Capabilities)
 	}
-	if !p.NoNewPrivileges || !p.ReadonlyRootfs || !slices.Equal(p.ReadonlyPaths, []string{"/proc/sys"}) {
+	if !p.ReadonlyRootfs || !slices.Equal(p.ReadonlyPaths, []string{"/proc/sys"}) {
 		t.Errorf("got %+v", p)
 	}
 	if want := []specs.LinuxNamespaceType{specs.PIDNamespace, specs.NetworkNamespace}; !slices.Equal(p.Namespaces, want) {
 		t.Errorf("namespaces %v, want %v", p.Namespaces, want)
 	}
-	if p := PrivilegesOf(&specs.Spec{}); p.Capabilities != 0 || p.NoNewPrivileges {
+	if p := PrivilegesOf(&specs.Spec{}); p.Capabilities != 0 {
 		t.Errorf("of an empty spec: %+v", p)
 	}
 }
@@ -504,7 +499,7 @@ func FuzzPrivileges(f *testing.F) {
 			write(t, filepath.Join(dir, "core-1.img"), coreImage(alive(thread(capable()))))
 		}
 		write(t, filepath.Join(dir, name), string(data))
-		reasons, err := CheckPrivileges(dir, Privileges{NoNewPrivileges: true})
+		reasons, err := CheckPrivileges(dir, Privileges{})
 		if err != nil && !errors.Is(err, ErrDamaged) {
 			t.Errorf("error %v", err)
 		}
@@ -513,7 +508,7 @@ func FuzzPrivileges(f *testing.F) {
 			if err != nil || len(messages) != 1 {
 				t.Fatalf("let through: %v, %d messages", err, len(messages))
 			}
-			if th, err := parseCore(messages[0]); err != nil || th.capabilities != 0 || !th.noNewPrivileges {
+			if th, err := parseCore(messages[0]); err != nil || th.capabilities != 0 {
 				t.Errorf("let through: %v, %+v", err, th)
 			}
 		}

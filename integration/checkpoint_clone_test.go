@@ -172,18 +172,54 @@ func TestCloneWithThreadsUnderAFilter(tb *testing.T) {
 	}
 }
 
-// The resource limits of a clone are those that its request names.
+// The resource limits of a clone are those that its request names, and it gains no privileges where
+// the request forbids it.
 func TestCloneHasTheRequestsLimits(tb *testing.T) {
 	onlyCrac(tb)
 	t := setup(tb)
-	image, last := checkpointed(t, "--rlimit-nofile", "512")
-	clone := start(t, warm(image, "--rlimit-nofile", "700"))
-	clone.goesOnFrom(last)
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", clone.task().Pid()))
-	if err != nil {
-		t.Fatal(err)
+	image, last := checkpointed(t, "--rlimit-nofile", "512", "--allow-new-privs")
+	for name, tt := range map[string]struct {
+		flags []string
+		want  map[string]string // of files in /proc/PID
+	}{
+		"other limits": {[]string{"--rlimit-nofile", "700"}, map[string]string{"limits": `Max open files\s+700\s+700\s`, "status": `NoNewPrivs:\s1`}},
+		"the same":     {[]string{"--rlimit-nofile", "512", "--allow-new-privs"}, map[string]string{"limits": `Max open files\s+512\s+512\s`, "status": `NoNewPrivs:\s0`}},
+	} {
+		clone := start(t, warm(image, tt.flags...))
+		clone.goesOnFrom(last)
+		for file, want := range tt.want {
+			data, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", clone.task().Pid(), file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !regexp.MustCompile(`(?m)^` + want).Match(data) {
+				t.Errorf("%s: no %q in the clone's %s:\n%s", name, want, file, data)
+			}
+		}
 	}
-	if !regexp.MustCompile(`(?m)^Max open files\s+700\s+700\s`).Match(data) {
-		t.Errorf("the clone asks for 700 files and has\n%s", data)
+}
+
+// The AppArmor profile of a request is that of every process of its clone.
+func TestCloneIsUnderTheRequestsProfile(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	one, other := apparmorProfile(t), apparmorProfile(t)
+	for from, flags := range map[string][]string{"unconfined": nil, "confined": {"--apparmor-profile", one}} {
+		image, last := checkpointed(t, flags...)
+		for _, profile := range []string{one, other} {
+			clone := start(t, warm(image, "--apparmor-profile", profile))
+			clone.goesOnFrom(last)
+			data, err := os.ReadFile(fmt.Sprintf("/proc/%d/attr/current", clone.task().Pid()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.TrimSpace(string(data)); got != profile+" (enforce)" {
+				t.Errorf("dumped %s, a clone that asks for %s is under %q", from, profile, got)
+			}
+			if got := clone.exec("cat", "/proc/1/attr/current", "/proc/self/attr/current"); strings.Count(got, profile+" (enforce)") != 2 {
+				t.Errorf("dumped %s, a clone that asks for %s says of its processes: %q", from, profile, got)
+			}
+			clone.remove()
+		}
 	}
 }

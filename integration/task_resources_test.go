@@ -21,6 +21,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/integration/harness"
+	ours "github.com/crac-shim/crac/oci"
 )
 
 const mib = 1 << 20
@@ -240,9 +241,7 @@ func TestCgroupPath(tb *testing.T) {
 
 func TestSystemdCgroup(tb *testing.T) {
 	t := setup(tb)
-	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		t.Skip("systemd does not run on this host; `make test-vm` runs this test in a guest where it does")
-	}
+	needSystemd(t)
 	id := newID(t)
 	c := sh("sleep 1000", oci.WithCgroup("system.slice:crac-e2e:"+id), oci.WithMemoryLimit(64*mib))
 	c.id, c.runtimeOptions = id, &options.Options{SystemdCgroup: true}
@@ -266,6 +265,60 @@ func TestSystemdCgroup(tb *testing.T) {
 		t.Errorf("code %d", code)
 	}
 	n.deleteTask()
+}
+
+// A clone has a scope of its own, and all that goes with it.
+func TestSystemdCgroupOfAClone(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	needSystemd(t)
+	image := ref(t)
+	systemd := func(id string, more ...oci.SpecOpts) config {
+		c := sh(tickNoFile, append(more, oci.WithCgroup("system.slice:crac-e2e:"+id), oci.WithMemoryLimit(64*mib))...)
+		c.id, c.runtimeOptions = id, &options.Options{SystemdCgroup: true}
+		return c
+	}
+	original := newContainer(t, systemd(newID(t), oci.WithAnnotations(map[string]string{ours.AnnotationPrefix + "checkpoint.image": image}))).start()
+	t.Eventually("the workload ticks", func() bool { return strings.Contains(original.out.String(), "tick 3") })
+	t.CtrOK("tasks", "checkpoint", original.ID())
+	if got := cgroupOf(t, int(original.task.Pid())); got != "/system.slice/crac-e2e-"+original.ID()+".scope" {
+		t.Errorf("after its checkpoint the original's cgroup is %s", got)
+	}
+
+	dump, err := t.Client.GetImage(t.Ctx, image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := newID(t)
+	c := systemd(id, oci.WithAnnotations(map[string]string{ours.AnnotationPrefix + "restore": "require"}))
+	c.container = []containerd.NewContainerOpts{containerd.WithImage(dump), containerd.WithNewSnapshot(id, dump)}
+	clone := newContainer(t, c).start()
+	t.Eventually("the clone goes on", func() bool { return strings.Contains(clone.out.String(), "tick 9") })
+	if strings.Contains(clone.out.String(), "tick 1\n") {
+		t.Errorf("the clone started cold:\n%s", clone.out.String())
+	}
+	if got := cgroupOf(t, int(clone.task.Pid())); got != "/system.slice/crac-e2e-"+id+".scope" {
+		t.Errorf("the clone's cgroup is %s", got)
+	}
+	if m, err := clone.task.Metrics(t.Ctx); err != nil || m.Data == nil {
+		t.Errorf("metrics of the clone: %v", err)
+	}
+	if r := clone.exec("echo in"); r.out != "in\n" {
+		t.Errorf("exec in the clone: %+v", r)
+	}
+	clone.kill(syscall.SIGKILL)
+	clone.wait()
+	clone.deleteTask()
+	original.kill(syscall.SIGKILL)
+	original.wait()
+	original.deleteTask()
+}
+
+func needSystemd(t *harness.T) {
+	t.Helper()
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		t.Skip("systemd does not run on this host; `make test-vm` runs this test in a guest where it does")
+	}
 }
 
 // TestNoCgroup: `ctr run --cgroup ""` asks for none of its own.

@@ -16,12 +16,10 @@ import (
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
-	"github.com/opencontainers/runc/libcontainer/apparmor"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/system"
 	"github.com/opencontainers/runc/libcontainer/utils"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -189,23 +187,7 @@ func (r *criuRestore) options() (*criurpc.CriuOpts, error) {
 		FileLocks:         proto.Bool(true),
 		EmptyNs:           proto.Uint32(emptyNS),
 	}
-	if profile := lsmProfile(r.c.spec.Process); profile != "" {
-		opts.LsmProfile = &profile
-	}
 	return opts, r.inheritStdio(opts)
-}
-
-// lsmProfile is the request's AppArmor profile or SELinux label, as CRIU takes it;
-// empty where the request or the kernel has none. What the dump ran under counts
-// for nothing then.
-func lsmProfile(p *specs.Process) string {
-	switch {
-	case p.ApparmorProfile != "" && apparmor.IsEnabled():
-		return "apparmor:" + p.ApparmorProfile
-	case p.SelinuxLabel != "" && selinux.GetEnabled():
-		return "selinux:" + p.SelinuxLabel
-	}
-	return ""
 }
 
 // inheritStdio hands our ends of the standard streams to the processes that had

@@ -12,13 +12,19 @@ import (
 )
 
 // confine makes the image files with which a dump is restored under the
-// request's seccomp filter and resource limits.
+// request's seccomp filter, security profile and resource limits, and gains no
+// privileges that it may not.
 func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, error) {
 	limits, err := limitsOf(spec.Process)
 	if err != nil {
 		return nil, err
 	}
-	want := images.Confinement{Limits: limits, Replace: r.manifest != nil && r.manifest.Container.Seccomp}
+	want := images.Confinement{
+		Limits:          limits,
+		Profile:         profileOf(spec.Process),
+		NoNewPrivileges: spec.Process.NoNewPrivileges,
+		Replace:         r.manifest != nil && r.manifest.Container.Seccomp,
+	}
 	if spec.Linux != nil {
 		filter, err := runtime.CompileSeccomp(s.reaper, spec.Linux.Seccomp)
 		if err != nil {
@@ -29,6 +35,18 @@ func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, erro
 		}
 	}
 	return want.Images(r.dir)
+}
+
+// profileOf is the request's AppArmor profile or SELinux context, whichever the
+// kernel knows; empty for none.
+func profileOf(p *specs.Process) string {
+	switch lsm, _ := images.SecurityModule(); lsm {
+	case "apparmor":
+		return p.ApparmorProfile
+	case "selinux":
+		return p.SelinuxLabel
+	}
+	return ""
 }
 
 // limitsOf are the limits of a request, and for the others what a cold start

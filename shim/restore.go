@@ -200,6 +200,7 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
 	// Who insists on the restore passes arguments to the workload that runs.
 	request.AnyArgs = c.options.Restore == oci.RestoreRequire && c.options.Hooks != oci.HooksOff
+	request.Profile = profileOf(spec.Process)
 	return refusal(images.Gate(m, images.ThisHost(version), request))
 }
 
