@@ -25,13 +25,13 @@ type app struct {
 }
 
 var apps = []app{
-	{"goserver", prepareCounter, checkCounter}, // goroutines on threads, epoll, a timer, a pipe
-	{"nginx", prepareCounter, checkCounter},    // a master, two workers, memory that they share
-	{"node", prepareCounter, checkCounter},     // a worker thread, a timer, epoll, eventfds
-	{"python", prepareCounter, checkCounter},   // a thread, a child process behind two pipes
+	{"goserver", requests("/count", "count", 3), checkCounter}, // goroutines on threads, epoll, a timer, a pipe
+	{"nginx", requests("/count", "count", 3), checkCounter},    // a master, two workers, memory that they share
+	{"node", requests("/count", "count", 3), checkCounter},     // a worker thread, a timer, epoll, eventfds
+	{"python", requests("/count", "count", 3), checkCounter},   // a thread, a child process behind two pipes
 	{"redis", prepareRedis, checkRedis},
 	{"postgres", preparePostgres, checkPostgres},
-	{"tomcat", prepareTomcat, checkTomcat},
+	{"tomcat", requests("/examples/crac.jsp", "hits", 20), checkTomcat},
 }
 
 // TestApplications is the main job: cold run, checkpoint, image, restore, still right.
@@ -149,16 +149,18 @@ func number(b *box, body, key string) (n int) {
 	return n
 }
 
-func prepareCounter(b *box) string {
-	b.Helper()
-	var last string
-	for range 3 {
-		last = b.get("/count")
+// requests asks for a page that counts so many times, and returns its last answer.
+func requests(path, key string, times int) func(*box) string {
+	return func(b *box) (last string) {
+		b.Helper()
+		for range times {
+			last = b.get(path)
+		}
+		if n := number(b, last, key); n != times {
+			b.Fatalf("the page counts %d, want %d", n, times)
+		}
+		return last
 	}
-	if n := number(b, last, "count"); n != 3 {
-		b.Fatalf("the server counts %d, want 3", n)
-	}
-	return last
 }
 
 func checkCounter(b *box, before string) {
@@ -265,18 +267,6 @@ func checkPostgres(b *box, started string) {
 	if got := b.sql("select count(*) from t"); got != "20100" {
 		b.Errorf("after an insert and a checkpoint of its own the table has %s rows, want 20100", got)
 	}
-}
-
-func prepareTomcat(b *box) string {
-	b.Helper()
-	var last string
-	for range 20 {
-		last = b.get("/examples/crac.jsp")
-	}
-	if n := number(b, last, "hits"); n != 20 {
-		b.Fatalf("the page counts %d, want 20", n)
-	}
-	return last
 }
 
 func checkTomcat(b *box, before string) {

@@ -9,6 +9,8 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+
+	"github.com/crac-shim/crac/integration/harness"
 )
 
 func TestExec(tb *testing.T) {
@@ -106,46 +108,63 @@ func TestExecOutlivesInit(tb *testing.T) {
 func TestExecMany(tb *testing.T) {
 	t := setup(tb)
 	n := newContainer(t, sh("sleep 1000")).start()
-	workers, each := 4, times(25)
-	var wg sync.WaitGroup
-	for w := range workers {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for i := range each {
-				want := uint32((w*each + i) % 256)
-				p, err := n.newExec(fmt.Sprintf("m%d-%d", w, i), nil, false, "sh", "-c", fmt.Sprintf("echo %d; exit %d", want, want))
-				if err == nil {
-					err = p.Start(t.Ctx)
-				}
-				if err != nil {
-					t.Errorf("exec %d/%d: %v", w, i, err)
-					return
-				}
-				s := <-p.exit
-				if _, err := p.Delete(t.Ctx); err != nil {
-					t.Errorf("delete exec %d/%d: %v", w, i, err)
-				}
-				if s.ExitCode() != want || p.out.String() != fmt.Sprintf("%d\n", want) {
-					t.Errorf("exec %d/%d: code %d, output %q, %v; want %d", w, i, s.ExitCode(), p.out, s.Error(), want)
-				}
-			}
-		}()
-	}
-	wg.Wait()
+	n.execMany(times(25), "")
 	shim, err := t.ShimPID(n.ID())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if left := waitEmpty(func() (s []string) {
+	noZombies(t, shim)
+	if s := n.status(); s != containerd.Running {
+		t.Errorf("the container is %s", s)
+	}
+}
+
+// execMany has four at once run so many processes each, one after the other. They do first what
+// is given, say a number of their own and end with it as their exit code.
+func (c *ctn) execMany(each int, first string) {
+	c.Helper()
+	one := func(id string, want uint32) error {
+		p, err := c.newExec(id, nil, false, "sh", "-c", fmt.Sprintf("%s echo %d; exit %d", first, want, want))
+		if err == nil {
+			err = p.Start(c.Ctx)
+		}
+		if err != nil {
+			return err
+		}
+		s := <-p.exit
+		d, err := p.Delete(c.Ctx)
+		if err != nil {
+			return fmt.Errorf("delete: %w", err)
+		}
+		if s.ExitCode() != want || d.ExitCode() != want || p.out.String() != fmt.Sprintf("%d\n", want) {
+			return fmt.Errorf("code %d, Delete's %d, output %q, %w; want %d", s.ExitCode(), d.ExitCode(), p.out, s.Error(), want)
+		}
+		return nil
+	}
+	var workers sync.WaitGroup
+	for w := range 4 {
+		workers.Go(func() {
+			for i := range each {
+				if err := one(fmt.Sprintf("m%d-%d", w, i), uint32((w*each+i)%256)); err != nil {
+					c.Errorf("process %d of worker %d: %v", i, w, err)
+					return
+				}
+			}
+		})
+	}
+	workers.Wait()
+}
+
+// noZombies checks that a shim reaps its children.
+func noZombies(t *harness.T, shim int) {
+	t.Helper()
+	left := waitEmpty(func() (s []string) {
 		for _, z := range zombies(shim) {
 			s = append(s, z.String())
 		}
 		return s
-	}); len(left) > 0 {
+	})
+	if len(left) > 0 {
 		t.Errorf("zombies are left under the shim: %s", strings.Join(left, "; "))
-	}
-	if s := n.status(); s != containerd.Running {
-		t.Errorf("the container is %s", s)
 	}
 }

@@ -127,42 +127,40 @@ func TestUpdate(tb *testing.T) {
 
 func TestOOM(tb *testing.T) {
 	t := setup(tb)
-	id := newID(t)
-	ch, errs := t.Client.EventService().Subscribe(t.Ctx, fmt.Sprintf(`topic=="/tasks/oom",event.container_id==%q`, id))
-	c := sh("sleep 0.3; exec dd if=/dev/zero of=/dev/null bs=256M count=1", oci.WithMemoryLimit(16*mib), oci.WithMemorySwap(16*mib))
-	c.id = id
-	n := newContainer(t, c).start()
+	n, killed := tooLarge(t, "exec dd if=/dev/zero of=/dev/null bs=256M count=1")
 	if code := n.wait(); code != 137 {
 		t.Errorf("code %d, want 137", code)
 	}
-	select {
-	case <-ch:
-	case err := <-errs:
-		t.Fatal(err)
-	case <-time.After(10 * time.Second):
-		t.Error("no OOM event")
-	}
+	killed()
 	n.deleteTask()
 }
 
 // TestOOMOfChild: the container lives on when only a child was killed, and the event comes all the same.
 func TestOOMOfChild(tb *testing.T) {
 	t := setup(tb)
-	id := newID(t)
-	ch, errs := t.Client.EventService().Subscribe(t.Ctx, fmt.Sprintf(`topic=="/tasks/oom",event.container_id==%q`, id))
-	c := sh("sleep 0.3; dd if=/dev/zero of=/dev/null bs=256M count=1; echo child $?; sleep 1000", oci.WithMemoryLimit(16*mib), oci.WithMemorySwap(16*mib))
-	c.id = id
-	n := newContainer(t, c).start()
-	select {
-	case <-ch:
-	case err := <-errs:
-		t.Fatal(err)
-	case <-time.After(20 * time.Second):
-		t.Error("no OOM event")
-	}
+	n, killed := tooLarge(t, "dd if=/dev/zero of=/dev/null bs=256M count=1; echo child $?; sleep 1000")
+	killed()
 	t.Eventually("the child's end", func() bool { return n.out.String() == "child 137\n" })
 	if s := n.status(); s != containerd.Running {
 		t.Errorf("the container is %s", s)
+	}
+}
+
+// tooLarge starts a script that needs more memory than there is. killed waits for the event.
+func tooLarge(t *harness.T, script string) (n *ctn, killed func()) {
+	t.Helper()
+	c := sh("sleep 0.3; "+script, oci.WithMemoryLimit(16*mib), oci.WithMemorySwap(16*mib))
+	c.id = newID(t)
+	ch, errs := t.Client.EventService().Subscribe(t.Ctx, fmt.Sprintf(`topic=="/tasks/oom",event.container_id==%q`, c.id))
+	return newContainer(t, c).start(), func() {
+		t.Helper()
+		select {
+		case <-ch:
+		case err := <-errs:
+			t.Fatal(err)
+		case <-time.After(20 * time.Second):
+			t.Error("no OOM event")
+		}
 	}
 }
 
@@ -286,6 +284,9 @@ func TestSystemdCgroupOfAClone(tb *testing.T) {
 	}
 
 	dump, err := t.Client.GetImage(t.Ctx, image)
+	if err == nil {
+		err = dump.Unpack(t.Ctx, "")
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

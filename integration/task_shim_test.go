@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -316,40 +315,7 @@ func TestOrphans(tb *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	workers, each := 4, times(30)
-	var wg sync.WaitGroup
-	errs := make(chan error, workers*each)
-	for w := range workers {
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			for i := range each {
-				want := uint32((w*each + i) % 256)
-				p, err := n.newExec(fmt.Sprintf("e-%d-%d", w, i), nil, false, "sh", "-c", fmt.Sprintf("(sleep 0.01 &); echo %d; exit %d", want, want))
-				if err == nil {
-					err = p.Start(t.Ctx)
-				}
-				if err != nil {
-					errs <- fmt.Errorf("exec %d of worker %d: %w", i, w, err)
-					return
-				}
-				s := <-p.exit
-				d, err := p.Delete(t.Ctx)
-				if err != nil {
-					errs <- fmt.Errorf("delete exec %d of worker %d: %w", i, w, err)
-					return
-				}
-				if out := fmt.Sprintf("%d\n", want); s.ExitCode() != want || d.ExitCode() != want || p.out.String() != out {
-					errs <- fmt.Errorf("exec %d of worker %d: code %d, Delete's %d, output %q; want %d", i, w, s.ExitCode(), d.ExitCode(), p.out, want)
-				}
-			}
-		}()
-	}
-	wg.Wait()
-	close(errs)
-	for err := range errs {
-		t.Error(err)
-	}
+	n.execMany(times(30), "(sleep 0.01 &);")
 	if n.status() != containerd.Running {
 		t.Errorf("the container is %s", n.status())
 	}
@@ -357,16 +323,7 @@ func TestOrphans(tb *testing.T) {
 	if code := n.wait(); code != 137 {
 		t.Errorf("code %d", code)
 	}
-	left := waitEmpty(func() []string {
-		var s []string
-		for _, z := range zombies(shim) {
-			s = append(s, z.String())
-		}
-		return s
-	})
-	if len(left) > 0 {
-		t.Errorf("zombies are left under the shim: %s", strings.Join(left, "; "))
-	}
+	noZombies(t, shim)
 	n.deleteTask()
 }
 
