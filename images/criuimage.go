@@ -74,6 +74,12 @@ func parseImage(data []byte, magic uint32) (messages [][]byte, err error) {
 		}
 		data = data[4:]
 	}
+	return SplitMessages(data, maxMessages)
+}
+
+// SplitMessages takes apart what follows the magic numbers of an image file:
+// messages with their sizes before them, at most so many.
+func SplitMessages(data []byte, most int) (messages [][]byte, err error) {
 	for len(data) > 0 {
 		if len(data) < 4 {
 			return nil, errors.New("is cut off")
@@ -83,8 +89,8 @@ func parseImage(data []byte, magic uint32) (messages [][]byte, err error) {
 		if size > uint64(len(data)) {
 			return nil, errors.New("is cut off")
 		}
-		if messages = append(messages, data[:size]); len(messages) > maxMessages {
-			return nil, fmt.Errorf("holds more than %d messages", maxMessages)
+		if messages = append(messages, data[:size]); len(messages) > most {
+			return nil, fmt.Errorf("holds more than %d messages", most)
 		}
 		data = data[size:]
 	}

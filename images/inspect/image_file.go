@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"google.golang.org/protobuf/proto"
+
+	"github.com/crac-shim/crac/images"
 )
 
 // CRIU's image files (image.c): two magic numbers, the inventory's only one, then
@@ -16,26 +18,11 @@ const (
 )
 
 // messages takes an image file apart. Which kind it is, its name has said.
-func messages(data []byte) (all [][]byte, err error) {
+func messages(data []byte) ([][]byte, error) {
 	if len(data) < 8 || binary.LittleEndian.Uint32(data) != magicCommon {
 		return nil, errors.New("is no image file of CRIU's")
 	}
-	data = data[8:]
-	for len(data) > 0 {
-		if len(data) < 4 {
-			return nil, errors.New("is cut off")
-		}
-		size := uint64(binary.LittleEndian.Uint32(data))
-		data = data[4:]
-		if size > uint64(len(data)) {
-			return nil, errors.New("is cut off")
-		}
-		if all = append(all, data[:size]); len(all) > maxMessages {
-			return nil, fmt.Errorf("holds more than %d messages", maxMessages)
-		}
-		data = data[size:]
-	}
-	return all, nil
+	return images.SplitMessages(data[8:], maxMessages)
 }
 
 // dump is the files of a dump.
