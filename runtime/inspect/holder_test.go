@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"unsafe"
 
@@ -200,6 +201,8 @@ func startHolder(t *testing.T, dir string) (pid int, held map[string]int) {
 	cmd := exec.Command(self)
 	cmd.Env = append(os.Environ(), holderEnv+"="+dir)
 	cmd.Stderr = os.Stderr
+	// The session of the tests may have its leader outside this pid namespace.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
