@@ -10,7 +10,10 @@ import (
 	"time"
 )
 
-// RegistryServer is a private image registry on a port of the loopback interface.
+// loopback is where registries listen, unless other nodes have to reach them.
+const loopback = "127.0.0.1"
+
+// RegistryServer is a private image registry.
 type RegistryServer struct {
 	Host string // host:port, the first part of a reference
 	Dir  string
@@ -20,16 +23,35 @@ type RegistryServer struct {
 // StartRegistry starts a registry whose data lie in dir/registry. containerd's clients talk
 // plain http to the loopback address by themselves.
 func (d *Daemon) StartRegistry(ctx context.Context) (*RegistryServer, error) {
-	return d.StartRegistryOf(ctx, Registry)
+	return d.startRegistry(ctx, Registry, loopback, Registry.Name)
 }
 
 // StartRegistryOf is StartRegistry with another program. Its data lie in a directory of its name.
 func (d *Daemon) StartRegistryOf(ctx context.Context, tool Tool) (*RegistryServer, error) {
+	return d.startRegistry(ctx, tool, loopback, tool.Name)
+}
+
+// StartRegistryAt is StartRegistry at another of the host's addresses. Clients have to be told
+// that it talks plain http: see PlainHTTP.
+func (d *Daemon) StartRegistryAt(ctx context.Context, address string) (*RegistryServer, error) {
+	return d.startRegistry(ctx, Registry, address, filepath.Join(Registry.Name, address))
+}
+
+// PlainHTTP lets what pushes and pulls on behalf of the daemon talk plain http to a registry.
+func (d *Daemon) PlainHTTP(host string) error {
+	dir := d.path(filepath.Join("certs.d", host))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = %q\n", "http://"+host), 0o600)
+}
+
+func (d *Daemon) startRegistry(ctx context.Context, tool Tool, address, name string) (*RegistryServer, error) {
 	bin, err := d.Tools.path(tool)
 	if err != nil {
 		return nil, err
 	}
-	dir := d.path(tool.Name)
+	dir := d.path(name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -37,7 +59,7 @@ func (d *Daemon) StartRegistryOf(ctx context.Context, tool Tool) (*RegistryServe
 	// program may take it in between, hence the attempts.
 	for range 5 {
 		var l net.Listener
-		if l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		if l, err = net.Listen("tcp", net.JoinHostPort(address, "0")); err != nil {
 			return nil, err
 		}
 		r := &RegistryServer{Host: l.Addr().String(), Dir: dir}
@@ -54,7 +76,7 @@ http: {addr: %q}
 		cmd := d.Command(context.Background(), bin, "serve", file)
 		// Tracing is on unless it is told otherwise, and would look for a collector.
 		cmd.Env = append(cmd.Env, "OTEL_TRACES_EXPORTER=none")
-		if r.proc, err = startProcess(cmd, d.path(tool.Name+".log")); err != nil {
+		if r.proc, err = startProcess(cmd, d.path(name+".log")); err != nil {
 			return nil, err
 		}
 		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -79,5 +101,5 @@ http: {addr: %q}
 			break
 		}
 	}
-	return nil, fmt.Errorf("start the registry: %w (its log: %s)", err, tail(d.readLog(tool.Name+".log"), 2000))
+	return nil, fmt.Errorf("start the registry: %w (its log: %s)", err, tail(d.readLog(name+".log"), 2000))
 }
