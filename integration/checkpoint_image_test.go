@@ -729,6 +729,29 @@ func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 		if _, err := t.Cracctl(t.Ctx, "checkpoint", b.id, image); err == nil || !strings.Contains(strings.ToLower(err.Error()), "tcp") {
 			t.Errorf("cracctl checkpoint with an open connection gives %v, want an error about TCP", err)
 		}
+		// The dry run says the same, and what would help.
+		for _, tt := range []struct {
+			flags  []string
+			status int
+			says   string
+		}{
+			{status: 1, says: "One thing stands in the way of a checkpoint"},
+			{flags: []string{"--tcp", "close"}, status: 0, says: "a clone finds it closed"},
+			{flags: []string{"--tcp", "established"}, status: 0, says: "address"},
+			{flags: []string{"--tcp", "shut"}, status: 2},
+			{flags: []string{"--parent", image + "-of-nobody"}, status: 2},
+		} {
+			out, err := t.Cracctl(t.Ctx, append(append([]string{"checkpoint", "--dry-run"}, tt.flags...), b.id, image)...)
+			if harness.ExitCode(err) != tt.status || !strings.Contains(out, tt.says) {
+				t.Errorf("cracctl checkpoint --dry-run %v: %v, want exit status %d and %q:\n%s", tt.flags, err, tt.status, tt.says, out)
+			}
+		}
+		mustHaveImage(t, image, false)
+		// What a call asks for comes before the container's option.
+		t.CracctlOK("checkpoint", "--tcp", "close", b.id, image+"-closed")
+		if got := ask(); got != 5 {
+			t.Errorf("after the checkpoint with --tcp close the server counts %d on the same connection, want 5", got)
+		}
 		mustHaveImage(t, image, false)
 		_ = conn.Close()
 		// Nothing in the way any more.
@@ -737,8 +760,8 @@ func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 			return err == nil
 		})
 		mustHaveImage(t, image, true)
-		if got := count(t, b); got != 5 {
-			t.Errorf("the server counts %d, want 5", got)
+		if got := count(t, b); got != 6 {
+			t.Errorf("the server counts %d, want 6", got)
 		}
 	})
 }

@@ -7,7 +7,10 @@
 package oci
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -72,6 +75,47 @@ type CheckpointOptions struct {
 	Compression Compression `json:"compression,omitempty"`
 	// Parent names a checkpoint image to continue; empty for a whole checkpoint.
 	Parent string `json:"parent,omitempty"`
+	// TCP says what happens to established connections; empty is the container's
+	// own option.
+	TCP TCPMode `json:"tcp,omitempty"`
+}
+
+// ParseCheckpointOptions reads what a call asks for. What it does not know is an
+// error: to leave it undone would be another checkpoint than was asked for.
+func ParseCheckpointOptions(data []byte) (o CheckpointOptions, err error) {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&o); err != nil {
+		return o, fmt.Errorf("checkpoint options: %w; the shim and cracctl must come from one release", err)
+	}
+	if o.Compression != "" {
+		if err := CheckCompression(o.Compression); err != nil {
+			return o, err
+		}
+	}
+	if o.TCP != "" {
+		if err := CheckTCPMode(o.TCP); err != nil {
+			return o, err
+		}
+	}
+	return o, nil
+}
+
+// CheckCompression refuses what layers are not stored with.
+func CheckCompression(c Compression) error {
+	return known("compression", string(c), string(CompressionZstd), string(CompressionGzip))
+}
+
+// CheckTCPMode refuses what cannot be done about connections.
+func CheckTCPMode(m TCPMode) error {
+	return known("tcp", string(m), string(TCPClose), string(TCPEstablished), string(TCPError))
+}
+
+func known(what, value string, values ...string) error {
+	if slices.Contains(values, value) {
+		return nil
+	}
+	return fmt.Errorf("unknown %s %q; known are %s", what, value, strings.Join(values, ", "))
 }
 
 // CheckRef refuses what cannot be an image's name anywhere. containerd itself

@@ -80,15 +80,18 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		return r, nil
 	}
 	if opts.TypeUrl == oci.CheckpointOptionsType {
-		var o oci.CheckpointOptions
-		if err := json.Unmarshal(opts.Value, &o); err != nil {
-			return nil, fmt.Errorf("checkpoint options: %w: %w", err, errdefs.ErrInvalidArgument)
+		o, err := oci.ParseCheckpointOptions(opts.Value)
+		if err != nil {
+			return nil, classified{err, errdefs.ErrInvalidArgument}
 		}
 		if o.Ref != "" {
 			r.ref = o.Ref
 		}
 		if o.Compression != "" {
 			r.compression = o.Compression
+		}
+		if o.TCP != "" {
+			r.criu.TCP = tcpMode(o.TCP)
 		}
 		r.parent = o.Parent
 		r.exit = r.exit || o.Exit

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 
 	tasktypes "github.com/containerd/containerd/api/types/task"
@@ -9,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/cmd/cracctl/check"
+	"github.com/crac-shim/crac/oci"
 )
 
 func newCheck(t *target) *cobra.Command {
@@ -40,7 +40,12 @@ would, and 2 when that could not be found out.`,
 		if err := checkFormat(*format); err != nil {
 			return notFound(err)
 		}
-		r, err := runCheck(cmd.Context(), t, state, args[0])
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return notFound(err)
+		}
+		defer s.Close()
+		r, err := runCheck(s, *t, state, args[0], "")
 		if err == nil {
 			err = show(cmd.OutOrStdout(), *format, r, check.Table)
 		}
@@ -55,17 +60,14 @@ would, and 2 when that could not be found out.`,
 	return cmd
 }
 
-func runCheck(ctx context.Context, t *target, state, id string) (*check.Report, error) {
-	s, err := t.open(ctx)
+// runCheck looks at a container as a checkpoint with this mode for connections
+// would (empty: the container's own option).
+func runCheck(s *session, t target, state, id string, tcp oci.TCPMode) (*check.Report, error) {
+	c, err := findContainer(s.ctx, s.Client, t, id)
 	if err != nil {
 		return nil, err
 	}
-	defer s.Close()
-	c, err := findContainer(s.ctx, s.Client, *t, id)
-	if err != nil {
-		return nil, err
-	}
-	p, bundle, err := findTask(s.ctx, s.Client, *t, state, id)
+	p, bundle, err := findTask(s.ctx, s.Client, t, state, id)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +84,7 @@ func runCheck(ctx context.Context, t *target, state, id string) (*check.Report, 
 	}
 	return check.Run(s.ctx, check.Container{
 		ID: id, Init: int(p.Pid), Shim: shim, Bundle: bundle, Image: c.Image,
-		Paused: p.Status == tasktypes.Status_PAUSED, Address: t.address,
+		Paused: p.Status == tasktypes.Status_PAUSED, Address: t.address, TCP: tcp,
 	})
 }
 

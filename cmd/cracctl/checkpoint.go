@@ -6,17 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
-	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/containerd/api/services/tasks/v1"
-	"github.com/containerd/containerd/api/types/task"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/content"
@@ -27,9 +20,8 @@ import (
 	"github.com/containerd/ttrpc"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/crac-shim/crac/cmd/cracctl/check"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
@@ -41,6 +33,8 @@ type checkpointFlags struct {
 	push        bool
 	compression string
 	parent      string
+	tcp         string
+	dryRun      bool
 	state       string
 	quiet       bool
 }
@@ -55,13 +49,20 @@ changed in its files, and its memory. Any runtime can run the image; under
 io.containerd.crac.v2 it continues where the container was.
 
 The container runs on afterwards, unless --exit is given. It stands still only
-while its memory and its changes are taken, not while the image is packed.`,
+while its memory and its changes are taken, not while the image is packed.
+
+With --dry-run nothing is made: what the command asks for is checked, and the
+container as cracctl check does, with its exit statuses.`,
 		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeContainers(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return checkpoint(cmd.Context(), *t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
+			err := checkpoint(cmd.Context(), *t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
+			if f.dryRun && !errors.Is(err, errReported) {
+				return notFound(err)
+			}
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
@@ -70,6 +71,9 @@ while its memory and its changes are taken, not while the image is packed.`,
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
 	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
+	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
+	completions(cmd, "tcp", string(oci.TCPClose), string(oci.TCPEstablished), string(oci.TCPError))
+	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "tell what would stop the checkpoint, as cracctl check does, and make none")
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
@@ -77,18 +81,24 @@ while its memory and its changes are taken, not while the image is packed.`,
 
 func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string, out, errOut io.Writer) error {
 	// Before anything stands still for it.
-	check := oci.CheckRef
+	checkRef := oci.CheckRef
 	if f.push {
-		check = oci.CheckPushRef
+		checkRef = oci.CheckPushRef
 	}
-	if err := check(ref); err != nil {
+	if err := checkRef(ref); err != nil {
 		return err
 	}
 	compression := oci.Compression(f.compression)
-	switch compression {
-	case "", oci.CompressionZstd, oci.CompressionGzip:
-	default:
-		return fmt.Errorf("unknown compression %q; known are zstd and gzip", compression)
+	if compression != "" {
+		if err := oci.CheckCompression(compression); err != nil {
+			return err
+		}
+	}
+	tcp := oci.TCPMode(f.tcp)
+	if tcp != "" {
+		if err := oci.CheckTCPMode(tcp); err != nil {
+			return err
+		}
 	}
 	registries, err := registry.DefaultConfig()
 	if err != nil && f.push {
@@ -118,6 +128,19 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 		return fmt.Errorf("container %s was not made from an image, so there is none to put a checkpoint on; use ctr tasks checkpoint --image-path", id)
 	}
 
+	if f.dryRun {
+		r, err := runCheck(&session{client, ctx}, t, f.state, id, tcp)
+		if err != nil {
+			return err
+		}
+		if err := check.Table(out, r); err != nil {
+			return err
+		}
+		if !r.OK {
+			return errReported
+		}
+		return nil
+	}
 	shim, err := dialShim(ctx, client, t, f.state, id)
 	if err != nil {
 		return err
@@ -126,7 +149,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
-	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression, Parent: f.parent})
+	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression, Parent: f.parent, TCP: tcp})
 	took := time.Since(start)
 	done()
 	if err != nil {
@@ -222,121 +245,4 @@ func size(n int64) string {
 		v, u = v/1024, u+1
 	}
 	return fmt.Sprintf("%.1f %ciB", v, units[u])
-}
-
-// shimClient talks to a container's shim without containerd between: the
-// daemon accepts no options but its own.
-type shimClient struct {
-	*ttrpc.Client
-	version int
-}
-
-// bootstrap is how a shim is reached, as containerd notes it in the bundle.
-type bootstrap struct {
-	Version  int    `json:"version"`
-	Address  string `json:"address"`
-	Protocol string `json:"protocol"`
-}
-
-// findTask finds a container's task and the directory of its bundle. An empty
-// state directory is asked of the running shim.
-func findTask(ctx context.Context, client *containerd.Client, t target, state, id string) (*task.Process, string, error) {
-	tr, err := client.TaskService().Get(ctx, &tasks.GetRequest{ContainerID: id})
-	if err != nil {
-		err = errgrpc.ToNative(err)
-		if errdefs.IsNotFound(err) {
-			return nil, "", fmt.Errorf("container %s is not running; start it first", id)
-		}
-		return nil, "", fmt.Errorf("find the task of container %s: %w", id, err)
-	}
-	if state == "" {
-		state = stateOf(int(tr.Process.Pid), t.namespace)
-	}
-	return tr.Process, filepath.Join(bundles(state, t.namespace), id), nil
-}
-
-func dialShim(ctx context.Context, client *containerd.Client, t target, state, id string) (*shimClient, error) {
-	_, bundle, err := findTask(ctx, client, t, state, id)
-	if err != nil {
-		return nil, err
-	}
-	b, err := readBootstrap(bundle)
-	if err != nil {
-		return nil, fmt.Errorf("find the shim of container %s: %w; if containerd's state directory is another one, give it with --state", id, err)
-	}
-	if b.Protocol != "ttrpc" {
-		return nil, fmt.Errorf("the shim of container %s speaks %q; this cracctl speaks ttrpc only", id, b.Protocol)
-	}
-	address := strings.TrimPrefix(b.Address, "unix://")
-	conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "unix", address)
-	if err != nil {
-		return nil, fmt.Errorf("connect to the shim of container %s: %w; you may have to be root", id, err)
-	}
-	return &shimClient{Client: ttrpc.NewClient(conn), version: b.Version}, nil
-}
-
-func bundles(state, namespace string) string {
-	return filepath.Join(state, "io.containerd.runtime.v2.task", namespace)
-}
-
-// stateOf finds containerd's state directory by the shim of a running
-// container, which works in its bundle there. containerd itself does not tell.
-func stateOf(pid int, namespace string) string {
-	ppid, err := parent(pid)
-	if err != nil {
-		return defaults.DefaultStateDir
-	}
-	bundle, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(ppid), "cwd"))
-	if err != nil {
-		return defaults.DefaultStateDir
-	}
-	state, ok := strings.CutSuffix(filepath.Dir(bundle), bundles("/", namespace))
-	if !ok {
-		return defaults.DefaultStateDir
-	}
-	return state
-}
-
-func parent(pid int) (int, error) {
-	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
-	if err != nil {
-		return 0, err
-	}
-	// pid (name) state ppid …; the name may hold anything.
-	_, rest, ok := strings.Cut(string(data[strings.LastIndexByte(string(data), ')')+1:]), " ")
-	fields := strings.Fields(rest)
-	if !ok || len(fields) < 2 {
-		return 0, fmt.Errorf("cannot read /proc/%d/stat", pid)
-	}
-	return strconv.Atoi(fields[1])
-}
-
-func readBootstrap(bundle string) (b bootstrap, err error) {
-	path := filepath.Join(bundle, "bootstrap.json")
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return b, err
-	}
-	defer f.Close()
-	if err := json.NewDecoder(io.LimitReader(f, 1<<20)).Decode(&b); err != nil {
-		return b, fmt.Errorf("%s: %w", path, err)
-	}
-	if b.Address == "" {
-		return b, fmt.Errorf("%s gives no address", path)
-	}
-	return b, nil
-}
-
-func (s *shimClient) checkpoint(ctx context.Context, id string, o oci.CheckpointOptions) error {
-	value, err := json.Marshal(o)
-	if err != nil {
-		return err
-	}
-	options := &anypb.Any{TypeUrl: oci.CheckpointOptionsType, Value: value}
-	if s.version >= 3 {
-		_, err = taskv3.NewTTRPCTaskClient(s.Client).Checkpoint(ctx, &taskv3.CheckpointTaskRequest{ID: id, Options: options})
-	} else {
-		_, err = taskv2.NewTTRPCTaskClient(s.Client).Checkpoint(ctx, &taskv2.CheckpointTaskRequest{ID: id, Options: options})
-	}
-	return err
 }

@@ -207,13 +207,15 @@ func TestSize(t *testing.T) {
 }
 
 // A process that works in a bundle stands for the shim; its child for the
-// container.
+// container, or its child's child.
 func TestStateOf(t *testing.T) {
-	for _, tt := range []struct{ dir, want string }{
-		{"io.containerd.runtime.v2.task/ns/c", "."},
-		{"a/io.containerd.runtime.v2.task/ns/c", "a"},
-		{"io.containerd.runtime.v2.task/other/c", ""},
-		{"somewhere", ""},
+	const child = "sleep 600 & echo $!; read x; kill $!"
+	for _, tt := range []struct{ dir, script, want string }{
+		{"io.containerd.runtime.v2.task/ns/c", child, "."},
+		{"a/io.containerd.runtime.v2.task/ns/c", child, "a"},
+		{"io.containerd.runtime.v2.task/ns/c", "(cd / && " + child + "); :", "."},
+		{"io.containerd.runtime.v2.task/other/c", child, ""},
+		{"somewhere", child, ""},
 	} {
 		state, err := filepath.EvalSymlinks(t.TempDir())
 		if err != nil {
@@ -224,7 +226,7 @@ func TestStateOf(t *testing.T) {
 			t.Fatal(err)
 		}
 		// The shell tells its child's process and waits until its input ends.
-		cmd := exec.Command("sh", "-c", "sleep 600 & echo $!; read x; kill $!")
+		cmd := exec.Command("sh", "-c", tt.script)
 		cmd.Dir = bundle
 		in, err := cmd.StdinPipe()
 		if err != nil {
@@ -245,13 +247,13 @@ func TestStateOf(t *testing.T) {
 		if tt.want != "" {
 			want = filepath.Join(state, tt.want)
 		}
-		if got := stateOf(pid, "ns"); got != want {
-			t.Errorf("%s: got %s, want %s", tt.dir, got, want)
+		if got, err := stateOf(pid, "ns"); got != want || err != nil {
+			t.Errorf("%s: got %s, %v, want %s", tt.dir, got, err, want)
 		}
 		in.Close()
 		_ = cmd.Wait() // the shell's status is that of read
 	}
-	if got := stateOf(-1, "ns"); got != defaults.DefaultStateDir {
+	if got, err := stateOf(-1, "ns"); err == nil {
 		t.Errorf("no process: got %s", got)
 	}
 }

@@ -22,19 +22,11 @@ a checkpoint of the second continuing the first would store.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeImages(t),
 	}
-	format := formatFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		var (
 			images [2]*inspect.Image
 			layers [2][]*inspect.Layer
+			err    error
 		)
 		for i, ref := range args {
 			if images[i], err = s.image(ref); err != nil {
@@ -48,8 +40,8 @@ a checkpoint of the second continuing the first would store.`,
 		if err != nil {
 			return err
 		}
-		return show(cmd.OutOrStdout(), *format, d, writeDiff)
-	}
+		return show(cmd.OutOrStdout(), format, d, writeDiff)
+	})
 	return cmd
 }
 

@@ -34,17 +34,8 @@ as it happens, in the namespace (--all-namespaces: in all). ctr events shows
 containerd's own events, too, but cannot show these.`,
 		Args: cobra.NoArgs,
 	}
-	format := formatFlag(cmd)
 	all := cmd.Flags().BoolP("all-namespaces", "A", false, "of all namespaces")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, _ []string) error {
 		filters := []string{`topic~="^/crac/"`, `topic=="/tasks/checkpointed"`}
 		if !*all {
 			for i := range filters {
@@ -55,7 +46,7 @@ containerd's own events, too, but cannot show these.`,
 		for {
 			select {
 			case e := <-envelopes:
-				if err := showEvent(cmd.OutOrStdout(), *format, eventOf(e)); err != nil {
+				if err := showEvent(cmd.OutOrStdout(), format, eventOf(e)); err != nil {
 					return err
 				}
 			case err := <-errs:
@@ -65,7 +56,7 @@ containerd's own events, too, but cannot show these.`,
 				return fmt.Errorf("containerd ended the events: %w", err)
 			}
 		}
-	}
+	})
 	return cmd
 }
 

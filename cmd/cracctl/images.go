@@ -33,6 +33,23 @@ func (t *target) open(ctx context.Context) (*session, error) {
 	return &session{client, ctx}, nil
 }
 
+// shows makes a command that shows something in a --format: run is called with a
+// connection to containerd, once the format is known to be one.
+func (t *target) shows(cmd *cobra.Command, run func(cmd *cobra.Command, s *session, format string, args []string) error) {
+	format := formatFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := checkFormat(*format); err != nil {
+			return err
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return run(cmd, s, *format, args)
+	}
+}
+
 // image reads an image's metadata.
 func (s *session) image(ref string) (*inspect.Image, error) {
 	record, err := s.ImageService().Get(s.ctx, ref)
@@ -179,32 +196,23 @@ restore one, by what the image's annotations say it needs; cracctl inspect tells
 why not.`,
 		Args: cobra.NoArgs,
 	}
-	format := formatFlag(cmd)
 	quiet := cmd.Flags().BoolP("quiet", "q", false, "print the names only")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, _ []string) error {
 		list, err := s.checkpoints()
 		if err != nil {
 			return err
 		}
 		if *quiet {
-			*format = "{{.Name}}"
+			format = "{{.Name}}"
 		}
-		return showList(cmd.OutOrStdout(), *format, list, []string{"IMAGE", "DIGEST", "CREATED", "SIZE", "DUMP", "BASE", "HERE"}, func(c checkpointImage) []string {
+		return showList(cmd.OutOrStdout(), format, list, []string{"IMAGE", "DIGEST", "CREATED", "SIZE", "DUMP", "BASE", "HERE"}, func(c checkpointImage) []string {
 			here := "fits"
 			if !c.Here.OK {
 				here = c.Here.Reasons[0].Code
 			}
 			return []string{c.Name, short(c.Digest), ago(c.Created), size(c.Size), size(c.Dump), c.Base, here}
 		})
-	}
+	})
 	return cmd
 }
 
@@ -215,27 +223,18 @@ func newHistory(t *target) *cobra.Command {
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
-	format := formatFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		img, err := s.image(args[0])
 		if err != nil {
 			return err
 		}
-		return showList(cmd.OutOrStdout(), *format, img.Stages(), []string{"LAYER", "KIND", "SIZE", "CREATED", "CREATED BY"}, func(st inspect.Stage) []string {
+		return showList(cmd.OutOrStdout(), format, img.Stages(), []string{"LAYER", "KIND", "SIZE", "CREATED", "CREATED BY"}, func(st inspect.Stage) []string {
 			created := ""
 			if st.Created != nil {
 				created = ago(*st.Created)
 			}
 			return []string{short(st.Digest), st.Kind, size(st.Size), created, st.CreatedBy}
 		})
-	}
+	})
 	return cmd
 }

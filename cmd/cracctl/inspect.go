@@ -29,17 +29,8 @@ The contents of the memory, arguments and environment of processes are not shown
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
-	format := formatFlag(cmd)
 	full := cmd.Flags().Bool("full", false, "list every mapping and every open file in the table")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		img, err := s.image(args[0])
 		if err != nil {
 			return err
@@ -51,8 +42,8 @@ The contents of the memory, arguments and environment of processes are not shown
 		if err != nil {
 			return err
 		}
-		return show(cmd.OutOrStdout(), *format, r, func(w io.Writer, r *inspect.Report) error { return writeReport(w, r, *full) })
-	}
+		return show(cmd.OutOrStdout(), format, r, func(w io.Writer, r *inspect.Report) error { return writeReport(w, r, *full) })
+	})
 	return cmd
 }
 

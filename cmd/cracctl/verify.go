@@ -38,28 +38,19 @@ The exit status is 0 when the image is whole and fits, else 1.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
-	format := formatFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		v, err := s.verify(args[0], cmd.ErrOrStderr())
 		if err != nil {
 			return err
 		}
-		if err := show(cmd.OutOrStdout(), *format, v, writeVerdict); err != nil {
+		if err := show(cmd.OutOrStdout(), format, v, writeVerdict); err != nil {
 			return err
 		}
 		if !v.OK {
 			return errReported
 		}
 		return nil
-	}
+	})
 	return cmd
 }
 

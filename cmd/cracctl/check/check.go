@@ -3,6 +3,7 @@
 package check
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -33,6 +34,9 @@ type Container struct {
 	Paused bool   // nobody in it can answer
 	// Address is containerd's socket.
 	Address string
+	// TCP is what the checkpoint would do about established connections; empty is
+	// the container's own option.
+	TCP oci.TCPMode
 }
 
 // Report is the result.
@@ -81,7 +85,7 @@ func Run(ctx context.Context, c Container) (*Report, error) {
 	r := &Report{Container: c.ID, Processes: len(held.Processes)}
 	closed := r.policy(options.FDPolicy, rootfs(c.Bundle, spec), held)
 	r.Findings = append(r.Findings, held.Judge(inspect.Conditions{
-		TCP:     options.TCP,
+		TCP:     cmp.Or(c.TCP, options.TCP),
 		Closed:  closed,
 		Limits:  mayReadLimits(c.Shim),
 		UserNS:  shim.Namespaces["user"],
