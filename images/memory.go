@@ -2,6 +2,7 @@ package images
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -43,8 +44,9 @@ type ParentMemory interface {
 }
 
 // memory is how the memory in a dump is stored: without pages that are nothing
-// but zeroes where a restore finds zeroes anyway, and without those that a parent
-// has. Files that are as CRIU wrote them are not in it.
+// but zeroes where a restore finds zeroes anyway, without those that two processes
+// must not share (see area.wiped), and without those that a parent has. Files that
+// are as CRIU wrote them are not in it.
 type memory struct {
 	maps  map[string][]byte // pagemap-*.img
 	pages map[string]kept   // pages-*.img
@@ -135,8 +137,9 @@ func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent Pare
 			if err != nil {
 				return fmt.Errorf("%s: %w", file, err)
 			}
+			own, anonymous := anonymous.find(at)
 			switch {
-			case isZero(page) && anonymous.has(at):
+			case anonymous && (own.wiped || isZero(page)):
 			case parent != nil && sameAs(parent, pid, at, page):
 				left.append(at, 1, pageInParent, pageSize)
 			default:
@@ -214,17 +217,30 @@ func sameAs(parent ParentMemory, pid uint32, at uint64, page []byte) bool {
 	return true
 }
 
-// areas are address ranges, sorted, that do not overlap.
-type areas []struct{ start, end uint64 }
+// area is a range of addresses of a process that a restore makes anew as memory of
+// its own, which is zero.
+type area struct {
+	start, end uint64
+	// wiped says that the process has marked it as not to be had by a fork of its
+	// own, MADV_WIPEONFORK or MAP_DROPPABLE, as random generators mark their state.
+	// A clone is one as well, and finds it empty.
+	wiped bool
+}
 
-func (a areas) has(at uint64) bool {
-	i, _ := slices.BinarySearchFunc(a, at, func(e struct{ start, end uint64 }, at uint64) int {
+// areas are sorted and do not overlap.
+type areas []area
+
+func (a areas) find(at uint64) (area, bool) {
+	i, _ := slices.BinarySearchFunc(a, at, func(e area, at uint64) int {
 		if e.end <= at {
 			return -1
 		}
 		return 1
 	})
-	return i < len(a) && a[i].start <= at
+	if i == len(a) || a[i].start > at {
+		return area{}, false
+	}
+	return a[i], true
 }
 
 // Flags of a vma_entry: which mappings a restore makes anew as memory of its own,
@@ -242,6 +258,14 @@ const (
 	vmaEnd        = 2
 	vmaFlagsField = 6
 	vmaStatus     = 7
+	vmaMadvise    = 9
+
+	// What madvise(2) was given is a bit each. The kernel sets this one of droppable
+	// memory as well, and so it is known also where CRIU knows of no such memory and
+	// dumps it.
+	vmaWipeOnFork = 1 << unix.MADV_WIPEONFORK
+	mapTypeMask   = 0x0f
+	mapDroppable  = 0x08
 )
 
 // anonymousMemory finds where pages that are not stored are zero after a restore.
@@ -285,13 +309,11 @@ func anonymousMemory(dir string, pid uint32) (areas, error) {
 		if status&vmaAnonymous == 0 || status&^vmaOnlyThese != 0 || flags&unix.MAP_HUGETLB != 0 || flags&unix.MAP_SHARED != 0 {
 			continue
 		}
-		all = append(all, struct{ start, end uint64 }{number(vmaStart), number(vmaEnd)})
+		all = append(all, area{
+			start: number(vmaStart), end: number(vmaEnd),
+			wiped: number(vmaMadvise)&vmaWipeOnFork != 0 || flags&mapTypeMask == mapDroppable,
+		})
 	}
-	slices.SortFunc(all, func(a, b struct{ start, end uint64 }) int {
-		if a.start < b.start {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(all, func(a, b area) int { return cmp.Compare(a.start, b.start) })
 	return all, nil
 }

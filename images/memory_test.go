@@ -29,9 +29,18 @@ func pagesFile(letters string) string {
 
 // mappings is an mm-*.img of mappings, each from, pages, status and flags.
 func mappings(all ...[4]uint64) string {
+	advised := make([][5]uint64, len(all))
+	for i, m := range all {
+		copy(advised[i][:], m[:])
+	}
+	return advisedMappings(advised...)
+}
+
+// advisedMappings is the same with what madvise(2) was given.
+func advisedMappings(all ...[5]uint64) string {
 	var mm message
 	for _, m := range all {
-		mm = mm.msg(mmMappings, message{}.num(vmaStart, m[0]).num(vmaEnd, m[0]+m[1]*page).num(vmaFlagsField, m[3]).num(vmaStatus, m[2]))
+		mm = mm.msg(mmMappings, message{}.num(vmaStart, m[0]).num(vmaEnd, m[0]+m[1]*page).num(vmaFlagsField, m[3]).num(vmaStatus, m[2]).num(vmaMadvise, m[4]))
 	}
 	return image([]uint32{magicCommon, magicMm}, mm)
 }
@@ -76,6 +85,12 @@ func TestMemoryIsStored(t *testing.T) {
 		{"something later", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 2, anonymous | 1<<20, private}), "0a", nil, "10000+2:4", "0a"},
 		{"two mappings", runs(true, Run{a, 4, 4}), mappings([4]uint64{a + 2*page, 2, mapped, 2}, [4]uint64{a, 2, anonymous, private}), "0000", nil, "12000+2:4", "00"},
 		{"outside of all", runs(true, Run{b, 1, 4}), mappings([4]uint64{a, 2, anonymous, private}), "0", nil, "80000+1:4", "0"},
+		{
+			"wiped on fork", runs(true, Run{a, 4, 4}), advisedMappings([5]uint64{a, 1, anonymous, private, 1 << 14}, [5]uint64{a + page, 2, anonymous, private, 1<<14 | 1<<18}, [5]uint64{a + 3*page, 1, anonymous, private}),
+			"abcd", nil, "10000+1:4 13000+1:4", "ad",
+		},
+		{"droppable", runs(true, Run{a, 2, 4}), mappings([4]uint64{a, 1, anonymous, 0x28}, [4]uint64{a + page, 1, anonymous, private}), "ab", nil, "11000+1:4", "b"},
+		{"wiped, though it is the parent's", runs(true, Run{a, 1, 4}), advisedMappings([5]uint64{a, 1, anonymous, private, 1 << 18}), "a", toldMemory{a: 'a'}, "", ""},
 
 		{
 			"a parent's", runs(true, Run{a, 4, 4}, Run{b, 1, 4}), mappings([4]uint64{a, 4, anonymous, private}), "abcde",

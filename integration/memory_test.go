@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -76,6 +78,43 @@ func killPager(t *harness.T, id string, stop <-chan struct{}) (killed bool) {
 	}
 }
 
+// held starts a holder (integration/holder) of so many megabytes; image is that of a checkpoint of
+// one, or empty.
+func held(t *harness.T, image string, mb int, flags ...string) *box {
+	t.Helper()
+	dir, err := t.Path("holder")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("go", "build", "-o", filepath.Join(dir, "holder"), "./holder")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
+	}
+	flags = append([]string{"--mount", "type=bind,src=" + dir + ",dst=/opt/holder,options=rbind:ro"}, flags...)
+	b := start(t, how{image: image, flags: flags, args: []string{"/opt/holder/holder", "-mb", strconv.Itoa(mb)}})
+	b.Eventually("the holder", func() bool {
+		out, err := b.tryAsk("hello")
+		return err == nil && out == "hello"
+	})
+	return b
+}
+
+// askHolder asks a holder, by an exec.
+func (b *box) askHolder(command ...string) string {
+	b.Helper()
+	out, err := b.tryAsk(command...)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return out
+}
+
+func (b *box) tryAsk(command ...string) (string, error) {
+	out, err := b.tryExec(append([]string{"/opt/holder/holder", "ask", "127.0.0.1:9000"}, command...)...)
+	return strings.TrimSpace(out), err
+}
+
 // wasLazy tells whether a clone was given a pager.
 func (b *box) wasLazy() bool {
 	b.Helper()
@@ -119,6 +158,38 @@ func TestLazyMemory(tb *testing.T) {
 		t.Errorf("the clone of a clone has %s, the original had %s", got, want)
 	}
 	clone.remove()
+}
+
+// Memory that is marked as not to be had by two processes, as random generators mark their state,
+// comes up empty in a clone, and in no other way; the original keeps it.
+func TestMarkedMemory(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	original := held(t, "", 8, option("checkpoint.image", image))
+	before := original.askHolder("marked")
+	if !strings.HasPrefix(before, "wipe=full drop=") {
+		t.Fatalf("the original says %q", before)
+	}
+	original.checkpoint()
+	if after := original.askHolder("marked"); after != before {
+		t.Errorf("after its checkpoint the original says %q, before it %q", after, before)
+	}
+	original.remove()
+	want := strings.ReplaceAll(before, "full", "zero")
+	for _, memory := range []string{"eager", "lazy"} {
+		clone := held(t, image, 8, option("restore", "require"), option("memory", memory))
+		if clone.wasLazy() != (memory == "lazy") {
+			t.Errorf("memory=%s: there was a pager: %v", memory, clone.wasLazy())
+		}
+		if got := clone.askHolder("marked"); got != want {
+			t.Errorf("memory=%s: the clone says %q, want %q", memory, got, want)
+		}
+		if got := clone.askHolder("check"); got != "ok" {
+			t.Errorf("memory=%s: %s", memory, got)
+		}
+		clone.remove()
+	}
 }
 
 // A clone whose pager is killed has its memory already, or dies and says why, or was never started:
