@@ -61,6 +61,10 @@ const (
 	CreatedByCheckpoint = "crac: checkpoint"
 )
 
+// HooksDir is where participants meet the shim in a container. The runtime mounts
+// it, also in a clone: no request has to.
+const HooksDir = "/run/crac"
+
 // CheckpointOptionsType is the type URL of CheckpointOptions when it travels as
 // a task request's options.
 const CheckpointOptionsType = "io.containerd.crac.v1.CheckpointOptions"

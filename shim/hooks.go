@@ -22,8 +22,6 @@ import (
 )
 
 const (
-	// hooksMountPoint is where participants meet the shim in a container.
-	hooksMountPoint = "/run/crac"
 	// hooksEnv tells a workload of that place.
 	hooksEnv = "CRAC_DIR"
 	// hooksDir is the same place in the bundle.
@@ -37,7 +35,7 @@ const HookFailedTopic = "/crac/hook-failed"
 // hooksMount shows a container its own directory of hooks.
 func hooksMount(bundle string) specs.Mount {
 	return specs.Mount{
-		Destination: hooksMountPoint,
+		Destination: oci.HooksDir,
 		Type:        "bind",
 		Source:      filepath.Join(bundle, hooksDir),
 		Options:     []string{"bind", "rw", "nosuid", "nodev", "noexec"},
@@ -107,12 +105,12 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	if off && !dumped {
 		return nil
 	}
-	if slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return filepath.Clean("/"+m.Destination) == hooksMountPoint }) {
-		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the request has a mount of its own at %s", hooksMountPoint)
+	if slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return filepath.Clean("/"+m.Destination) == oci.HooksDir }) {
+		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the request has a mount of its own at %s", oci.HooksDir)
 		return nil
 	}
 	if !dumped && !placeForHooks(c.rootfs, spec) {
-		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the root file system is read-only and has no directory %s", hooksMountPoint)
+		log.G(s.ctx).WithField("id", c.id).Warnf("no hooks: the root file system is read-only and has no directory %s", oci.HooksDir)
 		return nil
 	}
 	adapters, err := parseAdapters(c.options)
@@ -159,18 +157,18 @@ func placeForHooks(rootfs string, spec *specs.Spec) bool {
 	if err := unix.Statfs(rootfs, &fs); err != nil || fs.Flags&unix.ST_RDONLY == 0 {
 		return true
 	}
-	above := path.Dir(hooksMountPoint)
+	above := path.Dir(oci.HooksDir)
 	if slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Type == "tmpfs" && path.Join("/", m.Destination) == above }) {
 		return true
 	}
-	st, err := os.Lstat(filepath.Join(rootfs, hooksMountPoint))
+	st, err := os.Lstat(filepath.Join(rootfs, oci.HooksDir))
 	return err == nil && st.IsDir()
 }
 
 // withHooksEnv tells a process where the directory of hooks is.
 func withHooksEnv(env []string) []string {
 	env = slices.DeleteFunc(slices.Clone(env), func(e string) bool { return strings.HasPrefix(e, hooksEnv+"=") })
-	return append(env, hooksEnv+"="+hooksMountPoint)
+	return append(env, hooksEnv+"="+oci.HooksDir)
 }
 
 // sandbox tells whether the container is a pod's pause container, which has
@@ -243,7 +241,7 @@ func (h *hooks) needed(r hook.Report) error {
 	if !h.required || r.Told() > 0 {
 		return nil
 	}
-	return fmt.Errorf("the option %shooks=required asks for a participant, and none listens in %s: %w", oci.AnnotationPrefix, hooksMountPoint, errdefs.ErrFailedPrecondition)
+	return fmt.Errorf("the option %shooks=required asks for a participant, and none listens in %s: %w", oci.AnnotationPrefix, oci.HooksDir, errdefs.ErrFailedPrecondition)
 }
 
 // afterResume tells the workload, which runs, what became of the checkpoint.

@@ -126,7 +126,7 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 	}
 	if f.warm != nil && f.warm.manifest != nil {
 		f.masked = f.masked || hasMount(f.warm.manifest, maskMount.Destination) // the dump has the mask, so the clone must
-		f.hooked = hasMount(f.warm.manifest, hooksMountPoint)
+		f.hooked = hasMount(f.warm.manifest, oci.HooksDir)
 	}
 	return f
 }

@@ -135,14 +135,14 @@ func needs(m *oci.Manifest) []string {
 		fmt.Sprintf("a CPU such as %s, with %d features: %s", cmp.Or(m.Host.CPU.Model, "unknown"), len(m.Host.CPU.Features), strings.Join(m.Host.CPU.Features, " ")),
 	}
 	if len(m.Requires) > 0 {
-		lines = append(lines, "of the kernel: "+strings.Join(m.Requires, " "))
+		lines = append(lines, "support for: "+strings.Join(m.Requires, " "))
 	}
 	if l := m.Container.LSM; l != nil {
 		lines = append(lines, l.Name+": "+strings.Join(l.Profiles, ", "))
 	}
 	var mounts []string
 	for _, mount := range m.Mounts {
-		if mount.Type == "bind" {
+		if mount.Type == "bind" && mount.Destination != oci.HooksDir {
 			mounts = append(mounts, mount.Destination)
 		}
 	}

@@ -30,7 +30,7 @@ type base struct {
 	config  map[string]json.RawMessage
 	args    []string // what the image runs when nothing else is asked for
 	diffIDs []digest.Digest
-	history []ocispec.History // nil when it did not fit the layers
+	history []ocispec.History // empty entries when it did not fit the layers
 }
 
 // loadBase reads the image that the snapshot parent was unpacked from.
@@ -109,8 +109,9 @@ func (b *base) readConfig(ctx context.Context, cs content.Store) error {
 		return fmt.Errorf("manifest %s has %d layers and its configuration %d", b.desc.Digest, len(b.manifest.Layers), len(b.diffIDs))
 	}
 	if layers := layersOf(b.history); layers != len(b.diffIDs) {
-		// Tools reject a history that does not fit; none is fine.
-		b.history = nil
+		// Tools reject a history that does not fit; one that tells nothing is fine,
+		// and lets the new layers be told apart.
+		b.history = make([]ocispec.History, len(b.diffIDs))
 	}
 	return nil
 }

@@ -55,6 +55,8 @@ type world struct {
 	ctx context.Context
 	db  *metadata.DB
 	t   *testing.T
+	// noHistory leaves the history out of images, as some tools do.
+	noHistory bool
 }
 
 func newWorld(t *testing.T) *world {
@@ -175,6 +177,9 @@ func (w *world) image(name, snapshotter string, files ...string) ocispec.Descrip
 		w.unpack(sn, parent, identity.ChainID(diffIDs).String(), func(dir string) {
 			w.must(os.WriteFile(filepath.Join(dir, f), []byte(f), 0o644))
 		})
+	}
+	if w.noHistory {
+		history = nil
 	}
 	config := w.json(coreimages.MediaTypeDockerSchema2Config, map[string]any{
 		"architecture": platforms.DefaultSpec().Architecture, "os": "linux",
@@ -381,7 +386,7 @@ func (w *world) check(name string) loaded {
 	if len(l.manifest.Layers) != len(l.config.RootFS.DiffIDs) {
 		w.t.Errorf("%d layers, %d diff IDs", len(l.manifest.Layers), len(l.config.RootFS.DiffIDs))
 	}
-	if n := layersOf(l.config.History); n != 0 && n != len(l.manifest.Layers) {
+	if n := layersOf(l.config.History); n != len(l.manifest.Layers) {
 		w.t.Errorf("history of %d layers for %d", n, len(l.manifest.Layers))
 	}
 	for i, layer := range l.manifest.Layers {
@@ -647,6 +652,24 @@ func TestBuildOfCloneWithoutAnnotations(t *testing.T) {
 	w.must(err)
 	if l := w.check("warm:2"); len(l.manifest.Layers) != 2 {
 		t.Errorf("%d layers, want base and checkpoint", len(l.manifest.Layers))
+	}
+}
+
+// The new layers can be told apart, also where the base says nothing of its own.
+func TestBuildFromImageWithoutHistory(t *testing.T) {
+	w := newWorld(t)
+	w.noHistory = true
+	w.image("base:1", "overlayfs", "one", "two")
+	upper := w.container("c", "base:1", "overlayfs")
+	w.must(os.WriteFile(filepath.Join(upper, "f"), nil, 0o600))
+	_, _, err := w.build(w.request("c", "warm:1"))
+	w.must(err)
+	var by []string
+	for _, h := range w.check("warm:1").config.History {
+		by = append(by, h.CreatedBy)
+	}
+	if want := []string{"", "", oci.CreatedByChanges, oci.CreatedByCheckpoint}; !slices.Equal(by, want) {
+		t.Errorf("history %q, want %q", by, want)
 	}
 }
 

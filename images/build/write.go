@@ -163,9 +163,7 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes newLayer
 	add := func(l newLayer, by string) {
 		layers = append(layers, l.desc)
 		diffIDs = append(diffIDs, l.diffID)
-		if layersOf(history)+1 == len(diffIDs) {
-			history = append(history, ocispec.History{Created: &created, CreatedBy: by})
-		}
+		history = append(history, ocispec.History{Created: &created, CreatedBy: by})
 	}
 	if changes.diffID != "" {
 		add(changes, oci.CreatedByChanges)
