@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/runtime/pager"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // Errors that callers tell apart.
@@ -40,6 +41,9 @@ type Config struct {
 	NoNewKeyring  bool
 
 	Reaper *Subreaper
+
+	// Trace, unless nil, gets the steps of the start.
+	Trace *trace.Recorder
 }
 
 // criuConfig is the file that CRIU is told to read.

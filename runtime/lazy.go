@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/runtime/pager"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // pagerLog is the pager's log in the work directory.
@@ -91,10 +92,25 @@ func (c *Container) MemoryError(ctx context.Context) error {
 	}
 	select {
 	case <-p.Done():
+		c.traceMemory(p.Stats())
 		return p.Wait()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// traceMemory adds what the pager tells of its work.
+func (c *Container) traceMemory(s pager.Stats) {
+	if s.Connected.IsZero() {
+		return
+	}
+	at := s.Connected.Add
+	add := func(name string, from, to time.Duration) { c.cfg.Trace.Add(trace.Pager, name, at(from), at(to)) }
+	add("takes the processes", 0, s.Restored)
+	if s.FirstFault != 0 {
+		add("first page asked for", s.FirstFault, s.FirstFault)
+	}
+	add(fmt.Sprintf("brings %d MiB, %d faults answered", (s.FaultBytes+s.DrainBytes)>>20, s.Faults), s.Restored, s.Drained)
 }
 
 // finishMemory brings the rest of the memory at once: a dump needs all of it.

@@ -81,13 +81,17 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 }
 
 func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
+	look := c.cfg.Trace.Step("make the view of the dump")
 	view, err := c.view(dir, o.Images, o.Parents)
+	look()
 	if err != nil {
 		return nil, err
 	}
 	defer view.Close()
 	// A mount that cannot be made is known before CRIU has done any work.
+	more := c.cfg.Trace.Step("make the mounts that the dump lacks")
 	trees, err := detachedTrees(tmpfsOwners(c.spec, mounts))
+	more()
 	defer trees.close()
 	if err != nil {
 		return nil, err
@@ -99,6 +103,7 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	c.memory.Store(r.pager)
+	defer c.cfg.Trace.Step("load the container's state")()
 	proc, err := os.FindProcess(pid)
 	if err != nil {
 		return nil, err

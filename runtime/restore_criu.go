@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/crac-shim/crac/runtime/pager"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // restoreLog is CRIU's log in the work directory.
@@ -67,6 +68,7 @@ func (r *criuRestore) run() (pid int, err error) {
 		return 0, err
 	}
 	defer work.Close()
+	prepare := r.c.cfg.Trace.Step("make mount points and options")
 	if err := makeMountPoints(r.c.config.Rootfs, r.c.config.Mounts); err != nil {
 		return 0, err
 	}
@@ -88,12 +90,17 @@ func (r *criuRestore) run() (pid int, err error) {
 	if err := r.namespaces(opts); err != nil {
 		return 0, err
 	}
+	prepare()
+	launch := r.c.cfg.Trace.Step("start CRIU")
 	criu, err := startSwrk([3]*os.File{r.stdio.Stdin, r.stdio.Stdout, r.stdio.Stderr}, r.extra)
+	launch()
 	if err != nil {
 		return 0, err
 	}
 	defer criu.close()
+	enter := r.c.cfg.Trace.Step("enter the cgroup")
 	own, dirs, err := r.enterCgroup(criu.pid())
+	enter()
 	if err != nil {
 		return 0, err
 	}
@@ -104,7 +111,10 @@ func (r *criuRestore) run() (pid int, err error) {
 		return 0, err
 	}
 	if r.o.Lazy {
-		if err := r.startPager(dirs); err != nil {
+		page := r.c.cfg.Trace.Step("start the pager")
+		err = r.startPager(dirs)
+		page()
+		if err != nil {
 			return 0, err
 		}
 		opts.LazyPages = proto.Bool(true)
@@ -115,10 +125,16 @@ func (r *criuRestore) run() (pid int, err error) {
 		}()
 	}
 	var refused error
+	restore := r.c.cfg.Trace.Step("CRIU restores")
+	stages := criuStages{trace: r.c.cfg.Trace, since: time.Now()}
 	err = criu.call(&criurpc.CriuReq{Type: criurpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int, file *os.File) error {
+		stages.reached(stage)
 		refused = r.stage(stage, pid, file)
+		stages.answered(stage)
 		return refused
 	})
+	stages.reached("its end")
+	restore()
 	if err == nil && r.pid == 0 {
 		err = errors.New("CRIU did not say what it has restored")
 	}
@@ -358,4 +374,24 @@ func writeState(path string, state *libcontainer.State) error {
 		return err
 	}
 	return os.Rename(path+".new", path)
+}
+
+// criuStages traces what CRIU does between the stages at which it asks whether to go
+// on: it says at none how long anything has taken.
+type criuStages struct {
+	trace *trace.Recorder
+	since time.Time
+}
+
+func (s *criuStages) reached(stage string) {
+	now := time.Now()
+	s.trace.Add(trace.CRIU, "until "+stage, s.since, now)
+	s.since = now
+}
+
+// answered: what we did at the stage is over, and was not CRIU's.
+func (s *criuStages) answered(stage string) {
+	now := time.Now()
+	s.trace.Add(trace.CRIU, "waits for us at "+stage, s.since, now)
+	s.since = now
 }

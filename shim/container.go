@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -15,6 +16,7 @@ import (
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // container is one container of this shim, with its processes.
@@ -26,6 +28,10 @@ type container struct {
 	options oci.Options
 	criu    criuPaths
 	args    []string // what the request asked to run, where adaptJava has changed it
+
+	trace     *trace.Recorder
+	tracing   sync.Mutex // writes it
+	createdAt time.Time
 
 	rt    *runtime.Container
 	init  *process

@@ -24,6 +24,7 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // create makes a container ready for Start: what is asked (oci), what there is
@@ -31,6 +32,9 @@ import (
 //
 // On an error nothing is left.
 func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
+	steps := s.beginTrace(r.ID)
+	defer steps.Step("create")()
+	read := steps.Step("read the bundle")
 	opts, err := runtimeOptions(r.Options)
 	if err != nil {
 		return nil, err
@@ -52,6 +56,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		bundle:  r.Bundle,
 		work:    workDir(r.Bundle),
 		options: asked,
+		trace:   steps,
 		execs:   make(map[string]*process),
 		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
 	}
@@ -66,10 +71,12 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		return nil, err
 	}
 	defer func() { s.publish(c, err == nil) }()
+	defer func() { c.createdAt = time.Now() }()
 
 	if err := os.Remove(c.keptLog()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.G(ctx).WithError(err).Warn("failed to remove the log of an earlier restore")
 	}
+	read()
 	found := s.find(c, r, opts, spec)
 	if err := c.mountRootfs(found.mounts, r.Bundle); err != nil {
 		return nil, err
@@ -82,7 +89,10 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if found.masked {
 		spec.Mounts = append(spec.Mounts, maskMount)
 	}
-	if err := s.addHooks(c, spec, found.hooked); err != nil {
+	hooks := steps.Step("make the directory of hooks")
+	err = s.addHooks(c, spec, found.hooked)
+	hooks()
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -104,6 +114,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			ownCgroup(spec, c.id)
 		}
 	}
+	prepare := steps.Step("prepare the container")
 	c.rt, err = runtime.New(runtime.Config{
 		ID:            r.ID,
 		Bundle:        r.Bundle,
@@ -113,7 +124,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		NoPivotRoot:   opts.NoPivotRoot,
 		NoNewKeyring:  opts.NoNewKeyring,
 		Reaper:        s.reaper,
+		Trace:         steps,
 	}, spec)
+	prepare()
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +137,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}()
 	owner := s.owner(c, "")
 	owner.uid, owner.gid = int(opts.IoUid), int(opts.IoGid)
+	streams := steps.Step("open the streams")
 	io, err := newProcessIO(ctx, c.init.config, owner)
+	streams()
 	if err != nil {
 		return nil, err
 	}
@@ -136,8 +151,12 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		}
 	}()
 	if c.warm = found.warm; c.warm != nil {
-		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) { return s.confine(found.warm, spec) })
+		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) {
+			defer steps.On(trace.Background, "write the dump's images anew")()
+			return s.confine(found.warm, spec)
+		})
 		go func(w *restore) { _, _ = w.images() }(c.warm) // Start asks for the error
+		defer steps.Step("make the namespaces")()
 		c.init.pid, err = c.rt.PrepareRestore(ctx)
 		return c, err
 	}
@@ -234,6 +253,7 @@ func (c *container) mountRootfs(mounts []images.Mount, bundle string) error {
 	if len(mounts) == 0 {
 		return nil
 	}
+	defer c.trace.Step("mount the root file system")()
 	c.rootfs = filepath.Join(bundle, "rootfs")
 	if err := os.Mkdir(c.rootfs, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
@@ -250,6 +270,7 @@ func (c *container) mountRootfs(mounts []images.Mount, bundle string) error {
 
 // createInit starts the process that waits to become the workload.
 func (s *service) createInit(ctx context.Context, c *container) error {
+	defer c.trace.Step("start the container's init")()
 	if err := s.adaptJava(c); err != nil {
 		return err
 	}
@@ -335,6 +356,8 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 
 // startCold lets a workload run that createInit has made.
 func (s *service) startCold(c *container) error {
+	c.trace.Facts(false, false, 0)
+	defer c.trace.Step("let the workload run")()
 	if err := c.rt.Start(); err != nil {
 		return err
 	}

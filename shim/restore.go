@@ -87,11 +87,14 @@ type findings struct {
 
 // find looks for a checkpoint: a path in the request, or a layer in the mounts.
 func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcoptions.Options, spec *specs.Spec) findings {
+	defer c.trace.Step("find a checkpoint that fits")()
 	mounts := make([]images.Mount, len(r.Rootfs))
 	for i, m := range r.Rootfs {
 		mounts[i] = images.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}
 	}
+	look := c.trace.Step("look into the layers")
 	checkpoint, rest, err := images.Find(mounts)
+	look()
 	f := findings{mounts: rest, masked: images.Visible(rest)}
 
 	path := r.Checkpoint
@@ -140,10 +143,16 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 	if err := s.gate(ck.Manifest, spec, c); err != nil {
 		return nil, err
 	}
-	if err := ck.Verify(); err != nil {
+	verify := c.trace.Step("verify the dump")
+	err := ck.Verify()
+	verify()
+	if err != nil {
 		return nil, &coldReason{code: "damaged", err: err}
 	}
-	if err := gatePrivileges(ck.CRIUDir(), spec); err != nil {
+	privileges := c.trace.Step("read the dump's privileges")
+	err = gatePrivileges(ck.CRIUDir(), spec)
+	privileges()
+	if err != nil {
 		return nil, err
 	}
 	r := c.fitted(ck.CRIUDir(), ck.Manifest)
@@ -186,7 +195,10 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 
 // gate asks whether this host and this request fit the dump.
 func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
+	defer c.trace.Step("compare with host and request")()
+	ask := c.trace.Step("ask CRIU for its version")
 	version, err := s.criu()
+	ask()
 	if m == nil {
 		if err != nil {
 			return &coldReason{code: images.CodeNoCRIU, err: err}
@@ -267,21 +279,27 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	if _, err := s.criu(); err != nil {
 		return &coldReason{code: images.CodeNoCRIU, err: err}
 	}
+	wait := c.trace.Step("wait for the images")
 	own, err := r.images()
+	wait()
 	if err != nil {
 		return err
 	}
 	c.hooks.restoring(r.manifest)
 	io := c.init.io
+	lazy, memory := s.lazy(c, r.dir), memoryOf(r.dir)
+	c.trace.Facts(true, lazy, memory)
+	restore := c.trace.Step("restore")
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
 		Parents:             r.parents,
 		WorkDir:             c.criu.work,
 		TCP:                 r.tcp,
-		Lazy:                s.lazy(c, r.dir),
+		Lazy:                lazy,
 		ExternalUnixSockets: true,
 		ConfigFile:          c.criu.config,
 		Images:              own,
 	}, r.mounts, io.child)
+	restore()
 	if proc != nil {
 		io.afterStart()
 		c.init.started(proc)
@@ -309,7 +327,10 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	s.watchOOM(c)
 	go s.watchMemory(c)
 	restored := time.Since(began)
-	if err := c.hooks.afterRestore(ctx, r.manifest); err != nil {
+	tell := c.trace.Step("tell after-restore")
+	err = c.hooks.afterRestore(ctx, r.manifest)
+	tell()
+	if err != nil {
 		_ = c.rt.Signal(unix.SIGKILL, true)
 		return &startedError{err}
 	}
@@ -353,7 +374,9 @@ func memoryOf(dir string) (size int64) {
 // watchMemory makes it known when a workload was killed because its memory could
 // not be brought.
 func (s *service) watchMemory(c *container) {
-	if err := c.rt.MemoryError(s.ctx); err != nil && s.ctx.Err() == nil {
+	err := c.rt.MemoryError(s.ctx)
+	c.writeTrace()
+	if err != nil && s.ctx.Err() == nil {
 		log.G(s.ctx).WithError(err).WithField("id", c.id).Error("killed for want of its memory")
 		s.events.sendFacts(MemoryFailedTopic, fmt.Sprintf("container %s was killed: %s", c.id, err),
 			map[string]any{"container_id": c.id, "reason": err.Error()})

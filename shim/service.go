@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -27,6 +28,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 var (
@@ -54,6 +56,8 @@ type service struct {
 	mu         sync.Mutex
 	containers map[string]*container
 	creating   map[string]struct{} // ids that are taken, but not to be seen yet
+
+	firstTrace sync.Once
 
 	criuMu      sync.Mutex
 	criuVersion int // 0 until a CRIU was found
@@ -176,9 +180,14 @@ func (s *service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		s.events.send(&eventstypes.TaskExecStarted{ContainerID: r.ID, ExecID: r.ExecID, Pid: uint32(p.getPid())})
 		return &taskapi.StartResponse{Pid: uint32(p.getPid())}, nil
 	}
-	if err := s.startInit(ctx, c); err != nil {
+	c.trace.Add(trace.Shim, "the client's turn", c.createdAt, time.Now())
+	end := c.trace.Step("start")
+	err = s.startInit(ctx, c)
+	end()
+	if err != nil {
 		return nil, toGRPC(err)
 	}
+	go c.writeTrace()
 	s.events.send(&eventstypes.TaskStart{ContainerID: r.ID, Pid: uint32(p.getPid())})
 	return &taskapi.StartResponse{Pid: uint32(p.getPid())}, nil
 }

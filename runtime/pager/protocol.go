@@ -29,7 +29,7 @@ func (s *Server) accept() {
 		return
 	}
 	s.mu.Lock()
-	s.connected = time.Now()
+	s.stats.Connected = time.Now()
 	s.mu.Unlock()
 	go func() { // the connection ends with the server
 		<-s.failing
@@ -44,7 +44,7 @@ func (s *Server) accept() {
 		return
 	}
 	s.mu.Lock()
-	s.stats.Restored = time.Since(s.connected)
+	s.stats.Restored = time.Since(s.stats.Connected)
 	s.mu.Unlock()
 	s.pace.begin()
 	close(s.restored)

@@ -43,14 +43,16 @@ type Config struct {
 
 // Stats tell what a server has done. Bytes are of contents, without zeroes.
 type Stats struct {
-	Tasks      int           `json:"tasks"`       // processes of the dump that came
-	Forks      int           `json:"forks"`       // processes forked while memory was missing
-	Total      int64         `json:"total"`       // bytes of the dump that are lazy
-	Faults     int64         `json:"faults"`      // faults answered, with contents or zeroes
-	FaultBytes int64         `json:"fault_bytes"` // bytes that faults brought, with neighbours
-	DrainBytes int64         `json:"drain_bytes"` // bytes that the drain brought
-	Restored   time.Duration `json:"restored_ns"` // from CRIU's connection to the end of the restore
-	Drained    time.Duration `json:"drained_ns"`  // from CRIU's connection until all memory was there
+	Tasks      int           `json:"tasks"`              // processes of the dump that came
+	Forks      int           `json:"forks"`              // processes forked while memory was missing
+	Total      int64         `json:"total"`              // bytes of the dump that are lazy
+	Faults     int64         `json:"faults"`             // faults answered, with contents or zeroes
+	FaultBytes int64         `json:"fault_bytes"`        // bytes that faults brought, with neighbours
+	DrainBytes int64         `json:"drain_bytes"`        // bytes that the drain brought
+	Connected  time.Time     `json:"connected,omitzero"` // CRIU has
+	Restored   time.Duration `json:"restored_ns"`        // from then to the end of the restore
+	FirstFault time.Duration `json:"first_fault_ns"`     // from then until a page was asked for; 0 if none was
+	Drained    time.Duration `json:"drained_ns"`         // from then until all memory was there
 }
 
 // Server serves the memory of one restore. It is safe for concurrent use.
@@ -71,7 +73,6 @@ type Server struct {
 	order     workingSet // what is to come first
 	recorded  workingSet
 	stats     Stats
-	connected time.Time
 	err       error
 
 	pace    pace
@@ -244,7 +245,7 @@ func (s *Server) finish(reason error, kill bool) {
 	s.end.Do(func() {
 		s.mu.Lock()
 		s.err = reason
-		s.stats.Drained = time.Since(s.connected)
+		s.stats.Drained = time.Since(s.stats.Connected)
 		s.mu.Unlock()
 		close(s.failing)
 		go func() {
@@ -439,7 +440,11 @@ func (s *Server) answer(sp *space, addr uint64) error {
 	if err != nil {
 		return err
 	}
-	s.faults.Add(1)
+	if s.faults.Add(1) == 1 {
+		s.mu.Lock()
+		s.stats.FirstFault = time.Since(s.stats.Connected)
+		s.mu.Unlock()
+	}
 	s.byFault.Add(int64(bytes))
 	if bytes > 0 && s.cfg.Record != "" {
 		s.mu.Lock()
