@@ -22,9 +22,9 @@ import (
 )
 
 const (
-	// hooksEnv tells a workload of that place.
+	// hooksEnv tells a workload where oci.HooksDir is.
 	hooksEnv = "CRAC_DIR"
-	// hooksDir is the same place in the bundle.
+	// hooksDir is the same place, in the bundle.
 	hooksDir = "crac"
 )
 
