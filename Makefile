@@ -15,8 +15,14 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 # Where Go is when it is not on PATH: as its own installation guide says.
 export PATH := $(PATH):/usr/local/go/bin
 
-GOTAGS  := seccomp
+# One set for all, so that a package is compiled once; Go's own resolver and
+# user database are what a static binary can have.
+export GOTAGS := seccomp,netgo,osusergo
 LDFLAGS := -s -w -X main.version=$(VERSION)
+# The shim is executed three times on the way to a container's first instruction:
+# without gRPC's servers, which nobody calls, and without a dynamic loader's work.
+SHIM_TAGS    := $(GOTAGS),no_grpc
+SHIM_LDFLAGS := $(LDFLAGS) -linkmode external -extldflags -static
 export CRAC_BUILD := $(BUILD)
 # Everywhere, not only for the binaries: what was compiled for one is then there for
 # the tests, the demo and the guest.
@@ -36,7 +42,8 @@ host:
 .PHONY: build
 build: host ## the shim, cracctl and, with a JDK, the Java library, into build/bin
 	@mkdir -p $(BUILD)/bin
-	CGO_ENABLED=1 go build -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2 ./cmd/cracctl
+	CGO_ENABLED=1 go build -tags '$(SHIM_TAGS)' -ldflags '$(SHIM_LDFLAGS)' -o $(BUILD)/bin/ ./cmd/containerd-shim-crac-v2
+	CGO_ENABLED=1 go build -tags '$(GOTAGS)' -ldflags '$(LDFLAGS)' -o $(BUILD)/bin/ ./cmd/cracctl
 	@sdk/java/build.sh $(BUILD)/bin/crac.jar '$(VERSION)'
 
 .PHONY: tools

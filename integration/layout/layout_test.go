@@ -210,6 +210,35 @@ func TestLinks(t *testing.T) {
 	}
 }
 
+// shimTags are the Makefile's for the shim.
+const shimTags = "seccomp,netgo,osusergo,no_grpc"
+
+// What the shim links is initialized three times on the way to a container's first
+// instruction.
+func TestShimIsLight(t *testing.T) {
+	makefile, err := os.ReadFile(filepath.Join("..", "..", "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tags, _, _ := strings.Cut(shimTags, ",no_grpc")
+	if !strings.Contains(string(makefile), "GOTAGS := "+tags+"\n") || !strings.Contains(string(makefile), "SHIM_TAGS    := $(GOTAGS),no_grpc\n") {
+		t.Errorf("the Makefile does not build the shim with the tags %s", shimTags)
+	}
+	out, err := exec.Command("go", "list", "-deps", "-tags", shimTags, module+"cmd/containerd-shim-crac-v2").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deps := strings.Fields(string(out))
+	for _, heavy := range []string{"google.golang.org/grpc", "google.golang.org/grpc/internal/transport", "html/template", "text/template", "golang.org/x/net/trace"} {
+		if slices.Contains(deps, heavy) {
+			t.Errorf("the shim links %s", heavy)
+		}
+	}
+	if !slices.Contains(deps, "github.com/containerd/ttrpc") {
+		t.Error("go list does not list what the shim links")
+	}
+}
+
 func checkLinks(ours []pkg, graph map[string][]string) (errs []error) {
 	for _, rule := range never {
 		for _, p := range ours {

@@ -240,7 +240,7 @@ main() {
 
 	if [[ -n $build_test ]]; then
 		log "compiling the end-to-end tests"
-		(cd "$repo" && CGO_ENABLED=1 go test -c -tags seccomp -o "$run/e2e.test" ./integration)
+		(cd "$repo" && CGO_ENABLED=1 go test -c -tags "${GOTAGS:-seccomp}" -o "$run/e2e.test" ./integration)
 	fi
 	stage
 	write_disk
