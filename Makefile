@@ -89,6 +89,13 @@ bench-start: tools build ## start-up time and memory beside containerd's runc sh
 	@integration/apps/build.sh busybox
 	go run -tags '$(GOTAGS)' ./integration/bench/start
 
+# BENCH="-workloads mem-10m,mem-1g -runs 5", BENCH=-quick; BENCH=-help lists the options.
+.PHONY: bench
+bench: tools build ## restores, clones, checkpoints and cold starts beside every peer, into build/bench.json (BENCH=options)
+	@integration/apps/build.sh memory
+	@go build -tags '$(GOTAGS)' -o $(BUILD)/bench-program ./integration/bench
+	@$(BUILD)/bench-program $(BENCH)
+
 .PHONY: demo
 demo: tools build ## the whole story on Tomcat: cold, warm, checkpoint, push, pull, clones
 	@integration/apps/build.sh busybox tomcat postgres
