@@ -29,6 +29,11 @@ type BuildRequest struct {
 	// Parent names a checkpoint image that the new one continues: memory that it
 	// has is not stored again, and its checkpoint layers stay below the new one.
 	Parent string `json:"parent,omitempty"`
+	// EncryptTo are whom the new layers are encrypted for, in the forms of
+	// oci.CheckRecipients; empty: nobody.
+	EncryptTo []string `json:"encryptTo,omitempty"`
+	// Keys decrypt the parent.
+	Keys []string `json:"keys,omitempty"`
 	// Push sends the image to the registry in its name once it is there.
 	Push bool `json:"push,omitempty"`
 }

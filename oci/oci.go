@@ -82,6 +82,10 @@ type CheckpointOptions struct {
 	// TCP says what happens to established connections; empty is the container's
 	// own option.
 	TCP TCPMode `json:"tcp,omitempty"`
+	// EncryptTo are whom the new layers are encrypted for; empty is the container's
+	// own option. Keys decrypt the parent. Files have absolute names.
+	EncryptTo []string `json:"encryptTo,omitempty"`
+	Keys      []string `json:"keys,omitempty"`
 }
 
 // ParseCheckpointOptions reads what a call asks for. What it does not know is an
@@ -102,7 +106,7 @@ func ParseCheckpointOptions(data []byte) (o CheckpointOptions, err error) {
 			return o, err
 		}
 	}
-	return o, nil
+	return o, CheckRecipients(o.EncryptTo)
 }
 
 // CheckCompression refuses what layers are not stored with.

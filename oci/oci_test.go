@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -19,6 +20,8 @@ func TestParseCheckpointOptions(t *testing.T) {
 		{name: "of a newer cracctl", text: `{"sideways":true}`, wantErr: `unknown field "sideways"; the shim and cracctl must come from one release`},
 		{name: "no JSON", text: "x", wantErr: "checkpoint options"},
 		{name: "compression", text: `{"compression":"xz"}`, wantErr: `unknown compression "xz"; known are zstd, gzip`},
+		{name: "recipients", text: `{"encryptTo":["jwe:/k"],"keys":["/p"]}`, want: CheckpointOptions{EncryptTo: []string{"jwe:/k"}, Keys: []string{"/p"}}},
+		{name: "no recipient", text: `{"encryptTo":["k"]}`, wantErr: `recipient "k" is none`},
 		{name: "connections", text: `{"tcp":"shut"}`, wantErr: `unknown tcp "shut"; known are close, established, error`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -26,7 +29,7 @@ func TestParseCheckpointOptions(t *testing.T) {
 			switch {
 			case tt.wantErr == "" && err != nil, tt.wantErr != "" && (err == nil || !strings.Contains(err.Error(), tt.wantErr)):
 				t.Fatalf("error %v, want %q", err, tt.wantErr)
-			case tt.wantErr == "" && got != tt.want:
+			case tt.wantErr == "" && !reflect.DeepEqual(got, tt.want):
 				t.Errorf("got %+v, want %+v", got, tt.want)
 			}
 		})

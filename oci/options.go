@@ -77,10 +77,14 @@ type Options struct {
 	CheckpointExit  bool
 	// CheckpointPush sends a new checkpoint image to the registry in its name.
 	CheckpointPush bool
-	// CheckpointCompression of the layers of a checkpoint image.
+	// CheckpointCompression of the layers of a checkpoint image; empty: zstd, or gzip
+	// for encrypted ones.
 	CheckpointCompression Compression
-	Hooks                 HooksMode
-	HookTimeout           time.Duration
+	// CheckpointEncryptTo are whom the new layers are encrypted for: see
+	// CheckRecipients.
+	CheckpointEncryptTo []string
+	Hooks               HooksMode
+	HookTimeout         time.Duration
 
 	HookBeforeCheckpoint string
 	HookAfterRestore     string
@@ -127,6 +131,11 @@ func knownOptions() []option {
 		// An image that chose to be pushed would send its memory where it likes.
 		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
 		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, CompressionZstd, CompressionGzip),
+		// Names of files on the host.
+		{key: "checkpoint.encrypt-to", values: recipientForms + "; several with commas between", annotationOnly: true, set: func(o *Options, v string) (err error) {
+			o.CheckpointEncryptTo, err = ParseRecipients(v)
+			return err
+		}},
 		enum("hooks", func(o *Options) *HooksMode { return &o.Hooks }, HooksOptional, HooksOff, HooksRequired),
 		{key: "hook.timeout", values: "a duration such as 10s, longer than 0", set: func(o *Options, v string) error {
 			d, err := time.ParseDuration(v)
@@ -212,7 +221,7 @@ func envName(key string) string {
 // of checkpoints are annotations only.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
-		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose, CheckpointCompression: CompressionZstd,
+		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
 		CheckpointAllow: CheckpointAllowNone, CheckpointWhen: CheckpointWhenAsked, Java: JavaOff,
 	}

@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -10,7 +11,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none", CheckpointCompression: "zstd", CheckpointWhen: "asked", Java: "off",
+		CheckpointAllow: "none", CheckpointWhen: "asked", Java: "off",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -92,6 +93,12 @@ func TestParseOptions(t *testing.T) {
 		{name: "empty value", annotations: map[string]string{p("restore"): ""}, wantErr: `value ""`},
 		{name: "empty image", annotations: map[string]string{p("checkpoint.image"): " "}, wantErr: "an image name"},
 		{name: "image name with a space", annotations: map[string]string{p("checkpoint.image"): "a b"}, wantErr: "' '"},
+		{name: "recipients", annotations: map[string]string{p("checkpoint.encrypt-to"): "jwe:/k.pem, pgp:ops@example.org"}, want: with(func(o *Options) {
+			o.CheckpointEncryptTo = []string{"jwe:/k.pem", "pgp:ops@example.org"}
+		})},
+		{name: "recipients of the image's choice", env: []string{"CRAC_CHECKPOINT_ENCRYPT_TO=jwe:/k.pem"}, want: defaults},
+		{name: "no recipient", annotations: map[string]string{p("checkpoint.encrypt-to"): "jwe:/k.pem,"}, wantErr: "PUBLIC-KEY-FILE"},
+		{name: "nobody and somebody", annotations: map[string]string{p("checkpoint.encrypt-to"): "none,jwe:/k.pem"}, wantErr: "goes with no other"},
 		{name: "unknown compression", annotations: map[string]string{p("checkpoint.compression"): "lz4"}, wantErr: "zstd, gzip"},
 		{name: "bad push", annotations: map[string]string{p("checkpoint.push"): "later"}, wantErr: "true, false"},
 		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
@@ -113,7 +120,7 @@ func TestParseOptions(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got != tt.want {
+			if !reflect.DeepEqual(got, tt.want) {
 				t.Errorf("got  %+v\nwant %+v", got, tt.want)
 			}
 		})
@@ -175,7 +182,7 @@ func FuzzParseOptions(f *testing.F) {
 	f.Fuzz(func(t *testing.T, key, value, env string) {
 		o, err := ParseOptions(map[string]string{AnnotationPrefix + key: value}, []string{env})
 		if err != nil {
-			if o != (Options{}) {
+			if !reflect.DeepEqual(o, Options{}) {
 				t.Fatalf("options %+v beside error %v", o, err)
 			}
 			return

@@ -48,7 +48,9 @@ type checkpointRequest struct {
 	exit bool
 	// compression of the image's new layers
 	compression oci.Compression
-	parent      string // an image that this one continues
+	encryptTo   []string // whom they are encrypted for
+	parent      string   // an image that this one continues
+	keys        []string // that decrypt the parent
 	criu        runtime.CRIUOptions
 }
 
@@ -60,6 +62,7 @@ func (c *container) ownCheckpoint() *checkpointRequest {
 		push:        c.options.CheckpointPush,
 		exit:        c.options.CheckpointExit,
 		compression: c.options.CheckpointCompression,
+		encryptTo:   c.options.CheckpointEncryptTo,
 		criu: runtime.CRIUOptions{
 			WorkDir:    c.criu.work,
 			TCP:        tcpMode(c.options.TCP),
@@ -93,7 +96,10 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		if o.TCP != "" {
 			r.criu.TCP = tcpMode(o.TCP)
 		}
-		r.parent = o.Parent
+		if len(o.EncryptTo) > 0 {
+			r.encryptTo = o.EncryptTo
+		}
+		r.parent, r.keys = o.Parent, o.Keys
 		r.exit = r.exit || o.Exit
 		return r, nil
 	}
@@ -381,7 +387,9 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 		Frozen:      frozen,
 		Push:        r.push,
 		Compression: r.compression,
+		EncryptTo:   r.encryptTo,
 		Parent:      r.parent,
+		Keys:        r.keys,
 	})
 	if err != nil {
 		return nil, err

@@ -32,7 +32,9 @@ type checkpointFlags struct {
 	exit        bool
 	push        bool
 	compression string
+	encryptTo   []string
 	parent      string
+	keys        []string
 	tcp         string
 	dryRun      bool
 	state       string
@@ -67,8 +69,10 @@ container as cracctl check does, with its exit statuses.`,
 	}
 	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
 	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
-	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd)")
+	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	encryptToFlag(cmd, &f.encryptTo)
+	keyFlag(cmd, &f.keys, "of an encrypted parent")
 	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
@@ -99,6 +103,14 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 		if err := oci.CheckTCPMode(tcp); err != nil {
 			return err
 		}
+	}
+	encryptTo, err := recipients(f.encryptTo)
+	if err != nil {
+		return err
+	}
+	keys, err := privateKeys(f.keys)
+	if err != nil {
+		return err
 	}
 	registries, err := registry.DefaultConfig()
 	if err != nil && f.push {
@@ -149,7 +161,9 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
-	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{Ref: ref, Exit: f.exit, Compression: compression, Parent: f.parent, TCP: tcp})
+	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{
+		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp,
+	})
 	took := time.Since(start)
 	done()
 	if err != nil {

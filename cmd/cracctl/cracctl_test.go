@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -338,7 +339,7 @@ func TestShimClient(t *testing.T) {
 		if err := json.Unmarshal(fake.options.GetValue(), &got); err != nil {
 			t.Fatal(err)
 		}
-		if fake.id != want || fake.options.TypeUrl != oci.CheckpointOptionsType || got != (oci.CheckpointOptions{Ref: "a/b:c", Exit: true}) {
+		if fake.id != want || fake.options.TypeUrl != oci.CheckpointOptionsType || !reflect.DeepEqual(got, oci.CheckpointOptions{Ref: "a/b:c", Exit: true}) {
 			t.Errorf("version %d asked %s with %s %s", version, fake.id, fake.options.TypeUrl, fake.options.GetValue())
 		}
 		fake.err = errdefs.ErrNotFound.WithMessage("no such task")

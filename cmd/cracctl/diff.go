@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 )
 
@@ -22,17 +23,22 @@ a checkpoint of the second continuing the first would store.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeImages(t),
 	}
+	var keys []string
+	keyFlag(cmd, &keys, "of encrypted images")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		var (
 			images [2]*inspect.Image
 			layers [2][]*inspect.Layer
-			err    error
 		)
+		k, err := crypt.ParseKeys(keys)
+		if err != nil {
+			return err
+		}
 		for i, ref := range args {
 			if images[i], err = s.image(ref); err != nil {
 				return err
 			}
-			if layers[i], err = s.readChain(images[i], inspect.Options{Pages: true}, cmd.ErrOrStderr()); err != nil {
+			if layers[i], err = s.readChain(images[i], inspect.Options{Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 		}

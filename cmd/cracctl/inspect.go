@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -30,12 +31,17 @@ The contents of the memory, arguments and environment of processes are not shown
 		ValidArgsFunction: completeImages(t),
 	}
 	full := cmd.Flags().Bool("full", false, "list every mapping and every open file in the table")
+	var keys []string
+	keyFlag(cmd, &keys, "of an encrypted image")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		img, err := s.image(args[0])
 		if err != nil {
 			return err
 		}
 		var o inspect.Options
+		if o.Keys, err = crypt.ParseKeys(keys); err != nil {
+			return err
+		}
 		done := reading(img, &o, cmd.ErrOrStderr())
 		r, err := inspect.Inspect(s.ctx, s.ContentStore(), img, thisHost(), o)
 		done()

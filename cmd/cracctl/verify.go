@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 )
 
@@ -38,8 +39,14 @@ The exit status is 0 when the image is whole and fits, else 1.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
+	var keys []string
+	keyFlag(cmd, &keys, "of an encrypted image")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
-		v, err := s.verify(args[0], cmd.ErrOrStderr())
+		k, err := crypt.ParseKeys(keys)
+		if err != nil {
+			return err
+		}
+		v, err := s.verify(args[0], k, cmd.ErrOrStderr())
 		if err != nil {
 			return err
 		}
@@ -56,13 +63,13 @@ The exit status is 0 when the image is whole and fits, else 1.`,
 
 // verify gives an error when there is nothing to verify; what is wrong with an
 // image is in the verdict.
-func (s *session) verify(ref string, errOut io.Writer) (*verdict, error) {
+func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdict, error) {
 	img, err := s.image(ref)
 	if err != nil {
 		return nil, err
 	}
 	v := &verdict{Name: ref}
-	chain, err := s.readChain(img, inspect.Options{Digests: true}, errOut)
+	chain, err := s.readChain(img, inspect.Options{Digests: true, Keys: keys}, errOut)
 	for _, l := range chain {
 		if err == nil {
 			err = l.Verify()

@@ -29,6 +29,7 @@ type base struct {
 	// does not know (Docker's Healthcheck) stays.
 	config  map[string]json.RawMessage
 	args    []string // what the image runs when nothing else is asked for
+	made    []ocispec.Descriptor // what the container was made from, earlier checkpoints included
 	diffIDs []digest.Digest
 	history []ocispec.History // empty entries when it did not fit the layers
 }
@@ -52,6 +53,7 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	if err := b.cut(parent); err != nil {
 		return nil, err
 	}
+	b.made = b.manifest.Layers
 	b.dropCheckpoints()
 	return b, nil
 }

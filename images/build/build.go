@@ -80,7 +80,7 @@ func Build(ctx context.Context, client *containerd.Client, r Request, emit func(
 
 func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
-	comp, err := newCompression(r.Compression)
+	comp, err := newCompression(r.Compression, r.EncryptTo)
 	if err != nil {
 		return none, err
 	}
@@ -152,9 +152,13 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 			missing, c.Image)})
 	}
 
+	if err := mustEncrypt(c.Image, base.made, r.EncryptTo); err != nil {
+		return none, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+
 	m := r.Manifest
 	m.Base = base.identity()
-	p, err := loadParent(ctx, s, r.Parent, &m)
+	p, err := loadParent(ctx, s, r, &m)
 	if err != nil {
 		return none, err
 	}

@@ -116,7 +116,7 @@ func (c comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts 
 	if config.MediaType != ocispec.MediaTypeImageLayerGzip || len(lower) != 1 || len(upper) != 1 {
 		return ocispec.Descriptor{}, fmt.Errorf("unexpected request: %v %v %v", config, lower, upper)
 	}
-	comp, err := newCompression("gzip")
+	comp, err := newCompression("gzip", nil)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}

@@ -15,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -27,6 +28,8 @@ type FlattenRequest struct {
 	// system's temporary directory.
 	WorkDir     string
 	Compression oci.Compression
+	// EncryptTo are whom the checkpoint layer is encrypted for, Keys decrypt From.
+	EncryptTo, Keys []string
 }
 
 // Flatten makes a checkpoint image with a whole dump of one that continues others.
@@ -40,7 +43,11 @@ func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, e
 
 func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
-	comp, err := newCompression(r.Compression)
+	comp, err := newCompression(r.Compression, r.EncryptTo)
+	if err != nil {
+		return none, err
+	}
+	keys, err := crypt.ParseKeys(r.Keys)
 	if err != nil {
 		return none, err
 	}
@@ -61,6 +68,9 @@ func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)
 	if img.Covered() {
 		return none, fmt.Errorf("%s: %w: its memory does not match the files", r.From, images.ErrCovered)
 	}
+	if err := mustEncrypt(r.From, img.Manifest.Layers, r.EncryptTo); err != nil {
+		return none, err
+	}
 	ctx, release, err := withLease(ctx, s.leases)
 	if err != nil {
 		return none, err
@@ -75,7 +85,7 @@ func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)
 		return none, err
 	}
 	defer os.RemoveAll(work)
-	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Digests: true, Extract: work})
+	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Digests: true, Extract: work, Keys: keys})
 	if err != nil {
 		return none, err
 	}

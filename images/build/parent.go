@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -35,7 +36,8 @@ func (p *parent) layersOrNil() []newLayer {
 
 // loadParent reads a parent's memory out of its layers, as hashes, and notes it in
 // the manifest. It need not be unpacked, nor be where the container came from.
-func loadParent(ctx context.Context, s services, ref string, m *oci.Manifest) (*parent, error) {
+func loadParent(ctx context.Context, s services, r Request, m *oci.Manifest) (*parent, error) {
+	ref := r.Parent
 	if ref == "" {
 		return nil, nil
 	}
@@ -50,7 +52,14 @@ func loadParent(ctx context.Context, s services, ref string, m *oci.Manifest) (*
 	if err != nil {
 		return nil, fmt.Errorf("parent %w", err)
 	}
-	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Pages: true})
+	if err := parentFits(img, r.EncryptTo); err != nil {
+		return nil, err
+	}
+	keys, err := crypt.ParseKeys(r.Keys)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Pages: true, Keys: keys})
 	if err != nil {
 		return nil, fmt.Errorf("parent image %w", err)
 	}
@@ -78,11 +87,25 @@ func loadParent(ctx context.Context, s services, ref string, m *oci.Manifest) (*
 	}
 	for _, n := range slices.Backward(img.CheckpointLayers(len(chain))) {
 		l := newLayer{desc: img.Manifest.Layers[n], diffID: img.Config.RootFS.DiffIDs[n]}
-		l.desc.Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
-		p.layers = append(p.layers, l)
+		p.layers = append(p.layers, l.asCheckpoint())
 	}
 	return p, nil
 }
 
 // wideMaps is the first CRIU whose page maps earlier ones cannot read.
 const wideMaps = 40200
+
+// parentFits refuses a parent in the open below an encrypted checkpoint: the parent's
+// layers become the new image's, and hold most of its memory. The other way round is
+// for mustEncrypt to judge.
+func parentFits(img *inspect.Image, encryptTo []string) error {
+	if err := mustEncrypt(img.Name, img.Manifest.Layers, encryptTo); err != nil || !encrypts(encryptTo) {
+		return err
+	}
+	for n, l := range img.Manifest.Layers {
+		if img.Kind(n) == "checkpoint" && !crypt.IsEncrypted(l.MediaType) {
+			return fmt.Errorf("parent image %s is not encrypted, and its memory would be in the new image as it is: encrypt it first (cracctl encrypt), or make a whole checkpoint (without --parent)", img.Name)
+		}
+	}
+	return nil
+}

@@ -192,9 +192,10 @@ func (o *owners) capability(c []byte, name string) ([]byte, error) {
 	return c[:capSize2], nil
 }
 
-// rewrite stores a layer once more, with the container's owners.
+// rewrite stores a layer once more, with the container's owners, and encrypted if it is
+// to be. The one that containerd's differ has made goes with the build's lease.
 func (o *owners) rewrite(ctx context.Context, cs content.Store, id string, l newLayer, comp compression) (newLayer, error) {
-	if o == nil || l.diffID == "" {
+	if l.diffID == "" || o == nil && comp.recipients == nil {
 		return l, nil
 	}
 	ra, err := cs.ReaderAt(ctx, l.desc)
@@ -208,6 +209,10 @@ func (o *owners) rewrite(ctx context.Context, cs content.Store, id string, l new
 	}
 	defer plain.Close()
 	return writeLayer(ctx, cs, "crac-owners-"+id, comp, func(w io.Writer) error {
+		if o == nil {
+			_, err := io.Copy(w, plain)
+			return err
+		}
 		return o.copyLayer(w, plain)
 	})
 }

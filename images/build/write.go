@@ -2,6 +2,7 @@ package build
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,25 +22,44 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
 // compression is how new layers are stored.
 type compression struct {
-	mediaType string
-	writer    func(io.Writer) (io.WriteCloser, error)
+	mediaType  string
+	writer     func(io.Writer) (io.WriteCloser, error)
+	recipients *crypt.Recipients // nil: whoever has the image can read it
 }
 
-func newCompression(name oci.Compression) (compression, error) {
+// newCompression reads what a request asks for. Encrypted layers are stored with gzip
+// unless it asks for something else: containerd, as it is configured by default,
+// decrypts no other.
+func newCompression(name oci.Compression, encryptTo []string) (c compression, err error) {
+	var recipients *crypt.Recipients
+	if encrypts(encryptTo) {
+		if recipients, err = crypt.ParseRecipients(encryptTo); err != nil {
+			return c, err
+		}
+		name = cmp.Or(name, oci.CompressionGzip)
+	}
+	if c, err = compressionOf(name); err == nil {
+		c.recipients = recipients
+	}
+	return c, err
+}
+
+func compressionOf(name oci.Compression) (compression, error) {
 	switch name {
 	case "", oci.CompressionZstd:
 		// The fastest level: on a JVM's dump the default one takes twice as
 		// long to save 5 %.
-		return compression{ocispec.MediaTypeImageLayerZstd, func(w io.Writer) (io.WriteCloser, error) {
+		return compression{mediaType: ocispec.MediaTypeImageLayerZstd, writer: func(w io.Writer) (io.WriteCloser, error) {
 			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
 		}}, nil
 	case oci.CompressionGzip:
-		return compression{ocispec.MediaTypeImageLayerGzip, func(w io.Writer) (io.WriteCloser, error) {
+		return compression{mediaType: ocispec.MediaTypeImageLayerGzip, writer: func(w io.Writer) (io.WriteCloser, error) {
 			return gzip.NewWriterLevel(w, gzip.BestSpeed)
 		}}, nil
 	}
@@ -55,8 +75,25 @@ type newLayer struct {
 func (l newLayer) size() int64 { return l.desc.Size }
 
 // writeLayer stores what write produces, compressed, in one pass.
-func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (_ newLayer, err error) {
-	cw, err := cs.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: comp.mediaType}))
+func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (newLayer, error) {
+	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
+		diffID := digest.SHA256.Digester()
+		z, err := comp.writer(w)
+		if err != nil {
+			return "", err
+		}
+		if err := write(&ctxWriter{ctx, io.MultiWriter(z, diffID.Hash())}); err != nil {
+			z.Close()
+			return "", err
+		}
+		return diffID.Digest(), z.Close()
+	})
+}
+
+// storeLayer stores a layer that write writes, compressed, and tells the diff ID of:
+// encrypted, if it is to be.
+func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (_ newLayer, err error) {
+	cw, err := cs.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: comp.storedType()}))
 	if err != nil {
 		if errdefs.IsUnavailable(err) {
 			return newLayer{}, fmt.Errorf("another build of the same container is running; wait for it: %w", err)
@@ -81,19 +118,16 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 		return newLayer{}, err
 	}
 
-	diffID := digest.SHA256.Digester()
-	z, err := comp.writer(cw)
+	out, end, err := comp.seal(cw)
 	if err != nil {
 		return newLayer{}, err
 	}
-	if err := write(&ctxWriter{ctx, io.MultiWriter(z, diffID.Hash())}); err != nil {
-		z.Close()
+	var l newLayer
+	l.diffID, err = write(out)
+	mediaType, annotations, serr := end()
+	if err = cmp.Or(err, serr); err != nil {
 		return newLayer{}, err
 	}
-	if err := z.Close(); err != nil {
-		return newLayer{}, err
-	}
-	l := newLayer{diffID: diffID.Digest()}
 	dgst := cw.Digest()
 	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
 	if err := cw.Commit(ctx, 0, dgst, content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
@@ -109,7 +143,7 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 			return newLayer{}, err
 		}
 	}
-	l.desc = ocispec.Descriptor{MediaType: comp.mediaType, Digest: dgst, Size: info.Size}
+	l.desc = ocispec.Descriptor{MediaType: mediaType, Digest: dgst, Size: info.Size, Annotations: annotations}
 	return l, nil
 }
 
@@ -131,8 +165,18 @@ func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m 
 	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
 		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m, p.memoryOrNil())
 	})
-	l.desc.Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
-	return l, err
+	return l.asCheckpoint(), err
+}
+
+// asCheckpoint marks a layer as a checkpoint layer. Of its annotations it keeps those
+// that it is decrypted by.
+func (l newLayer) asCheckpoint() newLayer {
+	l.desc.Annotations = crypt.Annotations(l.desc.Annotations)
+	if l.desc.Annotations == nil {
+		l.desc.Annotations = make(map[string]string)
+	}
+	l.desc.Annotations[oci.LayerAnnotation] = oci.LayerCheckpoint
+	return l
 }
 
 // progress reports how much was written, a few times a second.
@@ -207,6 +251,13 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes newLayer
 		Layers:      layers,
 		Annotations: b.annotations(m),
 	}
+	return storeManifest(ctx, cs, manifest)
+}
+
+// storeManifest stores a manifest. It returns its descriptor and the size of all that
+// it refers to.
+func storeManifest(ctx context.Context, cs content.Store, manifest ocispec.Manifest) (ocispec.Descriptor, int64, error) {
+	none := ocispec.Descriptor{}
 	manifestData, err := json.MarshalIndent(manifest, "", "  ")
 	if err != nil {
 		return none, 0, err
@@ -215,7 +266,7 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes newLayer
 	gc := make(map[string]string)
 	size := int64(len(manifestData))
 	keys := make(map[string]int)
-	for _, child := range append([]ocispec.Descriptor{configDesc}, layers...) {
+	for _, child := range append([]ocispec.Descriptor{manifest.Config}, manifest.Layers...) {
 		size += child.Size
 		for _, key := range coreimages.ChildGCLabels(child) {
 			i := keys[key]

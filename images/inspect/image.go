@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -175,7 +176,13 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 	if o.Digests {
 		r = io.TeeReader(r, stored.Hash())
 	}
-	unpacked, err := decompress(r, desc.MediaType)
+	blob := r
+	if crypt.IsEncrypted(desc.MediaType) {
+		if blob, err = o.Keys.Decrypt(r, desc); err != nil {
+			return nil, err
+		}
+	}
+	unpacked, err := decompress(blob, crypt.PlainType(desc.MediaType))
 	if err != nil {
 		return nil, damaged(err)
 	}
@@ -188,12 +195,19 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 	if err != nil {
 		return nil, err
 	}
-	if !o.Digests {
+	// Only its end tells whether an encrypted layer is the one that was encrypted.
+	if !o.Digests && !crypt.IsEncrypted(desc.MediaType) {
 		return l, nil
 	}
 	// What follows the last entry counts, too.
 	if _, err := io.Copy(io.Discard, in); err != nil {
 		return nil, damaged(err)
+	}
+	if _, err := io.Copy(io.Discard, blob); err != nil {
+		return nil, damaged(err)
+	}
+	if !o.Digests {
+		return l, nil
 	}
 	if _, err := io.Copy(io.Discard, r); err != nil {
 		return nil, err

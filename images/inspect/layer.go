@@ -21,6 +21,7 @@ import (
 	"strings"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -56,6 +57,8 @@ type Options struct {
 	// Extract, if it is not empty, is a directory that the files of the dump, memory
 	// included, are written into. It has to be empty.
 	Extract string
+	// Keys decrypt an encrypted layer.
+	Keys *crypt.Keys
 	// Progress, if there is one, is told how many bytes of the layer as stored were
 	// read since it was told last.
 	Progress func(n int64)

@@ -24,7 +24,7 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"runtime", "runtime/pager", "shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/inspect", "images/registry", "oci", "runtime", "runtime/trace"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/trace", "images", "oci"},
@@ -36,8 +36,9 @@ var may = map[string][]string{
 	"runtime/thread":              {},
 	"runtime/trace":               {},
 	"images":                      {"oci"},
-	"images/build":                {"images", "images/inspect", "images/registry", "oci"},
-	"images/inspect":              {"images", "oci"},
+	"images/build":                {"images", "images/crypt", "images/inspect", "images/registry", "oci"},
+	"images/crypt":                {"oci"},
+	"images/inspect":              {"images", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
 	"oci":                         {},
 	"sdk/...":                     {},
@@ -63,7 +64,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/inspect", module + "images/registry", "github.com/klauspost/"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/crypt", module + "images/inspect", module + "images/registry", "github.com/klauspost/", "github.com/containers/ocicrypt"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the build and the tests need, into build/tools:
 #
-#   bin/        containerd ctr containerd-shim-runc-v2 runc nerdctl registry
+#   bin/        containerd ctr containerd-shim-runc-v2 runc nerdctl registry ctd-decoder
 #   cni/bin/    bridge host-local loopback portmap firewall tuning
 #   criu/       a CRIU new enough for today's kernels, with its own libraries
 #   jdk25/      the newer of the two JDKs that the Java library is tested with
 #   lint/       golangci-lint gofumpt
 #
-# usage: install.sh [TARGET...]   host go jdk criu jdk25 runc containerd cni registry nerdctl lint
+# usage: install.sh [TARGET...]   host go jdk criu jdk25 runc containerd cni registry nerdctl imgcrypt lint
 # Without a target: all but lint and the JDKs. Every tool is built only when it is missing or its
 # version in versions.env changed, under another name first, so that an interrupted
 # run leaves the old tool or none, never half of one. Logs: build/logs.
@@ -169,6 +169,14 @@ GO
     -ldflags "-s -w -X github.com/containerd/nerdctl/v2/pkg/version.Version=$NERDCTL_VERSION" \
     -o nerdctl ./cmd/nerdctl
   put "$tools/bin" nerdctl
+}
+
+build_imgcrypt() {
+  local src=$tmp/imgcrypt
+  source_of github.com/containerd/imgcrypt "$IMGCRYPT_VERSION" "$src"
+  cd "$src"
+  CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ctd-decoder ./cmd/ctd-decoder
+  put "$tools/bin" ctd-decoder
 }
 
 build_registry() {
@@ -431,6 +439,7 @@ install_one() {
     ;;
   runc) install_built runc "$RUNC_VERSION" build_runc "$b/runc" ;;
   nerdctl) install_built nerdctl "$NERDCTL_VERSION" build_nerdctl "$b/nerdctl" ;;
+  imgcrypt) install_built imgcrypt "$IMGCRYPT_VERSION" build_imgcrypt "$b/ctd-decoder" ;;
   registry) install_built registry "$REGISTRY_VERSION" build_registry "$b/registry" ;;
   debian-registry) install_built debian-registry debian build_debian_registry "$b/docker-registry" ;;
   cni)
@@ -442,11 +451,11 @@ install_one() {
     install_built lint "$GOLANGCI_LINT_VERSION $GOFUMPT_VERSION" build_lint \
       "$tools/lint/golangci-lint" "$tools/lint/gofumpt"
     ;;
-  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry debian-registry nerdctl lint" ;;
+  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry debian-registry nerdctl imgcrypt lint" ;;
   esac
 }
 
-[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry debian-registry nerdctl
+[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry debian-registry nerdctl imgcrypt
 for target in "$@"; do
   install_one "$target"
 done

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/oci"
+)
+
+// encryptToFlag adds --encrypt-to to a command that makes layers.
+func encryptToFlag(cmd *cobra.Command, to *[]string) {
+	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the new layers for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
+}
+
+// keyFlag adds --key to a command that reads layers.
+func keyFlag(cmd *cobra.Command, keys *[]string, what string) {
+	cmd.Flags().StringArrayVar(keys, "key", nil, "the private key "+what+": FILE or FILE:file=PASSWORD-FILE; may be repeated")
+}
+
+// recipients checks who is named, before anything stands still for it, and makes the
+// names of files absolute: the builder is the shim's child.
+func recipients(list []string) ([]string, error) {
+	if err := oci.CheckRecipients(list); err != nil {
+		return nil, err
+	}
+	located := slices.Clone(list)
+	for i, one := range located {
+		scheme, file, _ := strings.Cut(one, ":")
+		if !slices.Contains([]string{"jwe", "pkcs7", "pkcs11"}, scheme) {
+			continue
+		}
+		abs, err := filepath.Abs(file)
+		if err != nil {
+			return nil, fmt.Errorf("recipient %s: %w", one, err)
+		}
+		located[i] = scheme + ":" + abs
+	}
+	if slices.Equal(located, []string{oci.NoRecipients}) {
+		return located, nil
+	}
+	_, err := crypt.ParseRecipients(located)
+	return located, err
+}
+
+// privateKeys does the same for keys.
+func privateKeys(list []string) ([]string, error) {
+	if _, err := crypt.ParseKeys(list); err != nil {
+		return nil, err
+	}
+	located := slices.Clone(list)
+	for i, one := range located {
+		if strings.HasPrefix(one, "provider:") {
+			continue
+		}
+		file, password, with := strings.Cut(one, ":")
+		abs, err := filepath.Abs(file)
+		if err != nil {
+			return nil, err
+		}
+		if located[i] = abs; with {
+			located[i] += ":" + password
+		}
+	}
+	return located, nil
+}
+
+func newEncrypt(t *target) *cobra.Command {
+	var (
+		r     build.EncryptRequest
+		quiet bool
+	)
+	cmd := &cobra.Command{
+		Use:   "encrypt REF NEW",
+		Short: "Make an encrypted image of a checkpoint image",
+		Long: `Make an image of a checkpoint image whose own layers, the memory and the files that
+the container changed, are encrypted for the given recipients. The layers of its base
+stay as they are, and are shared.
+
+Nodes need a private key to unpack it: see docs/security.md. REF stays as it is;
+remove it where it was pushed.`,
+		Example:           `  cracctl encrypt web:warm registry.example/shop/web:warm --to jwe:node.pem`,
+		Args:              cobra.ExactArgs(2),
+		ValidArgsFunction: completeImages(t),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			r.From, r.Ref = args[0], args[1]
+			if r.To, err = recipients(r.To); err != nil {
+				return err
+			}
+			s, err := t.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			desc, err := build.Encrypt(s.ctx, s.Client, r, func(e build.Event) {
+				if e.Event == images.EventWarning {
+					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+				}
+			})
+			if err != nil {
+				return fmt.Errorf("encrypt %s: %w", r.From, err)
+			}
+			if quiet {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
+			} else {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\n", r.Ref, desc.Digest)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringArrayVar(&r.To, "to", nil, "who can decrypt it: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
+	return cmd
+}

@@ -1,0 +1,167 @@
+package build
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// What a workload had in its memory it may have written to its files, and the other
+// way round: the layer of changes is encrypted with the checkpoint layer. Without the
+// key an image with either cannot be unpacked anyway. The base's layers are as they
+// were, and shared.
+
+// encrypts tells whether a list of recipients has any.
+func encrypts(to []string) bool { return len(to) > 0 && !slices.Equal(to, []string{oci.NoRecipients}) }
+
+// storedType is the media type of a layer that is stored so.
+func (c compression) storedType() string {
+	if c.recipients == nil {
+		return c.mediaType
+	}
+	return crypt.EncryptedType(c.mediaType)
+}
+
+// seal gives a writer that encrypts into w, if there are recipients. end has to be
+// called, and tells what the layer has become.
+func (c compression) seal(w io.Writer) (out io.Writer, end func() (mediaType string, annotations map[string]string, err error), err error) {
+	if c.recipients == nil {
+		return w, func() (string, map[string]string, error) { return c.mediaType, nil, nil }, nil
+	}
+	e, err := c.recipients.Encrypt(w)
+	if err != nil {
+		return nil, nil, err
+	}
+	return e, func() (string, map[string]string, error) {
+		if err := e.Close(); err != nil {
+			return "", nil, err
+		}
+		annotations, err := e.Annotations()
+		return c.storedType(), annotations, err
+	}, nil
+}
+
+// mustEncrypt refuses to put what came from an encrypted image into one that anybody
+// can read, unless that is asked for by name.
+func mustEncrypt(name string, layers []ocispec.Descriptor, to []string) error {
+	if len(to) > 0 || !slices.ContainsFunc(layers, func(l ocispec.Descriptor) bool { return crypt.IsEncrypted(l.MediaType) }) {
+		return nil
+	}
+	return fmt.Errorf("image %s is encrypted and the new one would not be: say for whom it is to be (--encrypt-to, or the option checkpoint.encrypt-to), or that anybody may read it (%s)", name, oci.NoRecipients)
+}
+
+// EncryptRequest says what to encrypt.
+type EncryptRequest struct {
+	// From is a checkpoint image, Ref the name of the one to make of it.
+	From, Ref string
+	// To are the recipients: see oci.CheckRecipients.
+	To []string
+}
+
+// Encrypt makes an image of a checkpoint image whose own layers, but not those of its
+// base, are encrypted. Their contents stay the same bytes. ctx must carry the
+// namespace.
+func Encrypt(ctx context.Context, client *containerd.Client, r EncryptRequest, emit func(Event)) (ocispec.Descriptor, error) {
+	return encrypt(ctx, services{
+		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
+	}, r, emit)
+}
+
+func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
+	none := ocispec.Descriptor{}
+	if err := oci.CheckRef(r.Ref); err != nil {
+		return none, err
+	}
+	if !encrypts(r.To) {
+		return none, errors.New("nobody is named who could read it: say whom with --to")
+	}
+	recipients, err := crypt.ParseRecipients(r.To)
+	if err != nil {
+		return none, err
+	}
+	record, err := s.images.Get(ctx, r.From)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return none, fmt.Errorf("image %s is not there: %w", r.From, err)
+		}
+		return none, err
+	}
+	img, err := inspect.Open(ctx, s.content, r.From, record.Target, s.platform)
+	if err != nil {
+		return none, err
+	}
+	if img.Checkpoint < 0 {
+		return none, fmt.Errorf("%s: %w", r.From, inspect.ErrNoCheckpoint)
+	}
+	ctx, release, err := withLease(ctx, s.leases)
+	if err != nil {
+		return none, err
+	}
+	defer func() {
+		if rerr := release(); rerr != nil && err == nil {
+			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
+		}
+	}()
+	manifest := img.Manifest
+	manifest.Layers = slices.Clone(manifest.Layers)
+	for n, l := range manifest.Layers {
+		kind := img.Kind(n)
+		if kind == "base" || crypt.IsEncrypted(l.MediaType) {
+			continue
+		}
+		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]})
+		if err != nil {
+			return none, fmt.Errorf("encrypt layer %s of %s: %w", l.Digest, r.From, err)
+		}
+		if kind == "checkpoint" {
+			sealed = sealed.asCheckpoint()
+		}
+		manifest.Layers[n] = sealed.desc
+	}
+	if !slices.ContainsFunc(manifest.Layers, func(l ocispec.Descriptor) bool {
+		return !slices.ContainsFunc(img.Manifest.Layers, func(old ocispec.Descriptor) bool { return old.Digest == l.Digest })
+	}) {
+		return none, fmt.Errorf("%s is encrypted already, for %s; to add a recipient use a tool that changes the layer's keys (ctr-enc, skopeo)", r.From, crypt.For(img.Manifest.Layers[img.Checkpoint]))
+	}
+	target, size, err := storeManifest(ctx, s.content, manifest)
+	if err != nil {
+		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
+	}
+	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target}); err != nil {
+		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
+	}
+	emit(Event{Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size})
+	return target, nil
+}
+
+// encryptLayer stores a layer once more, encrypted: compressed as it is.
+func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer) (newLayer, error) {
+	ra, err := cs.ReaderAt(ctx, l.desc)
+	if err != nil {
+		return newLayer{}, err
+	}
+	defer ra.Close()
+	// Under a name that no other build has.
+	ref := fmt.Sprintf("crac-encrypt-%d-%d", os.Getpid(), time.Now().UnixNano())
+	return storeLayer(ctx, cs, ref, compression{mediaType: l.desc.MediaType, recipients: to}, func(w io.Writer) (digest.Digest, error) {
+		_, err := io.Copy(&ctxWriter{ctx, w}, content.NewReader(ra))
+		return l.diffID, err
+	})
+}

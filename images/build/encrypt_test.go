@@ -1,0 +1,203 @@
+package build
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// node has a key, and is a recipient.
+func node(t *testing.T) (key, recipient string) {
+	t.Helper()
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&private.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	key, recipient = filepath.Join(dir, "key.pem"), filepath.Join(dir, "pub.pem")
+	for name, block := range map[string]*pem.Block{
+		key: {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)}, recipient: {Type: "PUBLIC KEY", Bytes: public},
+	} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return key, "jwe:" + recipient
+}
+
+// whole reads an image's checkpoint with a key, and checks all digests.
+func (w *world) whole(ref, key string) *inspect.Layer {
+	w.t.Helper()
+	record, err := w.images.Get(w.ctx, ref)
+	w.must(err)
+	img, err := inspect.Open(w.ctx, w.content, ref, record.Target, w.platform)
+	w.must(err)
+	keys, err := crypt.ParseKeys([]string{key})
+	w.must(err)
+	chain, err := img.ReadChain(w.ctx, w.content, inspect.Options{Digests: true, Keys: keys})
+	w.must(err)
+	for _, l := range chain {
+		w.must(l.Verify())
+	}
+	_, err = img.ReadChain(w.ctx, w.content, inspect.Options{})
+	if err == nil || !strings.Contains(err.Error(), "--key") {
+		w.t.Errorf("%s read without a key: %v", ref, err)
+	}
+	return chain[0]
+}
+
+// TestBuildEncrypted: the container's own layers are encrypted, the base's are as they were, and
+// what is inside is what would be there otherwise.
+func TestBuildEncrypted(t *testing.T) {
+	w := newWorld(t)
+	key, recipient := node(t)
+	w.image("base:1", "overlayfs", "one")
+	upper := w.container("c", "base:1", "overlayfs")
+	w.must(os.WriteFile(filepath.Join(upper, "token"), []byte("t"), 0o600))
+
+	for _, comp := range []oci.Compression{oci.CompressionGzip, oci.CompressionZstd, ""} {
+		r := w.request("c", "plain:1")
+		r.Compression = comp
+		_, _, err := w.build(r)
+		w.must(err)
+		r.Ref, r.EncryptTo = "sealed:1", []string{recipient}
+		_, _, err = w.build(r)
+		w.must(err)
+		plain, sealed := w.load("plain:1"), w.load("sealed:1")
+		if !slices.Equal(plain.config.RootFS.DiffIDs, sealed.config.RootFS.DiffIDs) || len(sealed.manifest.Layers) != 3 {
+			t.Fatalf("other contents: %v and %v", plain.config.RootFS, sealed.config.RootFS)
+		}
+		for i, l := range sealed.manifest.Layers {
+			want := plain.manifest.Layers[i].MediaType
+			if comp == "" && i > 0 {
+				want = ocispec.MediaTypeImageLayerGzip // what containerd decrypts by default
+			}
+			if i > 0 {
+				want += "+encrypted"
+			}
+			if l.MediaType != want {
+				t.Errorf("layer %d is %s, want %s", i, l.MediaType, want)
+			}
+		}
+		if sealed.manifest.Layers[0].Digest != plain.manifest.Layers[0].Digest {
+			t.Error("the base is another")
+		}
+		if mark := sealed.manifest.Layers[2].Annotations[oci.LayerAnnotation]; mark != oci.LayerCheckpoint {
+			t.Errorf("the checkpoint layer is marked %q", mark)
+		}
+		w.whole("sealed:1", key)
+	}
+	if _, _, err := w.build(func() Request {
+		r := w.request("c", "x:1")
+		r.EncryptTo = []string{recipient + ".gone"}
+		return r
+	}()); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("a recipient that is not there: %v", err)
+	}
+
+	// An image of its own, later: the same layers inside, and encrypted once.
+	desc, err := encrypt(w.ctx, w.services, EncryptRequest{From: "plain:1", Ref: "later:1", To: []string{recipient}}, func(Event) {})
+	w.must(err)
+	later, plain := w.load("later:1"), w.load("plain:1")
+	if later.manifest.Config.Digest != plain.manifest.Config.Digest || later.manifest.Layers[0].Digest != plain.manifest.Layers[0].Digest {
+		t.Errorf("%s is of another image: %+v", desc.Digest, later.manifest)
+	}
+	w.whole("later:1", key)
+	for from, want := range map[string]string{"later:1": "encrypted already, for [jwe]", "base:1": "no checkpoint", "gone:1": "not there"} {
+		_, err := encrypt(w.ctx, w.services, EncryptRequest{From: from, Ref: "x:1", To: []string{recipient}}, func(Event) {})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("encrypt %s: %v, want %q", from, err, want)
+		}
+	}
+
+	// Nothing but the images' own content is left, and what they refer to is kept.
+	for _, ref := range []string{"plain:1"} {
+		w.must(w.images.Delete(w.ctx, ref))
+	}
+	w.clean()
+	w.whole("later:1", key)
+	w.whole("sealed:1", key)
+}
+
+// TestEncryptionIsNotLostOnTheWay: what came from an encrypted image does not get into one that
+// anybody can read, unless it is said.
+func TestEncryptionIsNotLostOnTheWay(t *testing.T) {
+	w := newWorld(t)
+	key, recipient := node(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	build := func(ref, parent string, to ...string) error {
+		r := w.request("c", ref)
+		r.Manifest.Host.PageSize = 4096
+		r.Parent, r.EncryptTo, r.Keys = parent, to, []string{key}
+		// A page map of one page.
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pages-1.img"), []byte(strings.Repeat("s", 4096)), 0o600))
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pagemap-1.img"),
+			[]byte("\x19\x43\x56\x54\x25\x40\x08\x56\x02\x00\x00\x00\x08\x01\x0a\x00\x00\x00\x08\x80\x80\x04\x10\x00\x20\x04\x28\x01"), 0o600))
+		_, _, err := w.build(r)
+		return err
+	}
+	w.must(build("sealed:0", "", recipient))
+	w.must(build("plain:0", ""))
+	for _, tt := range []struct {
+		parent, to, want string
+	}{
+		{"sealed:0", "", "would not be"},
+		{"sealed:0", recipient, ""},
+		{"sealed:0", oci.NoRecipients, ""},
+		{"plain:0", recipient, "encrypt it first"},
+		{"plain:0", "", ""},
+	} {
+		var to []string
+		if tt.to != "" {
+			to = []string{tt.to}
+		}
+		err := build("next:1", tt.parent, to...)
+		if (tt.want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("on %s for %q: %v, want %q", tt.parent, tt.to, err, tt.want)
+		}
+	}
+	w.must(build("next:1", "sealed:0", recipient))
+	if l := w.whole("next:1", key); l.Manifest.Parent == nil {
+		t.Error("it continues nothing")
+	}
+	flat := func(to ...string) error {
+		_, err := flatten(w.ctx, w.services, FlattenRequest{From: "next:1", Ref: "flat:1", WorkDir: t.TempDir(), EncryptTo: to, Keys: []string{key}}, func(Event) {})
+		return err
+	}
+	if err := flat(); err == nil || !strings.Contains(err.Error(), "would not be") {
+		t.Errorf("flattened in the open: %v", err)
+	}
+	w.must(flat(recipient))
+	w.whole("flat:1", key)
+
+	// A clone's next checkpoint, too.
+	r := w.request("clone", "again:1")
+	diffIDs, sn := w.load("flat:1").config.RootFS.DiffIDs, w.snapshots("overlayfs")
+	w.unpack(sn, identity.ChainID(diffIDs[:1]).String(), identity.ChainID(diffIDs).String(), func(string) {})
+	w.container("clone", "flat:1", "overlayfs")
+	if _, _, err := w.build(r); err == nil || !strings.Contains(err.Error(), "would not be") {
+		t.Errorf("a clone's checkpoint: %v", err)
+	}
+	r.EncryptTo = []string{oci.NoRecipients}
+	_, _, err := w.build(r)
+	w.must(err)
+	w.check("again:1")
+}

@@ -1,0 +1,185 @@
+package crypt
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// keyPair writes a key of its own and returns the names of its files.
+func keyPair(t *testing.T) (private, public string) {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	return write("key.pem", "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key)), write("pub.pem", "PUBLIC KEY", der)
+}
+
+func seal(t *testing.T, plain []byte, to ...string) ([]byte, ocispec.Descriptor) {
+	t.Helper()
+	r, err := ParseRecipients(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	w, err := r.Encrypt(&out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(w, bytes.NewReader(plain)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	annotations, err := w.Annotations()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes(), ocispec.Descriptor{MediaType: EncryptedType(ocispec.MediaTypeImageLayerGzip), Annotations: annotations}
+}
+
+func open(t *testing.T, sealed []byte, desc ocispec.Descriptor, keys ...string) ([]byte, error) {
+	t.Helper()
+	k, err := ParseKeys(keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := k.Decrypt(bytes.NewReader(sealed), desc)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(r)
+}
+
+func TestEachRecipientReads(t *testing.T) {
+	first, firstPublic := keyPair(t)
+	second, secondPublic := keyPair(t)
+	other, _ := keyPair(t)
+	plain := bytes.Repeat([]byte("the password is hunter2\n"), 10000)
+	sealed, desc := seal(t, plain, "jwe:"+firstPublic, "jwe:"+secondPublic)
+	if bytes.Contains(sealed, []byte("hunter2")) {
+		t.Error("it is not encrypted")
+	}
+	for _, key := range []string{first, second} {
+		if got, err := open(t, sealed, desc, key); err != nil || !bytes.Equal(got, plain) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+	}
+	for name, keys := range map[string][]string{"another key": {other}, "no key": nil} {
+		_, err := open(t, sealed, desc, keys...)
+		if !errors.Is(err, ErrEncrypted) || !strings.Contains(err.Error(), "[jwe]") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Each layer has a key of its own.
+	if again, _ := seal(t, plain, "jwe:"+firstPublic); bytes.Equal(again, sealed) {
+		t.Error("the same bytes twice")
+	}
+	sealed[len(sealed)/2] ^= 1
+	if _, err := open(t, sealed, desc, first); err == nil {
+		t.Error("a changed layer is decrypted without a word")
+	}
+}
+
+func TestWriterPassesErrorsOn(t *testing.T) {
+	_, public := keyPair(t)
+	r, err := ParseRecipients([]string{"jwe:" + public})
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := errors.New("disk full")
+	w, err := r.Encrypt(failing{full})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, werr := w.Write(make([]byte, 1<<20))
+	if cerr := w.Close(); !errors.Is(werr, full) || !errors.Is(cerr, full) {
+		t.Errorf("write: %v, close: %v", werr, cerr)
+	}
+}
+
+type failing struct{ err error }
+
+func (f failing) Write([]byte) (int, error) { return 0, f.err }
+
+func TestKeysAndRecipientsThatAreNone(t *testing.T) {
+	private, public := keyPair(t)
+	text := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(text, []byte("hello"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", t.TempDir()) // no gpg
+	for one, want := range map[string]string{
+		"pub.pem": "possible: jwe:", "jwe:": "possible: jwe:", "rot13:" + public: "possible: jwe:",
+		"jwe:" + text: "not a public key", "jwe:" + private + ".gone": "no such file", "pkcs7:" + public: "not an x509 cert",
+		"pgp:somebody@example.org": "needs gpg", "provider:vault:key": "OCICRYPT_KEYPROVIDER_CONFIG",
+	} {
+		if _, err := ParseRecipients([]string{one}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("recipient %s: %v, want %q", one, err, want)
+		}
+	}
+	for one, want := range map[string]string{
+		text: "no private key", text + ".gone:pass=secret": "no such file", public + ":pass=secret": "no private key",
+	} {
+		if _, err := ParseKeys([]string{one}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("key %s: %v, want %q", one, err, want)
+		}
+	}
+}
+
+// What is in a layer's descriptor comes from the registry.
+func FuzzDescriptor(f *testing.F) {
+	f.Add("e30=", "e30=", []byte("x"))
+	f.Add("", "eyJjaXBoZXIiOiJBRVNfMjU2X0NUUl9ITUFDX1NIQTI1NiJ9", []byte{})
+	f.Add("eyJwcm90ZWN0ZWQiOiJlIn0=,x", "", []byte("layer"))
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		f.Fatal(err)
+	}
+	path := filepath.Join(f.TempDir(), "key.pem")
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}), 0o600); err != nil {
+		f.Fatal(err)
+	}
+	keys, err := ParseKeys([]string{path})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, wrapped, public string, data []byte) {
+		desc := ocispec.Descriptor{Annotations: map[string]string{
+			"org.opencontainers.image.enc.keys.jwe": wrapped, "org.opencontainers.image.enc.keys.pgp": wrapped,
+			"org.opencontainers.image.enc.keys.pkcs7": wrapped, pubOpts: public,
+		}}
+		if For(desc) == "" {
+			t.Error("it is for nobody")
+		}
+		if r, err := keys.Decrypt(bytes.NewReader(data), desc); err == nil {
+			if _, err := io.ReadAll(r); err == nil {
+				t.Error("somebody knew the key")
+			}
+		}
+	})
+}
