@@ -28,7 +28,7 @@ type base struct {
 	// config is the image's configuration as found: a field that this code
 	// does not know (Docker's Healthcheck) stays.
 	config  map[string]json.RawMessage
-	args    []string // what the image runs when nothing else is asked for
+	args    []string             // what the image runs when nothing else is asked for
 	made    []ocispec.Descriptor // what the container was made from, earlier checkpoints included
 	diffIDs []digest.Digest
 	history []ocispec.History // empty entries when it did not fit the layers

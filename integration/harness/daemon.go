@@ -132,8 +132,11 @@ func (d *Daemon) Path(name string) (string, error) {
 	return p, os.MkdirAll(p, 0o755)
 }
 
+// KeyDir is where containerd looks for keys when it unpacks encrypted layers: a node's own.
+func (d *Daemon) KeyDir() string { return d.path("keys") }
+
 func (d *Daemon) configure() error {
-	for _, p := range []string{"root", "state", "opt", "fifo", "x", "cni/net.d", "cni/lib", "certs.d", "nerdctl"} {
+	for _, p := range []string{"root", "state", "opt", "fifo", "x", "cni/net.d", "cni/lib", "certs.d", "nerdctl", "keys"} {
 		if err := os.MkdirAll(d.path(p), 0o711); err != nil {
 			return err
 		}
@@ -169,11 +172,16 @@ disabled_plugins = [
   address = %q
 [debug]
   level = %q
+[stream_processors."io.containerd.ocicrypt.decoder.v1.tar.gzip"]
+  accepts = ["application/vnd.oci.image.layer.v1.tar+gzip+encrypted"]
+  returns = "application/vnd.oci.image.layer.v1.tar+gzip"
+  path = "ctd-decoder"
+  args = ["--decryption-keys-path", %q]
 [plugins.'io.containerd.internal.v1.opt']
   path = %q
 [plugins.'io.containerd.shim.v1.manager']
   socket_dir = %q
-`, d.path("root"), d.path("state"), d.Address, d.Address+".ttrpc", level, d.path("opt"), d.path("s"))
+`, d.path("root"), d.path("state"), d.Address, d.Address+".ttrpc", level, d.KeyDir(), d.path("opt"), d.path("s"))
 	nerdctl := fmt.Sprintf(`address = %q
 namespace = %q
 data_root = %q

@@ -29,6 +29,7 @@ var (
 	RuncShim   = Tool{"containerd-shim-runc-v2", "tools"}
 	Runc       = Tool{"runc", "tools"}
 	Nerdctl    = Tool{"nerdctl", "tools"}
+	CtdDecoder = Tool{"ctd-decoder", "tools"}
 	Registry   = Tool{"registry", "tools"}
 	// DebianRegistry is Debian's own, of an older line.
 	DebianRegistry = Tool{"docker-registry", "tools"}
