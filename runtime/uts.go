@@ -47,7 +47,11 @@ func (v *dumpView) Close() {
 // Links in a directory would not do: CRIU opens some images after it has changed
 // its root.
 func (c *Container) view(dir string, images map[string][]byte, parents []string) (_ *dumpView, err error) {
-	named := private(c.spec, specs.UTSNamespace) && c.spec.Hostname != ""
+	host, domain, err := nodeName(c.spec)
+	if err != nil {
+		return nil, err
+	}
+	named := host != ""
 	inside := private(c.spec, specs.UserNamespace)
 	if !named && !inside && len(images) == 0 && len(parents) == 0 {
 		return &dumpView{dir: dir}, nil
@@ -73,7 +77,7 @@ func (c *Container) view(dir string, images map[string][]byte, parents []string)
 	}
 	if named {
 		// A clone must not run for a moment under the name of the original.
-		if err := replaceImages(dir, own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(c.spec.Hostname, c.spec.Domainname) }); err != nil {
+		if err := replaceImages(dir, own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(host, domain) }); err != nil {
 			return nil, err
 		}
 	}
@@ -353,6 +357,44 @@ func readOnlyOverlay(dirs ...string) (*os.File, error) {
 		return nil, os.NewSyscallError("fsmount overlay", err)
 	}
 	return os.NewFile(uintptr(mnt), "overlay:"+dirs[0]), nil
+}
+
+// Hostname is the name that a container of this spec sees: the one it asks for,
+// or that of the UTS namespace that it joins, as a pod's containers do. It is empty
+// where neither says one.
+func Hostname(spec *specs.Spec) (string, error) {
+	host, _, err := nodeName(spec)
+	return host, err
+}
+
+// nodeName is Hostname, and the NIS domain (uname(2)). CRIU gives a namespace that
+// it joins the name that is in the dump: all of a pod would be called as the
+// original's.
+func nodeName(spec *specs.Spec) (host, domain string, err error) {
+	ns, ok := namespace(spec, specs.UTSNamespace)
+	switch {
+	case !ok:
+		return "", "", nil
+	case ns.Path == "":
+		return spec.Hostname, spec.Domainname, nil
+	}
+	f, err := os.Open(ns.Path)
+	if err != nil {
+		return "", "", fmt.Errorf("UTS namespace of the request: %w", err)
+	}
+	defer f.Close()
+	err = onOwnThread(func() error {
+		if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWUTS); err != nil {
+			return fmt.Errorf("UTS namespace of the request, %s: %w", ns.Path, os.NewSyscallError("setns", err))
+		}
+		var name unix.Utsname
+		if err := unix.Uname(&name); err != nil {
+			return os.NewSyscallError("uname", err)
+		}
+		host, domain = unix.ByteSliceToString(name.Nodename[:]), unix.ByteSliceToString(name.Domainname[:])
+		return nil
+	})
+	return host, domain, err
 }
 
 // utsImage is CRIU's image of a UTS namespace: the marks, the length of the one

@@ -17,6 +17,35 @@ func inUserNamespace() *specs.Spec {
 	}}
 }
 
+func TestHostname(t *testing.T) {
+	own, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name       string
+		namespaces []specs.LinuxNamespace
+		want       string
+		wantErr    bool
+	}{
+		{name: "the host's", want: ""},
+		{name: "its own", namespaces: []specs.LinuxNamespace{{Type: specs.UTSNamespace}}, want: "asked"},
+		{name: "joined", namespaces: []specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/self/ns/uts"}}, want: own},
+		{name: "gone", namespaces: []specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/self/ns/gone"}}, wantErr: true},
+		{name: "of another kind", namespaces: []specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/self/ns/pid"}}, wantErr: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if len(tt.namespaces) > 0 && tt.namespaces[0].Path != "" && os.Geteuid() != 0 {
+				t.Skip("only root may join a namespace")
+			}
+			got, err := Hostname(&specs.Spec{Hostname: "asked", Linux: &specs.Linux{Namespaces: tt.namespaces}})
+			if got != tt.want || (err != nil) != tt.wantErr {
+				t.Errorf("got %q, %v, want %q", got, err, tt.want)
+			}
+		})
+	}
+}
+
 func TestTmpfsOwners(t *testing.T) {
 	for _, c := range []struct {
 		name     string

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
 )
 
@@ -128,9 +129,13 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	if spec.Process != nil {
 		spec.Process.Env = withHooksEnv(spec.Process.Env)
 	}
+	hostname, err := runtime.Hostname(spec)
+	if err != nil {
+		return err
+	}
 	h := &hooks{
 		s: s, c: c,
-		hostname:   spec.Hostname,
+		hostname:   hostname,
 		required:   c.options.Hooks == oci.HooksRequired,
 		generation: hook.NewID(),
 		notifier: hook.Notifier{

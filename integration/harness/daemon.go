@@ -38,6 +38,9 @@ type Options struct {
 	// other daemons, which run from the same files.
 	OwnShims bool
 	Keep     bool // Stop leaves the directory with the logs in place
+	// CRI is the image of a pod's sandbox; empty for a containerd without CRI. Its runtime handlers
+	// are crac and runc, its network is Daemon.Network's, and it uses the namespace k8s.io.
+	CRI string
 }
 
 // Daemon is a private containerd.
@@ -60,8 +63,8 @@ type Daemon struct {
 	hostDirs   []string // of clients, not there when the daemon was started
 }
 
-// StartContainerd starts a private containerd without CRI. The caller must call Stop, also after
-// a failure of anything else.
+// StartContainerd starts a private containerd. The caller must call Stop, also after a failure of
+// anything else.
 func StartContainerd(ctx context.Context, opts Options) (_ *Daemon, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("a private containerd needs root: run this as root")
@@ -156,12 +159,16 @@ func (d *Daemon) configure() error {
 	if d.opts.Debug {
 		level = "debug"
 	}
+	without, cri := `
+  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images",`, ""
+	if d.opts.CRI != "" {
+		without, cri = "", d.criConfig()
+	}
 	// Everything with a place of its own outside root and state is moved or switched off.
 	conf := fmt.Sprintf(`version = 3
 root = %q
 state = %q
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images",
+disabled_plugins = [%s
   "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
   "io.containerd.differ.v1.erofs", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
@@ -181,7 +188,7 @@ disabled_plugins = [
   path = %q
 [plugins.'io.containerd.shim.v1.manager']
   socket_dir = %q
-`, d.path("root"), d.path("state"), d.Address, d.Address+".ttrpc", level, d.KeyDir(), d.path("opt"), d.path("s"))
+%s`, d.path("root"), d.path("state"), without, d.Address, d.Address+".ttrpc", level, d.KeyDir(), d.path("opt"), d.path("s"), cri)
 	nerdctl := fmt.Sprintf(`address = %q
 namespace = %q
 data_root = %q
@@ -195,6 +202,27 @@ insecure_registry = true
 		os.WriteFile(d.path("containerd.toml"), []byte(conf), 0o600),
 		os.WriteFile(d.path("nerdctl.toml"), []byte(nerdctl), 0o600),
 	)
+}
+
+// criConfig configures the runtimes as the README does.
+func (d *Daemon) criConfig() string {
+	return fmt.Sprintf(`[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = %q
+[plugins.'io.containerd.cri.v1.runtime']
+  netns_mounts_under_state_dir = true
+  # where that needs a capability that we lack
+  restrict_oom_score_adj = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = [%q]
+  conf_dir = %q
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crac]
+  runtime_type = 'io.containerd.crac.v2'
+  pod_annotations = ['io.containerd.crac.*']
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.crac.options]
+    SystemdCgroup = false
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = 'io.containerd.runc.v2'
+`, d.opts.CRI, d.Tools.CNI, d.path("cni/net.d"))
 }
 
 func (d *Daemon) copyShims() error {
