@@ -34,6 +34,9 @@ type BuildRequest struct {
 	EncryptTo []string `json:"encryptTo,omitempty"`
 	// Keys decrypt the parent.
 	Keys []string `json:"keys,omitempty"`
+	// Index makes the name mean an index: this image for its platform, and what the
+	// container's image and the name itself have for others.
+	Index bool `json:"index,omitempty"`
 	// Push sends the image to the registry in its name once it is there.
 	Push bool `json:"push,omitempty"`
 }

@@ -40,6 +40,26 @@ const (
 	annotationBaseDigest = "org.opencontainers.image.base.digest"
 )
 
+// IsAnnotation tells whether an annotation of an image is about a checkpoint in it.
+func IsAnnotation(key string) bool {
+	return strings.HasPrefix(key, AnnotationPrefix) || strings.HasPrefix(key, "org.criu.checkpoint.")
+}
+
+// AnnotationsOf are those of an image's annotations that are about a checkpoint in
+// it, as the image's entry in an index has them; nil if there are none.
+func AnnotationsOf(image map[string]string) map[string]string {
+	var all map[string]string
+	for k, v := range image {
+		if IsAnnotation(k) {
+			if all == nil {
+				all = make(map[string]string)
+			}
+			all[k] = v
+		}
+	}
+	return all
+}
+
 // RuntimeName is the name that containerd's clients give to select the runtime.
 const RuntimeName = "io.containerd.crac.v2"
 

@@ -86,6 +86,8 @@ type CheckpointOptions struct {
 	// own option. Keys decrypt the parent. Files have absolute names.
 	EncryptTo []string `json:"encryptTo,omitempty"`
 	Keys      []string `json:"keys,omitempty"`
+	// Index puts the image into an index, beside those of other platforms.
+	Index bool `json:"index,omitempty"`
 }
 
 // ParseCheckpointOptions reads what a call asks for. What it does not know is an

@@ -77,6 +77,9 @@ type Options struct {
 	CheckpointExit  bool
 	// CheckpointPush sends a new checkpoint image to the registry in its name.
 	CheckpointPush bool
+	// CheckpointIndex puts a new checkpoint image into an index, beside the images
+	// of other platforms.
+	CheckpointIndex bool
 	// CheckpointCompression of the layers of a checkpoint image; empty: zstd, or gzip
 	// for encrypted ones.
 	CheckpointCompression Compression
@@ -130,6 +133,7 @@ func knownOptions() []option {
 		boolean("checkpoint.exit", func(o *Options) *bool { return &o.CheckpointExit }),
 		// An image that chose to be pushed would send its memory where it likes.
 		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
+		boolean("checkpoint.index", func(o *Options) *bool { return &o.CheckpointIndex }),
 		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, CompressionZstd, CompressionGzip),
 		// Names of files on the host.
 		{key: "checkpoint.encrypt-to", values: recipientForms + "; several with commas between", annotationOnly: true, set: func(o *Options, v string) (err error) {

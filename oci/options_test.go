@@ -46,8 +46,8 @@ func TestParseOptions(t *testing.T) {
 			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload", "CRAC_CHECKPOINT_PUSH=true", "CRAC_CHECKPOINT_WHEN=ready"}, want: defaults,
 		},
 		{
-			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip"},
-			want: with(func(o *Options) { o.CheckpointPush, o.CheckpointCompression = true, CompressionGzip }),
+			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip", p("checkpoint.index"): "true"},
+			want: with(func(o *Options) { o.CheckpointPush, o.CheckpointIndex, o.CheckpointCompression = true, true, CompressionGzip }),
 		},
 		{name: "java", env: []string{"CRAC_JAVA=env"}, annotations: map[string]string{p("java"): "auto"}, want: with(func(o *Options) { o.Java = JavaAuto })},
 		{name: "java of an image", env: []string{"CRAC_JAVA=env"}, want: with(func(o *Options) { o.Java = JavaEnv })},

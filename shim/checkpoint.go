@@ -46,6 +46,8 @@ type checkpointRequest struct {
 	ref  string // of the image to build; empty: none
 	push bool   // the image
 	exit bool
+	// index lists the image beside those of other platforms.
+	index bool
 	// compression of the image's new layers
 	compression oci.Compression
 	encryptTo   []string // whom they are encrypted for
@@ -61,6 +63,7 @@ func (c *container) ownCheckpoint() *checkpointRequest {
 		ref:         c.options.CheckpointImage,
 		push:        c.options.CheckpointPush,
 		exit:        c.options.CheckpointExit,
+		index:       c.options.CheckpointIndex,
 		compression: c.options.CheckpointCompression,
 		encryptTo:   c.options.CheckpointEncryptTo,
 		criu: runtime.CRIUOptions{
@@ -101,6 +104,7 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		}
 		r.parent, r.keys = o.Parent, o.Keys
 		r.exit = r.exit || o.Exit
+		r.index = r.index || o.Index
 		return r, nil
 	}
 	var o runcoptions.CheckpointOptions
@@ -386,6 +390,7 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 		Manifest:    *m,
 		Frozen:      frozen,
 		Push:        r.push,
+		Index:       r.index,
 		Compression: r.compression,
 		EncryptTo:   r.encryptTo,
 		Parent:      r.parent,

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,13 +11,12 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/platforms"
 	"github.com/containerd/ttrpc"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/cmd/cracctl/check"
@@ -31,6 +29,7 @@ import (
 type checkpointFlags struct {
 	exit        bool
 	push        bool
+	index       bool
 	compression string
 	encryptTo   []string
 	parent      string
@@ -69,6 +68,7 @@ container as cracctl check does, with its exit statuses.`,
 	}
 	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
 	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
+	cmd.Flags().BoolVar(&f.index, "index", false, "put the image into an index, beside those that the container's image and REF have for other platforms")
 	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
 	encryptToFlag(cmd, &f.encryptTo)
@@ -162,7 +162,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
 	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{
-		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp,
+		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp, Index: f.index,
 	})
 	took := time.Since(start)
 	done()
@@ -173,7 +173,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 		return err
 	}
 	// Here and not in the shim: whoever asks has the credentials, and waits.
-	return pushImage(ctx, client, registries, ref, f.quiet, out, errOut)
+	return pushImage(ctx, client, registries, ref, f.index, f.quiet, out, errOut)
 }
 
 // findContainer finds a container of this runtime.
@@ -221,26 +221,19 @@ func report(ctx context.Context, client *containerd.Client, ref string, took tim
 		_, err := fmt.Fprintln(out, img.Target.Digest)
 		return err
 	}
-	data, err := content.ReadBlob(ctx, client.ContentStore(), img.Target)
+	made, err := inspect.Open(ctx, client.ContentStore(), ref, img.Target, platforms.Default())
 	if err != nil {
-		return fmt.Errorf("read image %s: %w", ref, err)
+		return err
 	}
-	var m ocispec.Manifest
-	if err := json.Unmarshal(data, &m); err != nil {
-		return fmt.Errorf("read image %s: %w", ref, err)
+	layer := int64(0)
+	if made.Checkpoint >= 0 {
+		layer = made.Manifest.Layers[made.Checkpoint].Size
 	}
-	total, layer := img.Target.Size+m.Config.Size, int64(0)
-	for _, l := range m.Layers {
-		total += l.Size
-		if l.Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
-			layer = l.Size
-		}
-	}
-	dump, _ := strconv.ParseInt(m.Annotations[oci.AnnotationDumpBytes], 10, 64)
+	dump, _ := strconv.ParseInt(made.Manifest.Annotations[oci.AnnotationDumpBytes], 10, 64)
 
 	fmt.Fprintf(out, "Image       %s\n", ref)
 	fmt.Fprintf(out, "Digest      %s\n", img.Target.Digest)
-	fmt.Fprintf(out, "Size        %s, of which checkpoint %s (%s unpacked)\n", size(total), size(layer), size(dump))
+	fmt.Fprintf(out, "Size        %s, of which checkpoint %s (%s unpacked)\n", size(made.Size()), size(layer), size(dump))
 	fmt.Fprintf(out, "Took        %s\n", took.Round(time.Millisecond))
 	if frozen := img.Labels[build.LabelFrozen]; frozen != "" {
 		fmt.Fprintf(out, "Stood still %s\n", frozen)

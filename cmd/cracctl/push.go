@@ -11,12 +11,13 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
 
 func newPush(t *target) *cobra.Command {
-	var quiet bool
+	var index, quiet bool
 	cmd := &cobra.Command{
 		Use:   "push REF",
 		Short: "Push a checkpoint image to its registry",
@@ -27,6 +28,11 @@ configured as for nerdctl and containerd: hosts.toml below the hosts_dir of
 nerdctl.toml (NERDCTL_TOML), else below /etc/containerd/certs.d and
 /etc/docker/certs.d. Plain http is for loopback addresses, and where a hosts.toml
 says so.
+
+With --index the name means an index afterwards, here and in the registry: this
+image for its platform, and for others what the registry has, or else what the
+name means here. So a checkpoint for each architecture can have one name, made
+and pushed on one machine after the other.
 
 Memory holds secrets: whoever may pull the image can read all that the container
 had in its memory.`,
@@ -47,21 +53,27 @@ had in its memory.`,
 				return err
 			}
 			defer client.Close()
-			return pushImage(ctx, client, config, args[0], quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return pushImage(ctx, client, config, args[0], index, quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
+	cmd.Flags().BoolVar(&index, "index", false, "put the image into the index that the registry has under this name, or make one")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
 	return cmd
 }
 
 // pushImage shows how it gets on, and what was sent.
-func pushImage(ctx context.Context, client *containerd.Client, config registry.Config, ref string, quiet bool, out, errOut io.Writer) error {
+func pushImage(ctx context.Context, client *containerd.Client, config registry.Config, ref string, index, quiet bool, out, errOut io.Writer) error {
 	img, err := client.ImageService().Get(ctx, ref)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
 			return noImage(ctx, ref, err)
 		}
 		return fmt.Errorf("find image %s: %w", ref, err)
+	}
+	if index {
+		if img.Target, err = build.MakeIndex(ctx, client, config, ref); err != nil {
+			return err
+		}
 	}
 	var report func(registry.Progress)
 	if !quiet {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
@@ -222,9 +221,7 @@ func (b *base) annotations(m *oci.Manifest) map[string]string {
 	if all == nil {
 		all = make(map[string]string)
 	}
-	maps.DeleteFunc(all, func(k, _ string) bool {
-		return strings.HasPrefix(k, oci.AnnotationPrefix) || strings.HasPrefix(k, "org.criu.checkpoint.")
-	})
+	maps.DeleteFunc(all, func(k, _ string) bool { return oci.IsAnnotation(k) })
 	maps.Copy(all, oci.Annotations(m))
 	return all
 }

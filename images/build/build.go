@@ -63,7 +63,7 @@ type services struct {
 }
 
 // Build makes the checkpoint image that r asks for and returns its manifest's
-// descriptor, also beside a *PushError, which says that only the push failed. ctx
+// descriptor, or that of the index that lists it, also beside a *PushError, which says that only the push failed. ctx
 // must carry the namespace. The container must stay frozen until emit was called
 // with images.EventDiffed; it is called by one goroutine at a time.
 func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
@@ -171,6 +171,15 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
 	}
+	if r.Index {
+		lists, err := s.lists(ctx, c.Image, r.Ref)
+		if err == nil {
+			target, err = writeIndex(ctx, s.content, target, lists...)
+		}
+		if err != nil {
+			return none, fmt.Errorf("write index %s: %w", r.Ref, err)
+		}
+	}
 	stored := int64(0)
 	for _, f := range m.Files {
 		stored += f.Size
@@ -183,26 +192,33 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		LayerSize: dump.desc.Size, DumpSize: stored, ChangesSize: changes.size(),
 	})
 	if r.Push {
-		return target, push(ctx, s.content, r.Ref, target, emit)
+		return push(ctx, s, r, target, emit)
 	}
 	return target, nil
 }
 
 // push sends the finished image to its registry, with the settings of the host
 // that it was built on.
-func push(ctx context.Context, cs content.Store, ref string, target ocispec.Descriptor, emit func(Event)) error {
+func push(ctx context.Context, s services, r Request, target ocispec.Descriptor, emit func(Event)) (ocispec.Descriptor, error) {
 	config, err := registry.DefaultConfig()
 	if err != nil {
-		return &PushError{err}
+		return target, &PushError{err}
 	}
-	p, err := registry.Push(ctx, config, cs, ref, target, func(p registry.Progress) {
+	if r.Index {
+		all, err := makeIndex(ctx, s, config, r.Ref)
+		if err != nil {
+			return target, &PushError{err}
+		}
+		target = all
+	}
+	p, err := registry.Push(ctx, config, s.content, r.Ref, target, func(p registry.Progress) {
 		emit(Event{Event: images.EventPushing, Done: p.Done, Total: p.Total, Uploaded: p.Uploaded})
 	})
 	if err != nil {
-		return &PushError{err}
+		return target, &PushError{err}
 	}
-	emit(Event{Event: images.EventPushed, Name: ref, Digest: target.Digest.String(), Done: p.Done, Total: p.Total, Uploaded: p.Uploaded})
-	return nil
+	emit(Event{Event: images.EventPushed, Name: r.Ref, Digest: target.Digest.String(), Done: p.Done, Total: p.Total, Uploaded: p.Uploaded})
+	return target, nil
 }
 
 // PushError is a push that failed: the image is there, under its name.

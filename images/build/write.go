@@ -262,12 +262,23 @@ func storeManifest(ctx context.Context, cs content.Store, manifest ocispec.Manif
 	if err != nil {
 		return none, 0, err
 	}
-	// What the manifest refers to is kept as long as the manifest is.
-	gc := make(map[string]string)
+	children := append([]ocispec.Descriptor{manifest.Config}, manifest.Layers...)
 	size := int64(len(manifestData))
-	keys := make(map[string]int)
-	for _, child := range append([]ocispec.Descriptor{manifest.Config}, manifest.Layers...) {
+	for _, child := range children {
 		size += child.Size
+	}
+	desc, err := writeBlob(ctx, cs, ocispec.MediaTypeImageManifest, manifestData, gcLabels(children))
+	if err != nil {
+		return none, 0, err
+	}
+	return desc, size, nil
+}
+
+// gcLabels keep what a manifest or an index refers to as long as itself.
+func gcLabels(children []ocispec.Descriptor) map[string]string {
+	gc := make(map[string]string)
+	keys := make(map[string]int)
+	for _, child := range children {
 		for _, key := range coreimages.ChildGCLabels(child) {
 			i := keys[key]
 			keys[key]++
@@ -277,11 +288,7 @@ func storeManifest(ctx context.Context, cs content.Store, manifest ocispec.Manif
 			gc[key] = child.Digest.String()
 		}
 	}
-	desc, err := writeBlob(ctx, cs, ocispec.MediaTypeImageManifest, manifestData, gc)
-	if err != nil {
-		return none, 0, err
-	}
-	return desc, size, nil
+	return gc
 }
 
 func writeBlob(ctx context.Context, cs content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {

@@ -42,19 +42,25 @@ func Push(ctx context.Context, c Config, store content.Store, ref string, target
 	if err := oci.CheckPushRef(ref); err != nil {
 		return Progress{}, err
 	}
-	all, err := contentOf(ctx, store, target)
+	all, absent, err := contentOf(ctx, store, target)
 	if err != nil {
 		return Progress{}, fmt.Errorf("push %s: %w", ref, err)
 	}
 	tracker := docker.NewInMemoryTracker()
-	pusher, err := c.resolver(ctx, tracker).Pusher(ctx, ref+"@"+target.Digest.String())
+	resolver := c.resolver(ctx, tracker)
+	if err := expect(ctx, resolver, ref, absent); err != nil {
+		return Progress{}, fmt.Errorf("push %s: %w", ref, explain(ctx, store, all, hostOf(ref), err))
+	}
+	pusher, err := resolver.Pusher(ctx, ref+"@"+target.Digest.String())
 	if err != nil {
 		return Progress{}, fmt.Errorf("push %s: %w", ref, err)
 	}
 	stop := poll(ctx, tracker, all, report)
 	err = first(ctx, pusher, store, all)
 	if err == nil {
-		err = remotes.PushContent(ctx, pusher, target, store, semaphore.NewWeighted(uploads), platforms.All, nil)
+		err = remotes.PushContent(ctx, pusher, target, store, semaphore.NewWeighted(uploads), platforms.All, func(h coreimages.Handler) coreimages.Handler {
+			return without(absent, h)
+		})
 	}
 	stop()
 	p := progress(ctx, tracker, all)
@@ -98,21 +104,62 @@ func first(ctx context.Context, pusher remotes.Pusher, store content.Provider, a
 	return nil
 }
 
-// contentOf lists what an image refers to, and the image itself.
-func contentOf(ctx context.Context, store content.Store, target ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	var all []ocispec.Descriptor
+// contentOf lists what an image refers to, and the image itself. Images for other
+// platforms that an index lists need not be here: whoever pulls an index fetches
+// one of them.
+func contentOf(ctx context.Context, store content.Store, target ocispec.Descriptor) (all, absent []ocispec.Descriptor, err error) {
 	seen := make(map[digest.Digest]bool)
-	err := coreimages.Walk(ctx, coreimages.Handlers(
-		coreimages.HandlerFunc(func(_ context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-			if !seen[desc.Digest] {
-				seen[desc.Digest] = true
-				all = append(all, desc)
-			}
+	err = coreimages.Walk(ctx, coreimages.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if seen[desc.Digest] {
 			return nil, nil
-		}),
-		coreimages.ChildrenHandler(store),
-	), target)
-	return all, err
+		}
+		seen[desc.Digest] = true
+		if desc.Digest != target.Digest && coreimages.IsManifestType(desc.MediaType) {
+			if _, err := store.Info(ctx, desc.Digest); errdefs.IsNotFound(err) {
+				absent = append(absent, desc)
+				return nil, nil
+			}
+		}
+		all = append(all, desc)
+		return coreimages.Children(ctx, store, desc)
+	}), target)
+	return all, absent, err
+}
+
+// expect makes sure that a registry has what cannot be sent to it.
+func expect(ctx context.Context, resolver remotes.Resolver, ref string, absent []ocispec.Descriptor) error {
+	for _, desc := range absent {
+		repository, err := withDigest(ref, desc.Digest)
+		if err != nil {
+			return err
+		}
+		_, _, err = resolver.Resolve(ctx, repository)
+		if errdefs.IsNotFound(err) {
+			platform := "another platform"
+			if desc.Platform != nil {
+				platform = platforms.Format(*desc.Platform)
+			}
+			return fmt.Errorf("the index lists %s for %s, which neither containerd nor the repository has; fetch the image that it is from for all platforms (ctr content fetch --all-platforms), or push without an index", desc.Digest, platform)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// without passes over some content.
+func without(some []ocispec.Descriptor, h coreimages.Handler) coreimages.Handler {
+	skip := make(map[digest.Digest]bool, len(some))
+	for _, desc := range some {
+		skip[desc.Digest] = true
+	}
+	return coreimages.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if skip[desc.Digest] {
+			return nil, nil
+		}
+		return h.Handle(ctx, desc)
+	})
 }
 
 func progress(ctx context.Context, tracker docker.StatusTracker, all []ocispec.Descriptor) (p Progress) {

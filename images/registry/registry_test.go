@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -261,6 +262,79 @@ func TestPushMissing(t *testing.T) {
 	}
 	if _, err := Push(contextOf(t), Config{}, store, "app:warm", target, nil); err == nil || !strings.Contains(err.Error(), "registry") {
 		t.Errorf("a name without a registry: %v", err)
+	}
+}
+
+// An index may list what only the registry has.
+func TestPushIndex(t *testing.T) {
+	srv := httptest.NewServer(ggcr.New(ggcr.Logger(quiet)))
+	defer srv.Close()
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/a/app:warm"
+	_, elsewhere := image(t, []byte("for another platform"))
+	elsewhere.Platform = &ocispec.Platform{OS: "linux", Architecture: "s390x"}
+	store, here := image(t, []byte("base"))
+	here.Platform = &ocispec.Platform{OS: "linux", Architecture: "amd64"}
+	data, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{elsewhere, here}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	if err := content.WriteBlob(contextOf(t), store, "index", bytes.NewReader(data), index); err != nil {
+		t.Fatal(err)
+	}
+
+	_, err = Push(contextOf(t), Config{}, store, ref, index, nil)
+	if err == nil || !strings.Contains(err.Error(), elsewhere.Digest.String()) || !strings.Contains(err.Error(), "linux/s390x") || !strings.Contains(err.Error(), "--all-platforms") {
+		t.Errorf("an index of which neither side has all: %v", err)
+	}
+	if list, err := List(contextOf(t), Config{}, ref); err != nil || len(list.Manifests) > 0 {
+		t.Errorf("a refused push leaves %+v, %v", list, err)
+	}
+
+	other, target := image(t, []byte("for another platform"))
+	if _, err := Push(contextOf(t), Config{}, other, ref+"-s390x", target, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Push(contextOf(t), Config{}, store, ref, index, nil); err != nil {
+		t.Fatal(err)
+	}
+	list, err := List(contextOf(t), Config{}, ref)
+	if err != nil || len(list.Manifests) != 2 || list.Manifests[0].Digest != elsewhere.Digest || list.Manifests[1].Digest != here.Digest {
+		t.Errorf("the registry lists %+v, %v", list, err)
+	}
+}
+
+// What a registry says is not believed: an object must have the digest it was asked for by.
+func TestListRefuses(t *testing.T) {
+	index := []byte(`{"schemaVersion":2,"manifests":[]}`)
+	for name, tt := range map[string]struct {
+		body []byte
+		want string
+	}{
+		"another object":  {[]byte(`{"schemaVersion":2,"manifests":[{}]}`), "not what"},
+		"an endless one":  {bytes.Repeat([]byte(" "), maxObject+1), "longer than"},
+		"what is no JSON": {[]byte(`{"manifests":`), "JSON"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			says := digest.FromBytes(index)
+			if name == "what is no JSON" {
+				says = digest.FromBytes(tt.body)
+			}
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+				w.Header().Set("Docker-Content-Digest", says.String())
+				if r.Method == http.MethodHead { // without a length, the client would take its digest from what it gets
+					w.Header().Set("Content-Length", strconv.Itoa(len(tt.body)))
+					return
+				}
+				_, _ = w.Write(tt.body)
+			}))
+			defer srv.Close()
+			list, err := List(contextOf(t), Config{}, strings.TrimPrefix(srv.URL, "http://")+"/a:1")
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %+v, %v; want an error with %q", list, err, tt.want)
+			}
+		})
 	}
 }
 

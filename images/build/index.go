@@ -1,0 +1,213 @@
+package build
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/registry"
+	"github.com/crac-shim/crac/oci"
+)
+
+// An index lists images, one for each platform. Putting a checkpoint into one
+// changes the entry of its own platform; the others are what somebody else made,
+// and need not be here.
+
+// attestationOf is an annotation of BuildKit's, on an entry that is no image but
+// says something about one: the digest of that.
+const attestationOf = "vnd.docker.reference.digest"
+
+// unknown is the platform of what is no image.
+const unknown = "unknown"
+
+// place puts an entry where that of its platform is, or at the end. What was said
+// about an entry that went, goes too.
+func place(list []ocispec.Descriptor, own ocispec.Descriptor) []ocispec.Descriptor {
+	gone := make(map[string]bool)
+	placed := false
+	var out []ocispec.Descriptor
+	for _, m := range list {
+		if m.Digest != own.Digest && !samePlatform(m.Platform, own.Platform) {
+			out = append(out, m)
+			continue
+		}
+		gone[m.Digest.String()] = m.Digest != own.Digest
+		if !placed {
+			placed = true
+			out = append(out, own)
+		}
+	}
+	if !placed {
+		out = append(out, own)
+	}
+	kept := out[:0]
+	for _, m := range out {
+		if !gone[m.Annotations[attestationOf]] {
+			kept = append(kept, m)
+		}
+	}
+	return kept
+}
+
+func samePlatform(a, b *ocispec.Platform) bool {
+	if a == nil || b == nil || a.OS == unknown || b.OS == unknown {
+		return false
+	}
+	x, y := platforms.Normalize(*a), platforms.Normalize(*b)
+	return x.OS == y.OS && x.Architecture == y.Architecture && x.Variant == y.Variant && x.OSVersion == y.OSVersion
+}
+
+// merge puts all of a later list into an earlier one.
+func merge(into, list ocispec.Index) ocispec.Index {
+	for _, m := range list.Manifests {
+		into.Manifests = place(into.Manifests, m)
+	}
+	annotations := maps.Clone(into.Annotations)
+	if annotations == nil {
+		annotations = make(map[string]string)
+	}
+	maps.Copy(annotations, list.Annotations)
+	into.Annotations = annotations
+	return into
+}
+
+// readList reads what an image's name means as a list: the index, or one of the
+// only image.
+func readList(ctx context.Context, cs content.Provider, target ocispec.Descriptor) (list ocispec.Index, err error) {
+	if !coreimages.IsIndexType(target.MediaType) {
+		entry, err := entryOf(ctx, cs, target)
+		return ocispec.Index{Manifests: []ocispec.Descriptor{entry}}, err
+	}
+	data, err := content.ReadBlob(ctx, cs, target)
+	if err != nil {
+		return list, err
+	}
+	if err := json.Unmarshal(data, &list); err != nil {
+		return list, fmt.Errorf("index %s: %w", target.Digest, err)
+	}
+	return list, nil
+}
+
+// entryOf is an image as an index lists it: with its platform and, if it is a
+// checkpoint, the facts that its own manifest says.
+func entryOf(ctx context.Context, cs content.Provider, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
+	entry := ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}
+	var (
+		manifest ocispec.Manifest
+		config   struct{ ocispec.Platform }
+	)
+	for _, part := range []struct {
+		desc *ocispec.Descriptor
+		into any
+	}{{&desc, &manifest}, {&manifest.Config, &config}} {
+		data, err := content.ReadBlob(ctx, cs, *part.desc)
+		if err != nil {
+			return entry, err
+		}
+		if err := json.Unmarshal(data, part.into); err != nil {
+			return entry, fmt.Errorf("%s %s: %w", part.desc.MediaType, part.desc.Digest, err)
+		}
+	}
+	platform := platforms.Normalize(config.Platform)
+	entry.Platform = &platform
+	entry.Annotations = oci.AnnotationsOf(manifest.Annotations)
+	return entry, nil
+}
+
+// writeIndex stores an index that has an image in the place of its platform, and
+// the entries of the lists, the later ones before the earlier, in all others.
+func writeIndex(ctx context.Context, cs content.Store, own ocispec.Descriptor, lists ...ocispec.Index) (ocispec.Descriptor, error) {
+	none := ocispec.Descriptor{}
+	entry, err := entryOf(ctx, cs, own)
+	if err != nil {
+		return none, err
+	}
+	last := ocispec.Index{Manifests: []ocispec.Descriptor{entry}}
+	if v := entry.Annotations[oci.AnnotationVersion]; v != "" {
+		// The rest is different for each entry.
+		last.Annotations = map[string]string{oci.AnnotationVersion: v}
+	}
+	var index ocispec.Index
+	for _, l := range append(lists, last) {
+		index = merge(index, l)
+	}
+	index.Versioned, index.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageIndex
+	data, err := json.MarshalIndent(index, "", "  ")
+	if err != nil {
+		return none, err
+	}
+	return writeBlob(ctx, cs, ocispec.MediaTypeImageIndex, data, gcLabels(index.Manifests))
+}
+
+// lists are those that a new index starts from: of the image that the container
+// came from, and of what the new name means so far.
+func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, error) {
+	var lists []ocispec.Index
+	for _, name := range names {
+		record, err := s.images.Get(ctx, name)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		list, err := readList(ctx, s.content, record.Target)
+		if err != nil {
+			return nil, fmt.Errorf("read image %s: %w", name, err)
+		}
+		lists = append(lists, list)
+	}
+	return lists, nil
+}
+
+// MakeIndex makes the name of an image mean an index with that image, and what the
+// name means in its registry for other platforms. Nobody must push to this name
+// meanwhile: registries know no way to change a part of an index.
+func MakeIndex(ctx context.Context, client *containerd.Client, config registry.Config, ref string) (ocispec.Descriptor, error) {
+	return makeIndex(ctx, services{
+		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
+	}, config, ref)
+}
+
+func makeIndex(ctx context.Context, s services, config registry.Config, ref string) (_ ocispec.Descriptor, err error) {
+	none := ocispec.Descriptor{}
+	ctx, release, err := withLease(ctx, s.leases)
+	if err != nil {
+		return none, err
+	}
+	// What is stored has its name by then, or is of no use.
+	defer func() { _ = release() }()
+	record, err := s.images.Get(ctx, ref)
+	if err != nil {
+		return none, fmt.Errorf("find image %s: %w", ref, err)
+	}
+	img, err := inspect.Open(ctx, s.content, ref, record.Target, s.platform)
+	if err != nil {
+		return none, err
+	}
+	lists, err := s.lists(ctx, ref)
+	if err != nil {
+		return none, err
+	}
+	there, err := registry.List(ctx, config, ref)
+	if err != nil {
+		return none, err
+	}
+	target, err := writeIndex(ctx, s.content, img.Desc, append(lists, there)...)
+	if err != nil {
+		return none, fmt.Errorf("write index %s: %w", ref, err)
+	}
+	record.Target = target
+	_, err = s.images.Update(ctx, record, "target")
+	return target, err
+}
