@@ -98,6 +98,11 @@ bench: tools build ## restores, clones, checkpoints and cold starts beside every
 	@go build -tags '$(GOTAGS)' -o $(BUILD)/bench-program ./integration/bench
 	@$(BUILD)/bench-program $(BENCH)
 
+.PHONY: bench-delta
+bench-delta: tools build ## what a second checkpoint of a JVM takes in a registry, as a delta and whole
+	@integration/apps/build.sh tomcat
+	go run -tags '$(GOTAGS)' ./integration/bench/delta
+
 .PHONY: demo
 demo: tools build ## the whole story on Tomcat: cold, warm, checkpoint, push, pull, clones
 	@integration/apps/build.sh busybox tomcat postgres

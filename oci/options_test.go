@@ -47,7 +47,9 @@ func TestParseOptions(t *testing.T) {
 		},
 		{
 			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip", p("checkpoint.index"): "true"},
-			want: with(func(o *Options) { o.CheckpointPush, o.CheckpointIndex, o.CheckpointCompression = true, true, CompressionGzip }),
+			want: with(func(o *Options) {
+				o.CheckpointPush, o.CheckpointIndex, o.CheckpointCompression = true, true, CompressionGzip
+			}),
 		},
 		{name: "java", env: []string{"CRAC_JAVA=env"}, annotations: map[string]string{p("java"): "auto"}, want: with(func(o *Options) { o.Java = JavaAuto })},
 		{name: "java of an image", env: []string{"CRAC_JAVA=env"}, want: with(func(o *Options) { o.Java = JavaEnv })},
