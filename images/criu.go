@@ -23,18 +23,19 @@ import (
 //
 // The version is not judged here: see MinimumCRIU and Gate.
 func FindCRIU() (path string, version int, err error) {
-	path, err = criuPath()
+	path, err = CRIUPath()
 	if err != nil {
 		return "", 0, err
 	}
-	version, err = criuVersion(path)
+	version, err = CRIUVersion(path)
 	if err != nil {
 		return path, 0, err
 	}
 	return path, version, nil
 }
 
-func criuPath() (string, error) {
+// CRIUPath is the first half of FindCRIU.
+func CRIUPath() (string, error) {
 	if p := os.Getenv("CRAC_CRIU"); p != "" {
 		if _, err := exec.LookPath(p); err != nil {
 			return "", fmt.Errorf("%w: CRAC_CRIU names %s: %w; correct or unset it", ErrNoCRIU, p, err)
@@ -61,7 +62,8 @@ func criuPath() (string, error) {
 	return p, nil
 }
 
-func criuVersion(path string) (int, error) {
+// CRIUVersion is the second: it executes the program.
+func CRIUVersion(path string) (int, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	var stderr bytes.Buffer

@@ -11,6 +11,7 @@ package images
 import (
 	"errors"
 	"path/filepath"
+	"slices"
 
 	"github.com/crac-shim/crac/oci"
 )
@@ -56,6 +57,16 @@ type Checkpoint struct {
 
 // CRIUDir is where the dump is.
 func (c *Checkpoint) CRIUDir() string { return filepath.Join(c.Dir, oci.CRIUDirName) }
+
+// Digest is that of manifest.json, which names everything in the dump by its digest.
+func (c *Checkpoint) Digest() string { return c.digest }
+
+// WorkingSet is the file that says which of the memory was asked for first, or none.
+// What is in it is as hostile as the rest, and it may be ignored.
+func (c *Checkpoint) WorkingSet() (path string, ok bool) {
+	ok = slices.ContainsFunc(c.Manifest.Files, func(f oci.File) bool { return f.Name == oci.WorkingSetName })
+	return filepath.Join(c.CRIUDir(), oci.WorkingSetName), ok
+}
 
 // ParentDirs are where the dumps are that this one continues, the nearest first.
 func (c *Checkpoint) ParentDirs() []string {

@@ -33,7 +33,7 @@ func DumpFiles(dir string) ([]oci.File, error) {
 		if e.Name() == "parent" {
 			return nil, fmt.Errorf("%w: %s continues an earlier dump (it has a link named parent); a checkpoint image holds whole dumps only", ErrNotDump, dir)
 		}
-		if !isImage(e.Name()) {
+		if !isImage(e.Name()) && e.Name() != oci.WorkingSetName {
 			continue
 		}
 		info, err := e.Info()

@@ -28,6 +28,16 @@ const (
 	ManifestName = "manifest.json"
 	SpecName     = "spec.json"
 	CRIUDirName  = "criu"
+	// WorkingSetName is the file of a dump that says which pages were asked for
+	// first: see runtime/pager. No reader needs it, and CRIU knows nothing of it.
+	WorkingSetName = "working-set"
+
+	// NodeDir is a directory in containerd's root for what runtimes on a node have
+	// found out, and WorkingSetDir one there, for files of that kind by the digest
+	// of their dump's manifest.
+	NodeDir       = "io.containerd.crac.v2"
+	WorkingSetDir = "working-sets"
+
 	// DescriptorsName is libcontainer's record of the container's stdio; a
 	// restore needs it beside CRIU's own files.
 	DescriptorsName = "descriptors.json"

@@ -45,6 +45,11 @@ type CRIUOptions struct {
 	// Lazy lets a restored workload run before its memory is there: a pager
 	// brings it. See CanBeLazy.
 	Lazy bool
+	// WorkingSet and Record are files for a lazy restore's pager: see pager.Config.
+	// Empty: none.
+	WorkingSet, Record string
+	// Warn, unless nil, is told what a restore has gone on without.
+	Warn func(error)
 	// Parents are the directories of the dumps that the one to restore continues,
 	// the nearest first.
 	Parents []string

@@ -3,6 +3,7 @@ package runtime
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,9 +26,11 @@ const pagerStart = 30 * time.Second
 // the kernel gives root of a user namespace none (userfaultfd(2)).
 func CanBeLazy(spec *specs.Spec) bool { return !private(spec, specs.UserNamespace) }
 
-// startPager starts what serves the memory to a restore, for the processes in
-// these cgroups.
-func (r *criuRestore) startPager(cgroupDirs map[string]string) (err error) {
+// beginPager begins to start what serves the memory to a restore, for the processes
+// in these cgroups. CRIU may be started meanwhile: it connects to a socket that is
+// open already, sends what it has to send, and waits for no answer. Before anything
+// runs that could ask for memory, pagerStarted has to be heard.
+func (r *criuRestore) beginPager(cgroupDirs map[string]string) error {
 	images, err := os.Open(r.dir)
 	if err != nil {
 		return err
@@ -37,6 +40,26 @@ func (r *criuRestore) startPager(cgroupDirs map[string]string) (err error) {
 		images.Close()
 		return err
 	}
+	r.paging = make(chan struct{})
+	go func() {
+		defer close(r.paging)
+		defer r.c.cfg.Trace.On(trace.Background, "start the pager")()
+		r.pageErr = r.startPager(images, listener, cgroupDirs)
+	}()
+	return nil
+}
+
+// pagerStarted waits for the pager, if there is to be one, and says why it has not
+// started.
+func (r *criuRestore) pagerStarted() error {
+	if r.paging == nil {
+		return nil
+	}
+	<-r.paging
+	return r.pageErr
+}
+
+func (r *criuRestore) startPager(images *os.File, listener *net.UnixListener, cgroupDirs map[string]string) error {
 	log, err := os.OpenFile(filepath.Join(r.o.WorkDir, pagerLog), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		images.Close()
@@ -53,18 +76,25 @@ func (r *criuRestore) startPager(cgroupDirs map[string]string) (err error) {
 	slices.Sort(dirs)
 	ctx, cancel := context.WithTimeout(context.Background(), pagerStart)
 	defer cancel()
-	r.pager, err = pager.Start(ctx, pager.ProcessConfig{
-		Config: pager.Config{Images: images, Listener: listener, Cgroups: dirs},
+	p, err := pager.Start(ctx, pager.ProcessConfig{
+		Config: pager.Config{
+			Images: images, Listener: listener, Cgroups: dirs,
+			WorkingSet: r.o.WorkingSet, Record: r.o.Record,
+		},
 		Stderr: log,
 	})
 	if err != nil {
 		return fmt.Errorf("%w (log: %s)", err, log.Name())
 	}
+	r.pager = p
+	if w := p.Warning(); w != nil && r.o.Warn != nil {
+		r.o.Warn(w)
+	}
 	// Its exit status is the pager package's.
-	reaper, pid := r.c.cfg.Reaper, r.pager.Pid()
+	reaper, pid := r.c.cfg.Reaper, p.Pid()
 	reaper.Own(pid)
 	go func() {
-		<-r.pager.Done()
+		<-p.Done()
 		reaper.Disown(pid)
 	}()
 	return nil
@@ -72,7 +102,7 @@ func (r *criuRestore) startPager(cgroupDirs map[string]string) (err error) {
 
 // stopPager ends the pager of a restore that has failed.
 func (r *criuRestore) stopPager() {
-	if r.pager != nil {
+	if r.pagerStarted() == nil && r.pager != nil {
 		stopPager(r.pager)
 	}
 }
@@ -110,7 +140,7 @@ func (c *Container) traceMemory(s pager.Stats) {
 	if s.FirstFault != 0 {
 		add("first page asked for", s.FirstFault, s.FirstFault)
 	}
-	add(fmt.Sprintf("brings %d MiB, %d faults answered", (s.FaultBytes+s.DrainBytes)>>20, s.Faults), s.Restored, s.Drained)
+	add(fmt.Sprintf("brings %d MiB, %d KiB of them as asked for before; %d faults answered", (s.FaultBytes+s.DrainBytes)>>20, s.WorkingSet>>10, s.Faults), s.Restored, s.Drained)
 }
 
 // finishMemory brings the rest of the memory at once: a dump needs all of it.

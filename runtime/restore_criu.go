@@ -44,9 +44,11 @@ type criuRestore struct {
 	// that of the first process. An error undoes the restore.
 	beforeRun func(pid int) error
 
-	pager *pager.Process // unless all memory is there before anything runs
-	extra []*os.File     // CRIU's, beside stdio
-	pid   int            // of the first process, as soon as there is one
+	pager   *pager.Process // unless all memory is there before anything runs
+	paging  chan struct{}  // closed when the pager has started, or not
+	pageErr error          // why it has not
+	extra   []*os.File     // CRIU's, beside stdio
+	pid     int            // of the first process, as soon as there is one
 }
 
 // run restores, and returns when the workload runs. On an error nothing of it has
@@ -111,10 +113,7 @@ func (r *criuRestore) run() (pid int, err error) {
 		return 0, err
 	}
 	if r.o.Lazy {
-		page := r.c.cfg.Trace.Step("start the pager")
-		err = r.startPager(dirs)
-		page()
-		if err != nil {
+		if err := r.beginPager(dirs); err != nil {
 			return 0, err
 		}
 		opts.LazyPages = proto.Bool(true)
@@ -140,6 +139,10 @@ func (r *criuRestore) run() (pid int, err error) {
 	}
 	if err == nil {
 		return r.pid, nil
+	}
+	// Without a pager CRIU only knows that it is not answered.
+	if perr := r.pagerStarted(); perr != nil {
+		err, refused = perr, perr
 	}
 	if r.pid != 0 {
 		// CRIU kills what it has restored half-way, unless it has died itself.
@@ -321,6 +324,10 @@ func (r *criuRestore) stage(stage string, pid int, file *os.File) error {
 		// If they have not run yet: see PrepareRestore.
 		return r.c.runHooks(context.Background(), pid, specs.StateCreating, configs.Prestart, configs.CreateRuntime)
 	case stageRestored:
+		// From here on it is in the pager's hands.
+		if err := r.pagerStarted(); err != nil {
+			return err
+		}
 		if err := r.saveState(); err != nil {
 			return err
 		}

@@ -64,6 +64,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if c.criu.work == "" {
 		c.criu.work = filepath.Join(c.work, "criu")
 	}
+	s.firstNode.Do(func() { s.node = nodeDir(c.work, c.bundle) })
 	if c.ready, err = c.readyProbe(); err != nil {
 		return nil, err
 	}
@@ -155,7 +156,11 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			defer steps.On(trace.Background, "write the dump's images anew")()
 			return s.confine(found.warm, spec)
 		})
-		go func(w *restore) { _, _ = w.images() }(c.warm) // Start asks for the error
+		go func(w *restore) {
+			_, _ = w.images() // Start asks for the error
+			defer steps.On(trace.Background, "read the memory ahead")()
+			runtime.Prefetch(append([]string{w.dir}, w.parents...)...)
+		}(c.warm)
 		defer steps.Step("make the namespaces")()
 		c.init.pid, err = c.rt.PrepareRestore(ctx)
 		return c, err

@@ -17,9 +17,11 @@ func (s *service) criu() (version int, err error) {
 	if s.criuVersion != 0 {
 		return s.criuVersion, nil
 	}
-	defer s.reaper.Hold()() // it runs a child
-	path, version, err := images.FindCRIU()
+	path, err := images.CRIUPath()
 	if err != nil {
+		return 0, err
+	}
+	if version, err = s.askCRIU(path); err != nil {
 		return 0, err
 	}
 	if filepath.Base(path) != "criu" {

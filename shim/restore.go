@@ -45,6 +45,10 @@ type restore struct {
 	tcp      runtime.TCPMode
 	required bool // a cold start is not what was asked for
 
+	// digest names a dump that is in an image, and workingSet is a file that came
+	// with it; or empty.
+	digest, workingSet string
+
 	// images are what the restore reads instead of the dump's files. They are
 	// made in the background, from Create on.
 	images func() (map[string][]byte, error)
@@ -126,6 +130,7 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 	}
 	if f.warm != nil {
 		f.warm.required = required
+		s.keepKerndat()
 	}
 	if f.warm != nil && f.warm.manifest != nil {
 		f.masked = f.masked || hasMount(f.warm.manifest, maskMount.Destination) // the dump has the mask, so the clone must
@@ -156,7 +161,10 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 		return nil, err
 	}
 	r := c.fitted(ck.CRIUDir(), ck.Manifest)
-	r.parents = ck.ParentDirs()
+	r.parents, r.digest = ck.ParentDirs(), ck.Digest()
+	if path, ok := ck.WorkingSet(); ok {
+		r.workingSet = path
+	}
 	return r, nil
 }
 
@@ -290,11 +298,24 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	lazy, memory := s.lazy(c, r.dir), memoryOf(r.dir)
 	c.trace.Facts(true, lazy, memory)
 	restore := c.trace.Step("restore")
+	order := workingSet{use: r.workingSet}
+	if lazy && order.use == "" {
+		order = s.ownWorkingSet(r.digest)
+	}
+	watched := false
+	defer func() {
+		if !watched {
+			order.done()
+		}
+	}()
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
 		Parents:             r.parents,
 		WorkDir:             c.criu.work,
 		TCP:                 r.tcp,
 		Lazy:                lazy,
+		WorkingSet:          order.use,
+		Record:              order.record,
+		Warn:                func(err error) { log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("restore") },
 		ExternalUnixSockets: true,
 		ConfigFile:          c.criu.config,
 		Images:              own,
@@ -325,7 +346,8 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		}
 	}
 	s.watchOOM(c)
-	go s.watchMemory(c)
+	watched = true
+	go s.watchMemory(c, order)
 	restored := time.Since(began)
 	tell := c.trace.Step("tell after-restore")
 	err = c.hooks.afterRestore(ctx, r.manifest)
@@ -373,7 +395,8 @@ func memoryOf(dir string) (size int64) {
 
 // watchMemory makes it known when a workload was killed because its memory could
 // not be brought.
-func (s *service) watchMemory(c *container) {
+func (s *service) watchMemory(c *container, order workingSet) {
+	defer order.done()
 	err := c.rt.MemoryError(s.ctx)
 	c.writeTrace()
 	if err != nil && s.ctx.Err() == nil {

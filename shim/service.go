@@ -58,6 +58,9 @@ type service struct {
 	creating   map[string]struct{} // ids that are taken, but not to be seen yet
 
 	firstTrace sync.Once
+	firstNode  sync.Once
+	node       string // what shims share, from the first container on; or none
+	kerndat    sync.Once
 
 	criuMu      sync.Mutex
 	criuVersion int // 0 until a CRIU was found

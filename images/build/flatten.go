@@ -38,10 +38,12 @@ type FlattenRequest struct {
 func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	return flatten(ctx, services{
 		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, r, emit)
+	}, r, nil, emit)
 }
 
-func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
+// flatten calls change, unless it is nil, with the layers that it has read and the directory of the one
+// dump that it makes of them, before that is packed.
+func flatten(ctx context.Context, s services, r FlattenRequest, change func(chain []*inspect.Layer, dir string) error, emit func(Event)) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
 	comp, err := newCompression(r.Compression, r.EncryptTo)
 	if err != nil {
@@ -99,6 +101,11 @@ func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)
 	}
 	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
 		return none, fmt.Errorf("%s: %w", r.From, err)
+	}
+	if change != nil {
+		if err := change(chain, dirs[0]); err != nil {
+			return none, err
+		}
 	}
 	return s.rewrap(ctx, r, chain[0], dirs[0], comp, emit)
 }

@@ -24,7 +24,7 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"runtime", "runtime/pager", "shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/trace"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/pager", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/trace", "images", "oci"},

@@ -23,7 +23,7 @@ const (
 	faultBytes  = 128 << 10              // while there are faults
 	faultQuiet  = 2 * time.Millisecond   // after so long there are none
 	recordQuiet = 100 * time.Millisecond // a recording has enough when there are none for so long,
-	recordLimit = 5 * time.Second        // and in any case then
+	recordLimit = time.Second            // and in any case then
 	earlyRest   = 9                      // times the work, to sleep while CPUs are short,
 	earlyTime   = 250 * time.Millisecond // for so long after the restore,
 	lateRest    = 1                      // and from then on
@@ -131,19 +131,19 @@ func (s *Server) drain() {
 			return
 		}
 	}
-	if s.cfg.Record != "" {
+	if s.cfg.Record != "" && s.known == 0 {
 		s.awaitRecording()
 	}
 	for run, ok := s.nextRun(); ok; run, ok = s.nextRun() {
 		for _, sp := range s.all() {
 			if sp.pid == run.pid && !sp.child {
-				s.work(sp, sp.claimRun(run))
+				s.work(sp, sp.claimRun(run), &s.byOrder)
 			}
 		}
 	}
 	for !s.ended() {
 		for _, sp := range s.all() {
-			s.work(sp, sp.claimNext)
+			s.work(sp, sp.claimNext, nil)
 			if sp.complete() {
 				s.remove(sp)
 			}
@@ -226,11 +226,11 @@ func (s *space) claimRun(run pageRun) claim {
 	}
 }
 
-// work copies what is claimed from a space, until that is all.
-func (s *Server) work(sp *space, next claim) {
+// work copies what is claimed from a space, until that is all, and counts it.
+func (s *Server) work(sp *space, next claim, count *atomic.Int64) {
 	for !s.ended() {
 		start := threadTime()
-		more, err := s.workOnce(sp, next)
+		more, err := s.workOnce(sp, next, count)
 		switch {
 		case err == nil && !more:
 			return
@@ -251,7 +251,7 @@ func (s *Server) work(sp *space, next claim) {
 }
 
 // workOnce copies as much as the pace allows at once.
-func (s *Server) workOnce(sp *space, next claim) (more bool, err error) {
+func (s *Server) workOnce(sp *space, next claim, count *atomic.Int64) (more bool, err error) {
 	sp.changing.RLock()
 	defer sp.changing.RUnlock()
 	if sp.fd == closed {
@@ -275,6 +275,9 @@ func (s *Server) workOnce(sp *space, next claim) (more bool, err error) {
 			return true, err
 		}
 		s.byDrain.Add(int64(len(b.data)))
+		if count != nil {
+			count.Add(int64(len(b.data)))
+		}
 		left -= len(b.data)
 	}
 	return true, nil

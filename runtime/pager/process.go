@@ -74,6 +74,8 @@ type Process struct {
 	cmd     *exec.Cmd
 	control *reporter
 
+	warning error // before it is ready
+
 	mu    sync.Mutex
 	stats Stats
 	err   error
@@ -189,6 +191,9 @@ func (p *Process) follow(ready chan struct{}) {
 		p.mu.Unlock()
 		switch m.Event {
 		case eventReady:
+			if m.Error != "" {
+				p.warning = errors.New(m.Error)
+			}
 			once.Do(func() { close(ready) })
 		case eventRestored:
 			close(p.restored)
@@ -221,6 +226,9 @@ func errOr(err, other error) error {
 
 // Pid gives the pager's process id.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Warning says what Start has gone on without; nil if there was nothing.
+func (p *Process) Warning() error { return p.warning }
 
 // Restored, Drained and Done are as those of a Server. Done is closed when the
 // guardian has ended as well.
@@ -386,7 +394,11 @@ func runPager(cfg *processConfig, control *reporter, commands *json.Decoder) err
 		<-s.Restored()
 		_ = control.send(message{Event: eventRestored, Stats: s.Stats()})
 	}()
-	if err := control.send(message{Event: eventReady}); err != nil {
+	ready := message{Event: eventReady}
+	if s.warning != nil {
+		ready.Error = s.warning.Error()
+	}
+	if err := control.send(ready); err != nil {
 		stop(err)
 	}
 	if err := s.Wait(); err != nil {

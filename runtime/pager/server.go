@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	goruntime "runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,8 +30,9 @@ type Config struct {
 	// WorkingSet, if not empty, is a file that another restore of the same dump
 	// has recorded: the background drain begins with it.
 	WorkingSet string
-	// Record, if not empty, is where to write the working set of this restore.
-	// The drain then waits until the workload asks for little more.
+	// Record, if not empty, is where to write the working set of this restore: with
+	// a WorkingSet what that lacked behind it, if it was much. Without one the drain
+	// waits until the workload asks for little more.
 	Record string
 	// Threads is the number of threads of the drain; 0: as many as CPUs, at most 4.
 	Threads int
@@ -48,6 +50,7 @@ type Stats struct {
 	Total      int64         `json:"total"`              // bytes of the dump that are lazy
 	Faults     int64         `json:"faults"`             // faults answered, with contents or zeroes
 	FaultBytes int64         `json:"fault_bytes"`        // bytes that faults brought, with neighbours
+	WorkingSet int64         `json:"working_set"`        // bytes that the drain brought first, as others had asked for them
 	DrainBytes int64         `json:"drain_bytes"`        // bytes that the drain brought
 	Connected  time.Time     `json:"connected,omitzero"` // CRIU has
 	Restored   time.Duration `json:"restored_ns"`        // from then to the end of the restore
@@ -71,7 +74,9 @@ type Server struct {
 	spaces    map[int32]*space // those with missing memory, by a number of our own
 	lastSpace int32
 	order     workingSet // what is to come first
+	warning   error      // why there is no order, though there is a file for it
 	recorded  workingSet
+	known     int // the part of it that was there before
 	stats     Stats
 	err       error
 
@@ -79,6 +84,7 @@ type Server struct {
 	faults  atomic.Int64
 	byFault atomic.Int64
 	byDrain atomic.Int64
+	byOrder atomic.Int64
 
 	failing  chan struct{} // closed at the beginning of the end
 	restored chan struct{}
@@ -154,8 +160,10 @@ func (s *Server) open() (err error) {
 	if s.cfg.WorkingSet != "" {
 		// It makes a restore faster, and is not worth to fail for.
 		if s.order, err = loadWorkingSet(s.cfg.WorkingSet); err != nil {
-			s.log.Warn("the working set is ignored", "error", err)
+			s.warning = fmt.Errorf("the working set is ignored: %w", err)
+			s.log.Warn(s.warning.Error())
 		}
+		s.recorded, s.known = slices.Clone(s.order), len(s.order)
 	}
 	if s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
 		return os.NewSyscallError("epoll_create1", err)
@@ -232,6 +240,7 @@ func (s *Server) Stats() Stats {
 	defer s.mu.Unlock()
 	stats := s.stats
 	stats.Faults, stats.FaultBytes, stats.DrainBytes = s.faults.Load(), s.byFault.Load(), s.byDrain.Load()
+	stats.WorkingSet = s.byOrder.Load()
 	return stats
 }
 
@@ -276,7 +285,7 @@ func (s *Server) close() {
 	unix.Close(s.epoll)
 	s.pace.close()
 	s.dump.close()
-	if s.cfg.Record != "" {
+	if s.cfg.Record != "" && s.err == nil && len(s.recorded) > s.known+s.known/8 {
 		if err := s.recorded.save(s.cfg.Record); err != nil {
 			s.log.Warn("the working set is lost", "error", err)
 		}

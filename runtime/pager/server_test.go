@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -381,17 +382,40 @@ func TestRecord(t *testing.T) {
 		t.Errorf("%v has not pages 2000, 100 and 3000 in this order", got)
 	}
 
+	if stats := s.Stats(); stats.WorkingSet != 0 {
+		t.Errorf("without a working set: %+v", stats)
+	}
+
+	// The second one finds them there without having asked for them, and adds what
+	// it asks for before that comes.
 	w.kill()
-	s = w.restore(images, func(c *Config) { c.WorkingSet = record })
-	w.run("check 1 0 4096")
+	s = w.restore(images, func(c *Config) { c.WorkingSet, c.Record = record, record })
 	drained(t, s)
+	if stats := s.Stats(); stats.WorkingSet < 3*int64(pageSize) {
+		t.Errorf("with a working set: %+v", stats)
+	}
+	w.run("check 1 0 4096")
+	if after, err := loadWorkingSet(record); err != nil || len(after) < len(got) || !slices.Equal(after[:len(got)], got) {
+		t.Errorf("%v became %v (%v)", got, after, err)
+	}
+
+	// What is damaged is ignored, and replaced.
 	if err := os.WriteFile(record, []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	w.kill()
-	s = w.restore(images, func(c *Config) { c.WorkingSet = record })
-	w.run("check 1 0 4096")
+	hold = make(chan struct{})
+	s = w.restore(images, func(c *Config) { c.WorkingSet, c.Record, c.hold = record, record, hold })
+	if s.warning == nil {
+		t.Error("nothing is said of a damaged file")
+	}
+	w.run("check 1 2000 1")
+	close(hold)
 	drained(t, s)
+	w.run("check 1 0 4096")
+	if again, err := loadWorkingSet(record); err != nil || len(again) == 0 {
+		t.Errorf("after a damaged one: %v, %v", again, err)
+	}
 }
 
 func containsInOrder(runs workingSet, pages ...uint64) bool {

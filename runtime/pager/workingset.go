@@ -2,6 +2,7 @@ package pager
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // A working set is the order in which the pages of a dump were asked for. As a
@@ -32,8 +35,11 @@ type pageRun struct {
 
 const workingSetMagic = "CRACWS\x00\x01"
 
-// maxWorkingSet bounds the records that are read or recorded.
-const maxWorkingSet = 1 << 20
+// What is read or recorded is bounded: MaxWorkingSet in bytes, maxRuns in records.
+const (
+	MaxWorkingSet = 4 << 20
+	maxRuns       = 1 << 17
+)
 
 // errWorkingSet is a file that is no working set.
 var errWorkingSet = errors.New("not a valid working set")
@@ -47,7 +53,7 @@ func (w *workingSet) add(pid int, page uint64) {
 			return
 		}
 	}
-	if len(*w) < maxWorkingSet {
+	if len(*w) < maxRuns {
 		*w = append(*w, pageRun{pid: pid, page: page, pages: 1})
 	}
 }
@@ -85,8 +91,8 @@ func readWorkingSet(r io.Reader) (workingSet, error) {
 		if err == nil && (run.pid == 0 || pages == 0 || run.page > limit || pages > limit-run.page) {
 			err = fmt.Errorf("record %d", len(w))
 		}
-		if err == nil && len(w) == maxWorkingSet {
-			err = fmt.Errorf("more than %d records", maxWorkingSet)
+		if err == nil && len(w) == maxRuns {
+			err = fmt.Errorf("more than %d records", maxRuns)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", errWorkingSet, err)
@@ -114,13 +120,30 @@ func (w workingSet) write(out io.Writer) error {
 	return err
 }
 
+// CheckWorkingSet tells how many pages a working set names, and what is wrong with
+// it if it is none.
+func CheckWorkingSet(data []byte) (pages uint64, err error) {
+	w, err := readWorkingSet(bytes.NewReader(data))
+	for _, run := range w {
+		pages += run.pages
+	}
+	return pages, err
+}
+
 func loadWorkingSet(path string) (workingSet, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	w, err := readWorkingSet(f)
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() || st.Size() > MaxWorkingSet {
+		return nil, fmt.Errorf("%s: %w: not a file of at most %d bytes", path, errWorkingSet, MaxWorkingSet)
+	}
+	w, err := readWorkingSet(io.LimitReader(f, MaxWorkingSet))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/plugins"
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime/pager"
+)
+
+func newTune(t *target) *cobra.Command {
+	var (
+		r           build.TuneRequest
+		compression string
+		root        string
+		quiet       bool
+	)
+	cmd := &cobra.Command{
+		Use:   "tune REF [NEW]",
+		Short: "Write into a checkpoint image which memory its clones ask for first",
+		Long: `Write into a checkpoint image which memory its clones ask for first, as this node
+has learned it from those that were started here with their memory on demand
+(option memory=lazy, or auto with a large dump). Clones on other nodes then have
+these pages at once, instead of asking for each. Without NEW the name REF is moved
+to the new image.
+
+The image is otherwise the same; readers that know nothing of it ignore it. One that
+continues other checkpoints becomes a whole one, as by cracctl flatten. The dumps are
+unpacked for as long as it takes, so it needs as much room as their memory.`,
+		Args:              cobra.RangeArgs(1, 2),
+		ValidArgsFunction: completeImages(t),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r.From, r.Ref = args[0], args[len(args)-1]
+			r.Compression = oci.Compression(compression)
+			s, err := t.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			if root == "" {
+				if root, err = s.root(); err != nil {
+					return err
+				}
+			}
+			var pages uint64
+			r.WorkingSet = func(manifest string) (data []byte, err error) {
+				data, pages, err = learned(root, manifest)
+				return data, err
+			}
+			d := display{at: func(string, int64, int64) {}, end: func() {}}
+			if !quiet {
+				d = newDisplay(cmd.ErrOrStderr())
+			}
+			desc, err := build.Tune(s.ctx, s.Client, r, func(e build.Event) {
+				switch e.Event {
+				case images.EventProgress:
+					d.at(packing, e.Done, e.Total)
+				case images.EventWarning:
+					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+				}
+			})
+			d.end()
+			if err != nil {
+				return err
+			}
+			if quiet {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
+			} else {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\nFirst       %d pages\n", r.Ref, desc.Digest, pages)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&root, "root", "", "containerd's root directory (default: asked of containerd)")
+	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip")
+	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
+	return cmd
+}
+
+// root is containerd's root directory, which holds those of its plugins.
+func (s *session) root() (string, error) {
+	r, err := s.IntrospectionService().Plugins(s.ctx, "type=="+string(plugins.ContentPlugin))
+	if err != nil {
+		return "", fmt.Errorf("ask containerd for its root directory: %w", err)
+	}
+	for _, p := range r.GetPlugins() {
+		if dir := p.GetExports()["root"]; dir != "" {
+			return filepath.Dir(dir), nil
+		}
+	}
+	return "", errors.New("containerd does not tell its root directory; give it with --root")
+}
+
+// learned is what this node knows of a dump.
+func learned(root, manifest string) (data []byte, pages uint64, err error) {
+	path := filepath.Join(root, oci.NodeDir, oci.WorkingSetDir, strings.TrimPrefix(manifest, "sha256:"))
+	data, err = os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, fmt.Errorf("this node has not learned yet what its clones ask for: start one with the annotation %smemory=lazy, use it as it will be used, and try again when cracctl trace says that all memory is there (no %s)",
+			oci.AnnotationPrefix, path)
+	}
+	if err == nil {
+		pages, err = pager.CheckWorkingSet(data)
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return data, pages, nil
+}
