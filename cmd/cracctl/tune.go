@@ -38,9 +38,12 @@ continues other checkpoints becomes a whole one, as by cracctl flatten. The dump
 unpacked for as long as it takes, so it needs as much room as their memory.`,
 		Args:              cobra.RangeArgs(1, 2),
 		ValidArgsFunction: completeImages(t),
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			r.From, r.Ref = args[0], args[len(args)-1]
 			r.Compression = oci.Compression(compression)
+			if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
+				return err
+			}
 			s, err := t.open(cmd.Context())
 			if err != nil {
 				return err
@@ -81,8 +84,10 @@ unpacked for as long as it takes, so it needs as much room as their memory.`,
 		},
 	}
 	cmd.Flags().StringVar(&root, "root", "", "containerd's root directory (default: asked of containerd)")
-	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip")
+	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	encryptToFlag(cmd, &r.EncryptTo)
+	keyFlag(cmd, &r.Keys, "of an encrypted image")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd

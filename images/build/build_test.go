@@ -1028,7 +1028,7 @@ func TestBuildWithParent(t *testing.T) {
 	work := w.t.TempDir()
 	var first ocispec.Descriptor
 	for i, comp := range []oci.Compression{"", "zstd"} {
-		desc, err := flatten(w.ctx, w.services, FlattenRequest{From: name, Ref: "flat:1", WorkDir: work, Compression: comp}, nil, func(Event) {})
+		desc, err := flatten(w.ctx, w.services, FlattenRequest{From: name, Ref: "flat:1", WorkDir: work, Compression: comp}, func(Event) {})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1061,7 +1061,7 @@ func TestBuildWithParent(t *testing.T) {
 		t.Errorf("left: %v, %v", left, err)
 	}
 	for _, r := range []FlattenRequest{{From: "gone:1", Ref: "x:1"}, {From: "base:1", Ref: "x:1"}, {From: name, Ref: "x y"}, {From: name, Ref: "x:1", Compression: "lz4"}} {
-		if _, err := flatten(w.ctx, w.services, r, nil, func(Event) {}); err == nil {
+		if _, err := flatten(w.ctx, w.services, r, func(Event) {}); err == nil {
 			t.Errorf("%+v gives no error", r)
 		}
 	}

@@ -38,12 +38,16 @@ type FlattenRequest struct {
 func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	return flatten(ctx, services{
 		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, r, nil, emit)
+	}, r, emit)
 }
 
-// flatten calls change, unless it is nil, with the layers that it has read and the directory of the one
+func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
+	return flattenAnd(ctx, s, r, func([]*inspect.Layer, string) error { return nil }, emit)
+}
+
+// flattenAnd calls change with the layers that it has read and the directory of the one
 // dump that it makes of them, before that is packed.
-func flatten(ctx context.Context, s services, r FlattenRequest, change func(chain []*inspect.Layer, dir string) error, emit func(Event)) (_ ocispec.Descriptor, err error) {
+func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(chain []*inspect.Layer, dir string) error, emit func(Event)) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
 	comp, err := newCompression(r.Compression, r.EncryptTo)
 	if err != nil {
@@ -102,10 +106,8 @@ func flatten(ctx context.Context, s services, r FlattenRequest, change func(chai
 	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
 		return none, fmt.Errorf("%s: %w", r.From, err)
 	}
-	if change != nil {
-		if err := change(chain, dirs[0]); err != nil {
-			return none, err
-		}
+	if err := change(chain, dirs[0]); err != nil {
+		return none, err
 	}
 	return s.rewrap(ctx, r, chain[0], dirs[0], comp, emit)
 }

@@ -26,7 +26,7 @@ type TuneRequest struct {
 // what Flatten makes.
 func Tune(ctx context.Context, client *containerd.Client, r TuneRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	s := services{images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default()}
-	return flatten(ctx, s, r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
+	return flattenAnd(ctx, s, r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
 		data, err := r.WorkingSet(chain[0].ManifestDigest)
 		if err != nil {
 			return fmt.Errorf("tune %s: %w", r.From, err)
