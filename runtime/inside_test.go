@@ -251,6 +251,15 @@ func TestDetachedTree(t *testing.T) {
 				}
 			},
 		},
+		"tmpfs that notes every reading": {
+			with(tmpfs, "nosuid", "strictatime", "mode=755"),
+			[]string{"nosuid"},
+			func(t *testing.T, _ string, st *unix.Statfs_t) {
+				if st.Flags&(unix.ST_NOATIME|unix.ST_RELATIME) != 0 {
+					t.Errorf("flags %#x", st.Flags)
+				}
+			},
+		},
 		"tmpfs, writable": {
 			with(tmpfs, "rw", "nosuid"),
 			[]string{"nosuid"},

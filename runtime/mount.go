@@ -135,6 +135,9 @@ func detachedTree(m specs.Mount) (int, error) {
 	for _, o := range m.Options {
 		if a, ok := mountAttributes[o]; ok {
 			attr.Attr_set |= a
+			if a&unix.MOUNT_ATTR__ATIME != 0 {
+				attr.Attr_clr |= unix.MOUNT_ATTR__ATIME // only as a whole can it be changed
+			}
 		} else if !slices.Contains(mountDefaults, o) {
 			data = append(data, o)
 		}
