@@ -194,7 +194,8 @@ func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 	if !slices.Equal(c.Args, r.Args) && !unasked && !r.AnyArgs {
 		add(CodeArgs, "the checkpoint runs %q and the request asks for %q; leave the command out to restore it", c.Args, r.Args)
 	}
-	if c.UID != r.UID || c.GID != r.GID || !sameSet(c.AdditionalGids, r.AdditionalGids) {
+	// Some clients list the group of the user among the additional ones, others do not.
+	if c.UID != r.UID || c.GID != r.GID || !sameSet(slices.Concat(c.AdditionalGids, []uint32{c.GID}), slices.Concat(r.AdditionalGids, []uint32{r.GID})) {
 		add(CodeUser, "the checkpoint runs as %s and the request asks for %s; ask for the same user to restore it",
 			user(c.UID, c.GID, c.AdditionalGids), user(r.UID, r.GID, r.AdditionalGids))
 	}

@@ -78,6 +78,9 @@ func TestGate(t *testing.T) {
 		{name: "the same groups", change: func(m *oci.Manifest, _ *Host, r *Request) {
 			m.Container.AdditionalGids, r.AdditionalGids = []uint32{1, 2}, []uint32{2, 1, 2}
 		}},
+		{name: "the user's group among the others", change: func(m *oci.Manifest, _ *Host, r *Request) {
+			m.Container.AdditionalGids, r.AdditionalGids = nil, []uint32{r.GID}
+		}},
 		{name: "terminal", code: CodeTerminal, says: []string{"without", "with a"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Terminal = true }},
 		{name: "namespaces", code: CodeNamespaces, says: []string{"mount, pid"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Namespaces = []string{"pid"} }},
 		{name: "namespaces not said", change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Namespaces = nil }},
