@@ -35,8 +35,10 @@ var (
 	DebianRegistry = Tool{"docker-registry", "tools"}
 	CNI            = Tool{"cni/bin/bridge", "tools"}
 	CRIU           = Tool{"criu", "tools"}
-	Shim           = Tool{"containerd-shim-crac-v2", "build"}
-	Cracctl        = Tool{"cracctl", "build"}
+	// Podman is a prefix of its own: programs below podman/bin, with their libraries.
+	Podman  = Tool{"podman", "tools"}
+	Shim    = Tool{"containerd-shim-crac-v2", "build"}
+	Cracctl = Tool{"cracctl", "build"}
 )
 
 // FindTools locates the build directory and checks that every named tool is there.
@@ -68,6 +70,9 @@ func FindTools(need ...Tool) (*Tools, error) {
 	return t, errors.Join(missing...)
 }
 
+// Path finds a program, or says how to get it.
+func (t *Tools) Path(tool Tool) (string, error) { return t.path(tool) }
+
 func (t *Tools) path(tool Tool) (string, error) {
 	var p string
 	switch {
@@ -75,6 +80,8 @@ func (t *Tools) path(tool Tool) (string, error) {
 		p = t.CRIU
 	case tool == CNI:
 		p = filepath.Join(t.CNI, "bridge")
+	case tool == Podman:
+		p = filepath.Join(t.Build, "tools", "podman", "bin", "podman")
 	case tool.Target == "build":
 		p = filepath.Join(t.Bin, tool.Name)
 	default:

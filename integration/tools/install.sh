@@ -5,9 +5,10 @@
 #   cni/bin/    bridge host-local loopback portmap firewall tuning
 #   criu/       a CRIU new enough for today's kernels, with its own libraries
 #   jdk25/      the newer of the two JDKs that the Java library is tested with
+#   podman/     podman with conmon, netavark and their libraries; it runs our runc
 #   lint/       golangci-lint gofumpt
 #
-# usage: install.sh [TARGET...]   host go jdk criu jdk25 runc containerd cni registry nerdctl imgcrypt lint
+# usage: install.sh [TARGET...]   host go jdk criu jdk25 podman runc containerd cni registry nerdctl imgcrypt lint
 # Without a target: all but lint and the JDKs. Every tool is built only when it is missing or its
 # version in versions.env changed, under another name first, so that an interrupted
 # run leaves the old tool or none, never half of one. Logs: build/logs.
@@ -374,6 +375,51 @@ build_jdk25() {
   "$final/bin/java" -version
 }
 
+# build_podman: takes podman and what it starts, with their libraries, from Debian into
+# a prefix, as build_criu does. Nothing of it is configured or started on the host.
+build_podman() {
+  local apt=$tmp/podman.apt root=$tmp/podman.root new=$tmp/podman deb loader final=$1 f
+  mkdir -p "$apt" "$root" "$new/bin" "$new/lib" "$new/doc"
+  private_apt "$apt" "$PODMAN_SUITE"
+  apt-get "${APT_PRIVATE[@]}" -y --download-only install podman conmon netavark
+  for deb in "$apt"/cache/archives/*.deb; do
+    case ${deb##*/} in
+    # For what no test does; crun refuses hosts with cgroups of both versions.
+    crun_* | containernetworking-plugins_* | gnupg* | gpg* | dirmngr_* | passwd_* | iptables_* | pinentry* | debconf_*) ;;
+    *) dpkg -x "$deb" "$root" ;;
+    esac
+  done
+  for f in podman conmon netavark; do
+    cp "$(find "$root/usr/bin" "$root/usr/lib/podman" "$root/usr/libexec/podman" -type f -name "$f" 2>/dev/null | head -n1)" "$new/bin/$f"
+  done
+  find "$root" -path '*/lib/*-linux-*/*' -name '*.so*' -prune \
+    ! -path '*/gconv/*' ! -path '*/audit/*' -exec cp -a -t "$new/lib" {} +
+  find "$root" -maxdepth 3 -name 'ld-linux*.so*' -type f -exec cp -an -t "$new/lib" {} +
+  loader=$(find "$new/lib" -maxdepth 1 -name 'ld-linux*.so*' | head -n1)
+  [ -n "$loader" ] || {
+    echo "no dynamic loader in $new/lib"
+    return 1
+  }
+  for f in "$new"/bin/*; do
+    patchelf --set-interpreter "$final/lib/${loader##*/}" --force-rpath --set-rpath "$final/lib" "$f"
+  done
+  (cd "$apt/cache/archives" && ls -1 -- podman_*.deb conmon_*.deb netavark_*.deb) >"$new/doc/packages"
+  rm -rf "$final"
+  mv "$new" "$final"
+  "$final/bin/podman" --version
+  "$final/bin/conmon" --version
+}
+
+install_podman() {
+  local want final
+  final=$(readlink -f "$tools")/podman
+  want="$(key "$PODMAN_SUITE" build_podman) $final"
+  fresh podman "$want" "$final/bin/podman" "$final/bin/conmon" "$final/bin/netavark" && return 0
+  rm -f "$stamps/podman"
+  logged podman "podman: from Debian, into build/tools/podman" build_podman "$final"
+  stamp podman "$want"
+}
+
 install_jdk25() {
   local want final
   final=$(readlink -f "$tools")/jdk25
@@ -432,6 +478,7 @@ install_one() {
   go) install_go ;;
   jdk) install_jdk ;;
   jdk25) install_jdk25 ;;
+  podman) install_podman ;;
   criu) install_criu ;;
   containerd)
     install_built containerd "$CONTAINERD_VERSION" build_containerd \
@@ -451,11 +498,11 @@ install_one() {
     install_built lint "$GOLANGCI_LINT_VERSION $GOFUMPT_VERSION" build_lint \
       "$tools/lint/golangci-lint" "$tools/lint/gofumpt"
     ;;
-  *) die "unknown target '$1': the targets are host go jdk criu jdk25 runc containerd cni registry debian-registry nerdctl imgcrypt lint" ;;
+  *) die "unknown target '$1': the targets are host go jdk criu jdk25 podman runc containerd cni registry debian-registry nerdctl imgcrypt lint" ;;
   esac
 }
 
-[ "$#" -gt 0 ] || set -- host go criu runc containerd cni registry debian-registry nerdctl imgcrypt
+[ "$#" -gt 0 ] || set -- host go criu podman runc containerd cni registry debian-registry nerdctl imgcrypt
 for target in "$@"; do
   install_one "$target"
 done
