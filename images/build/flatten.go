@@ -9,7 +9,6 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -129,27 +128,8 @@ func (s services) rewrap(ctx context.Context, r FlattenRequest, top *inspect.Lay
 	b.dropCheckpoints()
 	m := *top.Manifest
 	m.Parent = nil
-	files, err := images.DumpFiles(dir)
-	if err != nil {
-		return none, err
-	}
-	total := int64(0)
-	for _, f := range files {
-		total += f.Size
-	}
 	// Under a name that no other build has: another image may be flattened.
-	request := Request{Container: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), DumpDir: dir}
-	dump, err := writeDump(ctx, s.content, request, top.Spec, &m, nil, comp, total, emit)
-	if err != nil {
-		return none, fmt.Errorf("pack the dump of %s: %w", r.From, err)
-	}
-	target, size, err := writeImage(ctx, s.content, b, newLayer{}, nil, dump, &m)
-	if err != nil {
-		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
-	}
-	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target}); err != nil {
-		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
-	}
-	emit(Event{Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size, LayerSize: dump.desc.Size, DumpSize: total})
-	return target, nil
+	return s.wrap(ctx, b, &m, wrapping{
+		id: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: dir, spec: top.Spec, comp: comp,
+	}, emit)
 }

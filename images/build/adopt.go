@@ -1,0 +1,153 @@
+package build
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+// AdoptRequest says what to make an image of that comes from no container of this
+// containerd.
+type AdoptRequest struct {
+	// Ref names the image to make. An existing name is moved.
+	Ref string
+	// Base names the image that the container came from. With a BaseTarget it is only
+	// a name.
+	Base       string
+	BaseTarget *ocispec.Descriptor
+	// DumpDir is CRIU's directory, Spec the runtime spec that a restore is to have.
+	DumpDir string
+	Spec    []byte
+	// Manifest is complete but for Files and Base.
+	Manifest oci.Manifest
+	// Changes writes what the container changed in its files, as the tar of an OCI
+	// layer; nil for nothing.
+	Changes     func(io.Writer) error
+	Compression oci.Compression
+	// EncryptTo are the recipients of the new layers: see oci.CheckRecipients.
+	EncryptTo []string
+}
+
+// Adopt makes a checkpoint image of a dump that another tool made. As with Build,
+// an error leaves no image and moves no name. ctx must carry the namespace.
+func Adopt(ctx context.Context, client *containerd.Client, r AdoptRequest, emit func(Event)) (ocispec.Descriptor, error) {
+	return adopt(ctx, services{
+		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
+	}, r, emit)
+}
+
+func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
+	none := ocispec.Descriptor{}
+	comp, err := newCompression(r.Compression, r.EncryptTo)
+	if err != nil {
+		return none, err
+	}
+	if err := oci.CheckRef(r.Ref); err != nil {
+		return none, err
+	}
+	ctx, release, err := withLease(ctx, s.leases)
+	if err != nil {
+		return none, err
+	}
+	defer func() {
+		if rerr := release(); rerr != nil && err == nil {
+			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
+		}
+	}()
+	b, err := s.adoptedBase(ctx, r)
+	if err != nil {
+		return none, err
+	}
+	if missing := b.missing(ctx, s.content); missing != "" {
+		return none, fmt.Errorf("layer %s of the base image %s is not in the content store; fetch the image again (ctr content fetch)", missing, b.name)
+	}
+	if err := mustEncrypt(b.name, b.manifest.Layers, r.EncryptTo); err != nil {
+		return none, err
+	}
+	w := wrapping{id: fmt.Sprintf("import-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: r.DumpDir, spec: r.Spec, comp: comp}
+	if r.Changes != nil {
+		if w.changes, err = writeLayer(ctx, s.content, "crac-changes-"+w.id, comp, r.Changes); err != nil {
+			return none, fmt.Errorf("write the layer of changes: %w", err)
+		}
+		if w.changes.diffID == emptyTar {
+			w.changes = newLayer{}
+		}
+	}
+	m := r.Manifest
+	m.Base = b.identity()
+	return s.wrap(ctx, b, &m, w, emit)
+}
+
+// adoptedBase reads the base image by its name, or by what an index says of it.
+func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error) {
+	b := &base{name: r.Base}
+	target := r.BaseTarget
+	if target == nil {
+		record, err := s.images.Get(ctx, r.Base)
+		if errdefs.IsNotFound(err) {
+			return nil, fmt.Errorf("its base image %s is not there; pull it, or name another with the same layers (cracctl import --base): %w", r.Base, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		target = &record.Target
+	}
+	if err := b.readManifest(ctx, s, *target); err != nil {
+		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
+	}
+	if err := b.readConfig(ctx, s.content); err != nil {
+		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
+	}
+	b.dropCheckpoints()
+	return b, nil
+}
+
+// wrapping is what goes around a base image's layers.
+type wrapping struct {
+	id      string // that no other build has
+	ref     string
+	changes newLayer
+	dir     string // of the dump
+	spec    []byte
+	comp    compression
+}
+
+// wrap writes an image with a whole dump on top of a base, and names it.
+func (s services) wrap(ctx context.Context, b *base, m *oci.Manifest, w wrapping, emit func(Event)) (ocispec.Descriptor, error) {
+	none := ocispec.Descriptor{}
+	files, err := images.DumpFiles(w.dir)
+	if err != nil {
+		return none, err
+	}
+	total := int64(0)
+	for _, f := range files {
+		total += f.Size
+	}
+	dump, err := writeDump(ctx, s.content, Request{Container: w.id, DumpDir: w.dir}, w.spec, m, nil, w.comp, total, emit)
+	if err != nil {
+		return none, fmt.Errorf("pack the dump: %w", err)
+	}
+	target, size, err := writeImage(ctx, s.content, b, w.changes, nil, dump, m)
+	if err != nil {
+		return none, fmt.Errorf("write image %s: %w", w.ref, err)
+	}
+	if err := name(ctx, s.images, coreimages.Image{Name: w.ref, Target: target}); err != nil {
+		return none, fmt.Errorf("name image %s: %w", w.ref, err)
+	}
+	emit(Event{
+		Event: images.EventDone, Name: w.ref, Digest: target.Digest.String(), Size: size,
+		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: w.changes.size(),
+	})
+	return target, nil
+}
