@@ -43,6 +43,10 @@ type Pagemap struct {
 	wide bool
 }
 
+// Wide tells that the dump was made by CRIU 4.2 or newer: the numbers of pages are
+// where older ones do not look.
+func (p *Pagemap) Wide() bool { return p.wide }
+
 // ParsePagemap reads one. Runs go up the addresses, do not overlap and are of
 // whole pages; anything else is an error.
 func ParsePagemap(data []byte, pageSize uint64) (*Pagemap, error) {

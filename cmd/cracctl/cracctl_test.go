@@ -59,6 +59,11 @@ func TestCommandLine(t *testing.T) {
 		{args: []string{"check", "c"}, err: nowhere},
 		{args: []string{"doctor", "--format", "xml"}, err: "table and json"},
 		{args: []string{"checkpoint", "c", "a b"}, err: "image name"},
+		{args: []string{"import", "ref"}, err: "--bundle"},
+		{args: []string{"import", "archive", "ref", "--images", "d", "--bundle", "b"}, err: "--bundle"},
+		{args: []string{"import", "archive", "ref"}, err: nowhere},
+		{args: []string{"export", "ref", "file"}, err: "format"},
+		{args: []string{"export", "--format", "podman", "ref", "file"}, err: nowhere},
 		{args: []string{"checkpoint", "c", "ref"}, err: nowhere}, // the variable counts, and the way out is said
 		{args: []string{"checkpoint", "c", "ref"}, err: "--address"},
 		{args: []string{"-a", "/other.sock", "checkpoint", "c", "ref"}, err: "/other.sock"},

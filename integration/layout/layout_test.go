@@ -24,7 +24,7 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"runtime", "runtime/pager", "shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/pager", "runtime/trace"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/pager", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/trace", "images", "oci"},
@@ -37,6 +37,7 @@ var may = map[string][]string{
 	"runtime/trace":               {},
 	"images":                      {"oci"},
 	"images/build":                {"images", "images/crypt", "images/inspect", "images/registry", "oci"},
+	"images/convert":              {"images", "images/build", "images/crypt", "images/inspect", "oci"},
 	"images/crypt":                {"oci"},
 	"images/inspect":              {"images", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
@@ -64,7 +65,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/crypt", module + "images/inspect", module + "images/registry", "github.com/klauspost/", "github.com/containers/ocicrypt"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/convert", module + "images/crypt", module + "images/inspect", module + "images/registry", "github.com/klauspost/", "github.com/containers/ocicrypt"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{
@@ -73,7 +74,7 @@ var never = []struct {
 		"it is usable and testable alone",
 	},
 	{
-		[]string{"images/build", "cmd/cracctl", "cmd/cracctl/check", "runtime/fdpolicy", "runtime/inspect"},
+		[]string{"images/build", "images/convert", "cmd/cracctl", "cmd/cracctl/check", "runtime/fdpolicy", "runtime/inspect"},
 		[]string{"github.com/opencontainers/runc"},
 		"libcontainer has one door, which is runtime",
 	},
@@ -82,7 +83,7 @@ var never = []struct {
 // doors lists what may be imported directly in the named places only.
 var doors = map[string][]string{
 	"github.com/opencontainers/runc/libcontainer": {"runtime", "runtime/...", "cmd/containerd-shim-crac-v2"},
-	"github.com/checkpoint-restore/go-criu":       {"runtime", "runtime/...", "images/inspect"}, // its messages, to read a dump that nobody restores
+	"github.com/checkpoint-restore/go-criu":       {"runtime", "runtime/...", "images/convert", "images/inspect"}, // its messages, to read a dump that nobody restores
 }
 
 type pkg struct {

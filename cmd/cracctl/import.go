@@ -1,0 +1,122 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/convert"
+	"github.com/crac-shim/crac/oci"
+)
+
+func newImport(t *target) *cobra.Command {
+	var (
+		r           convert.ImportRequest
+		compression string
+		maxGiB      int64
+		quiet       bool
+	)
+	cmd := &cobra.Command{
+		Use:   "import [SOURCE] REF",
+		Short: "Make a checkpoint image of another tool's checkpoint",
+		Long: `Make a checkpoint image, which starts warm under io.containerd.crac.v2, of a
+checkpoint that another tool made. SOURCE is one of
+
+  FILE                      an archive of podman container checkpoint --export, of
+                            CRI-O, or of containerd's CRI (crictl checkpoint)
+  IMAGE                     an image in containerd that holds such an archive (podman
+                            container checkpoint --create-image), or containerd's own
+                            checkpoint (ctr containers checkpoint --task --image)
+  --images DIR --bundle DIR what runc checkpoint or criu dump wrote, and the bundle
+                            that the container was run from; needs --base
+
+The image that the container came from has to be in containerd; its layers are the
+new image's. It is the one that the source names, or --base.
+
+Not carried over are the network and the files that an engine mounts into every
+container (/etc/hosts, /etc/resolv.conf, …): a clone has those of its own request. What
+else was not, and which mounts a request must have, is printed.
+
+Memory holds secrets, and whoever makes a checkpoint decides what runs: import
+checkpoints only from whom you trust.`,
+		Example: `  cracctl import web.tar.zst registry.example/shop/web:warm
+  cracctl import --base registry.example/shop/web:1 --images dump --bundle bundle web:warm`,
+		Args:              cobra.RangeArgs(1, 2),
+		ValidArgsFunction: completeImages(t),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r.Ref = args[len(args)-1]
+			if len(args) == 2 {
+				r.Source = args[0]
+			}
+			if bare := r.Images != "" || r.Bundle != ""; bare == (r.Source != "") {
+				return errors.New("name an archive or an image to import and the image to make of it, or --images, --bundle and the image to make")
+			}
+			var err error
+			if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
+				return err
+			}
+			r.Compression, r.MaxSize = oci.Compression(compression), maxGiB<<30
+			s, err := t.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			d := display{at: func(string, int64, int64) {}, end: func() {}}
+			if !quiet {
+				d = newDisplay(cmd.ErrOrStderr())
+			}
+			desc, report, err := convert.Import(s.ctx, s.Client, r, func(e build.Event) {
+				switch e.Event {
+				case images.EventProgress:
+					d.at(packing, e.Done, e.Total)
+				case images.EventWarning:
+					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+				}
+			})
+			d.end()
+			if err != nil {
+				return fmt.Errorf("import %s: %w", orBundle(r), err)
+			}
+			if quiet {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
+				return err
+			}
+			return printReport(cmd.OutOrStdout(), fmt.Sprintf("Image       %s\nDigest      %s\nFrom        %s\n", r.Ref, desc.Digest, report.From), report)
+		},
+	}
+	cmd.Flags().StringVar(&r.Base, "base", "", "image that the container came from (default: the one that the source names)")
+	cmd.Flags().StringVar(&r.Images, "images", "", "directory of a dump by runc or criu")
+	cmd.Flags().StringVar(&r.Bundle, "bundle", "", "bundle that the dumped container was run from")
+	cmd.Flags().StringArrayVar(&r.Keep, "keep", nil, "mount that stays in the dump, so that a request must have it, such as /sys/fs/cgroup or /etc/hosts (may be repeated)")
+	cmd.Flags().Int64Var(&maxGiB, "max-size", convert.DefaultMaxSize>>30, "largest size of the unpacked source, in GiB")
+	cmd.Flags().StringVar(&compression, "compression", "", "of the new layers: zstd (the default) or gzip (the default if they are encrypted)")
+	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	encryptToFlag(cmd, &r.EncryptTo)
+	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the source (default: TMPDIR, else /tmp)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
+	return cmd
+}
+
+func orBundle(r convert.ImportRequest) string {
+	if r.Source != "" {
+		return r.Source
+	}
+	return r.Images
+}
+
+// printReport says what a conversion made, and of what.
+func printReport(w io.Writer, made string, report *convert.Report) error {
+	text := made
+	for _, s := range report.Taken {
+		text += "Taken       " + s + "\n"
+	}
+	for _, s := range report.Left {
+		text += "Not taken   " + s + "\n"
+	}
+	_, err := io.WriteString(w, text)
+	return err
+}

@@ -1,0 +1,158 @@
+package convert
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	metadata "github.com/checkpoint-restore/checkpointctl/lib"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
+	tararchive "github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
+)
+
+// openBundle makes a source of what criu dump or runc checkpoint left, and the bundle
+// that the container was run from. Neither is changed.
+func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Client, work string) (*source, error) {
+	if r.Images == "" || r.Bundle == "" {
+		return nil, errors.New("name an archive or an image, or the directories of a dump (--images) and of its bundle (--bundle)")
+	}
+	if r.Base == "" {
+		return nil, errors.New("a bundle does not say which image it was made of; name that image with --base")
+	}
+	s := &source{report: &Report{From: "a dump with its bundle"}, dump: dump{filepath.Join(work, metadata.CheckpointDirectory)}, id: filepath.Base(filepath.Clean(r.Bundle))}
+	if err := os.Mkdir(s.dump.dir, 0o700); err != nil {
+		return nil, err
+	}
+	files, err := images.DumpFiles(r.Images)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) > oci.MaxFiles {
+		return nil, fmt.Errorf("%w: the dump has %d files", ErrSource, len(files))
+	}
+	for _, f := range files {
+		if err := link(filepath.Join(r.Images, f.Name), filepath.Join(s.dump.dir, f.Name)); err != nil {
+			return nil, err
+		}
+	}
+	if s.spec, err = readSpec(filepath.Join(r.Bundle, "config.json")); err != nil {
+		return nil, err
+	}
+	if s.spec.Root == nil {
+		return nil, fmt.Errorf("%w: config.json of the bundle names no root file system", ErrSource)
+	}
+	rootfs := s.spec.Root.Path
+	if !filepath.IsAbs(rootfs) {
+		rootfs = filepath.Join(r.Bundle, rootfs)
+	}
+	if _, err := os.Stat(filepath.Join(s.dump.dir, oci.DescriptorsName)); errors.Is(err, os.ErrNotExist) {
+		// criu by itself keeps no note of the standard streams: they stay what they were.
+		if err := s.dump.write(oci.DescriptorsName, []byte("[]")); err != nil {
+			return nil, err
+		}
+	}
+	s.changes = rootfsChanges(ctx, client, r.Base, rootfs, r.MaxSize)
+	s.report.take("the differences of %s to %s", rootfs, r.Base)
+	return s, nil
+}
+
+func readSpec(path string) (*specs.Spec, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxJSON+1))
+	if err != nil {
+		return nil, err
+	}
+	spec := new(specs.Spec)
+	if err := json.Unmarshal(data, spec); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", ErrSource, path, err)
+	}
+	return spec, nil
+}
+
+// rootfsChanges compares a root file system with the image that it was made of.
+func rootfsChanges(ctx context.Context, client *containerd.Client, base, rootfs string, maxSize int64) func(io.Writer) error {
+	return func(w io.Writer) error {
+		return withImage(ctx, client, base, func(lower string) error {
+			r, pipe := io.Pipe()
+			go func() { pipe.CloseWithError(tararchive.WriteDiff(ctx, pipe, lower, rootfs)) }()
+			defer r.Close()
+			c := newChanges(w, maxSize)
+			if err := c.copy(r, true); err != nil {
+				return fmt.Errorf("compare %s with %s: %w", rootfs, base, err)
+			}
+			return c.close()
+		})
+	}
+}
+
+// withImage shows the root file system of an image, read-only, for as long as do
+// takes.
+func withImage(ctx context.Context, client *containerd.Client, ref string, do func(root string) error) (err error) {
+	// Without it, containerd collects a snapshot that nobody's container uses.
+	ctx, release, err := client.WithLease(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release(context.WithoutCancel(ctx))) }()
+	img, err := client.GetImage(ctx, ref)
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("image %s is not there; pull it: %w", ref, err)
+	}
+	if err != nil {
+		return err
+	}
+	name := "" // containerd's default
+	if unpacked, err := img.IsUnpacked(ctx, name); err != nil {
+		return err
+	} else if !unpacked {
+		if err := img.Unpack(ctx, name); err != nil {
+			return fmt.Errorf("unpack image %s: %w", ref, err)
+		}
+	}
+	diffIDs, err := img.RootFS(ctx)
+	if err != nil {
+		return err
+	}
+	sn := client.SnapshotService(name)
+	key := fmt.Sprintf("crac-convert-%d-%s", os.Getpid(), filepath.Base(ref))
+	mounts, err := sn.View(ctx, key, identity.ChainID(diffIDs).String())
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if rerr := sn.Remove(context.WithoutCancel(ctx), key); rerr != nil && !errdefs.IsNotFound(rerr) {
+			err = errors.Join(err, rerr)
+		}
+	}()
+	return mount.WithReadonlyTempMount(ctx, mounts, do)
+}
+
+func copyFile(from, to string) (err error) {
+	in, err := os.OpenFile(from, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}

@@ -1,0 +1,138 @@
+package convert
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+// whiteout begins the names by which a layer deletes files.
+const whiteout = ".wh."
+
+// changes writes a layer of changes out of what another tool kept of them. Where it
+// is unpacked later is containerd's care; here it is made sure that every entry is
+// below the root, is of a kind that a layer has, and is no dump.
+type changes struct {
+	tw *tar.Writer
+	// left is how much the files may still hold: what is compressed can be any size.
+	left int64
+}
+
+// newChanges bounds what the files hold; 0 is DefaultMaxSize.
+func newChanges(w io.Writer, maxSize int64) *changes {
+	if maxSize <= 0 {
+		maxSize = DefaultMaxSize
+	}
+	return &changes{tar.NewWriter(w), maxSize}
+}
+
+func (c *changes) close() error { return c.tw.Close() }
+
+// copy takes the entries of a tar. Names of deletions mean that in a layer alone.
+func (c *changes) copy(r io.Reader, layer bool) error {
+	plain, err := decompress(r)
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
+	tr := tar.NewReader(plain)
+	for n := 0; ; n++ {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("%w: no whole tar: %w", ErrSource, err)
+		}
+		if n > maxEntries {
+			return fmt.Errorf("%w: more than %d changed files", ErrSource, maxEntries)
+		}
+		out, err := changed(h, layer)
+		if err != nil {
+			return err
+		}
+		if out == nil {
+			continue
+		}
+		if c.left -= out.Size; c.left < 0 {
+			return fmt.Errorf("%w: the changed files are larger than allowed; say --max-size if that is right", ErrSource)
+		}
+		if err := c.tw.WriteHeader(out); err != nil {
+			return err
+		}
+		if _, err := io.Copy(c.tw, tr); err != nil {
+			return err
+		}
+	}
+}
+
+// changed makes an entry of a layer; nil for what does not belong there.
+func changed(h *tar.Header, layer bool) (*tar.Header, error) {
+	name, err := cleanName(strings.TrimPrefix(h.Name, "/"))
+	if err != nil {
+		return nil, err
+	}
+	if name == "." || inDump(name) {
+		return nil, nil
+	}
+	if strings.HasPrefix(path.Base(name), whiteout) && !layer {
+		return nil, fmt.Errorf("%w: the container has a file %s, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
+	}
+	out := &tar.Header{
+		Typeflag: h.Typeflag, Name: name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid,
+		ModTime: h.ModTime.Truncate(time.Second), Format: tar.FormatPAX,
+	}
+	switch h.Typeflag {
+	case tar.TypeReg:
+		out.Size = h.Size
+	case tar.TypeDir:
+		out.Name += "/"
+	case tar.TypeSymlink:
+		out.Linkname = h.Linkname
+	case tar.TypeLink:
+		if out.Linkname, err = cleanName(strings.TrimPrefix(h.Linkname, "/")); err != nil {
+			return nil, err
+		}
+		if inDump(out.Linkname) {
+			return nil, fmt.Errorf("%w: %s is a link into a dump", ErrSource, name)
+		}
+	case tar.TypeChar, tar.TypeBlock:
+		out.Devmajor, out.Devminor = h.Devmajor, h.Devminor
+	case tar.TypeFifo:
+	default:
+		return nil, nil // a socket: CRIU makes it anew
+	}
+	const xattr = "SCHILY.xattr."
+	for k, v := range h.PAXRecords {
+		if strings.HasPrefix(k, xattr) && !strings.HasPrefix(k, xattr+"trusted.overlay.") {
+			if out.PAXRecords == nil {
+				out.PAXRecords = make(map[string]string)
+			}
+			out.PAXRecords[k] = v
+		}
+	}
+	return out, nil
+}
+
+func inDump(name string) bool { return name == oci.Root || strings.HasPrefix(name, oci.Root+"/") }
+
+// delete marks a file of the layers below as deleted. A layer's own deletions do not
+// touch what it brings.
+func (c *changes) delete(name string) error {
+	clean, err := cleanName(strings.TrimPrefix(name, "/"))
+	if err != nil {
+		return err
+	}
+	if clean == "." || inDump(clean) {
+		return nil
+	}
+	return c.tw.WriteHeader(&tar.Header{
+		Typeflag: tar.TypeReg, Name: path.Join(path.Dir(clean), whiteout+path.Base(clean)), Mode: 0o600, ModTime: time.Unix(0, 0),
+	})
+}

@@ -1,0 +1,283 @@
+package convert
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// Format is what an export writes.
+type Format string
+
+const (
+	// FormatPodman is an archive for podman container restore --import.
+	FormatPodman Format = "podman"
+	// FormatContainerd is an index in containerd, for ctr containers restore.
+	FormatContainerd Format = "containerd"
+	// FormatBundle is a directory with a dump and a bundle, for runc restore.
+	FormatBundle Format = "bundle"
+)
+
+// Formats lists them all.
+func Formats() []string {
+	return []string{string(FormatPodman), string(FormatContainerd), string(FormatBundle)}
+}
+
+// ExportRequest says what to export.
+type ExportRequest struct {
+	// Ref names the checkpoint image. Dest is a file for FormatPodman, an image's name
+	// for FormatContainerd, a directory for FormatBundle; none may be there yet.
+	Ref, Dest string
+	Format    Format
+	// Compression of what is written: zstd (the default) or gzip. Only archives ask.
+	Compression oci.Compression
+	// WorkDir is where the dump is unpacked; empty is the system's temporary directory.
+	WorkDir string
+	// Keys decrypt an encrypted image.
+	Keys []string
+}
+
+// export is a checkpoint image that is being written in another form.
+type export struct {
+	client *containerd.Client
+	r      ExportRequest
+	report *Report
+	work   string
+	img    *inspect.Image
+	m      *oci.Manifest
+	spec   *specs.Spec
+	dump   dump
+	keys   *crypt.Keys
+}
+
+// Export writes a checkpoint image so that another tool can restore it. A failure
+// leaves nothing at Dest. ctx must carry the namespace.
+func Export(ctx context.Context, client *containerd.Client, r ExportRequest) (*Report, error) {
+	write := map[Format]func(*export, context.Context) error{
+		FormatPodman: (*export).podman, FormatContainerd: (*export).native, FormatBundle: (*export).bundle,
+	}[r.Format]
+	if write == nil {
+		return nil, fmt.Errorf("unknown format %q; known are %s", r.Format, strings.Join(Formats(), ", "))
+	}
+	work, err := os.MkdirTemp(r.WorkDir, "crac-export-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(work)
+	keys, err := crypt.ParseKeys(r.Keys)
+	if err != nil {
+		return nil, err
+	}
+	e := &export{client: client, r: r, report: &Report{}, work: work, keys: keys}
+	if err := e.open(ctx); err != nil {
+		return nil, err
+	}
+	if err := e.adapt(); err != nil {
+		return nil, err
+	}
+	return e.report, write(e, ctx)
+}
+
+// open unpacks the image's dump, checked, and with the memory of those that it
+// continues.
+func (e *export) open(ctx context.Context) error {
+	record, err := e.client.ImageService().Get(ctx, e.r.Ref)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return fmt.Errorf("image %s is not there: %w", e.r.Ref, err)
+		}
+		return err
+	}
+	store := e.client.ContentStore()
+	if e.img, err = inspect.Open(ctx, store, e.r.Ref, record.Target, platforms.Default()); err != nil {
+		return err
+	}
+	if e.img.Covered() {
+		return fmt.Errorf("%s: %w: its memory does not match the files", e.r.Ref, images.ErrCovered)
+	}
+	unpacked := filepath.Join(e.work, "dump")
+	if err := os.Mkdir(unpacked, 0o700); err != nil {
+		return err
+	}
+	chain, err := e.img.ReadChain(ctx, store, inspect.Options{Digests: true, Extract: unpacked, Keys: e.keys})
+	if err != nil {
+		return err
+	}
+	dirs := make([]string, len(chain))
+	for i, l := range chain {
+		if err := l.Verify(); err != nil {
+			return fmt.Errorf("%s: %w", e.r.Ref, err)
+		}
+		dirs[i] = filepath.Join(unpacked, strconv.Itoa(i))
+	}
+	e.m = chain[0].Manifest
+	if err := images.Merge(dirs, uint64(e.m.Host.PageSize)); err != nil {
+		return fmt.Errorf("%s: %w", e.r.Ref, err)
+	}
+	e.dump = dump{dirs[0]}
+	e.spec = new(specs.Spec)
+	if err := json.Unmarshal(chain[0].Spec, e.spec); err != nil {
+		return fmt.Errorf("%s: spec.json: %w", e.r.Ref, err)
+	}
+	if e.spec.Linux == nil || e.spec.Process == nil || e.spec.Root == nil {
+		return fmt.Errorf("%s: spec.json is not that of a Linux container with a process", e.r.Ref)
+	}
+	if len(e.spec.Linux.UIDMappings)+len(e.spec.Linux.GIDMappings) > 0 {
+		return fmt.Errorf("%s: its container has a user namespace, and each engine keeps the owners of files in its own way; make the checkpoint of a container without one", e.r.Ref)
+	}
+	return nil
+}
+
+// adapt changes our dump, and its spec, so that others can restore it: directories
+// that only our shim offers, in memory, become the dump's own, and the network
+// namespace one that CRIU makes.
+func (e *export) adapt() error {
+	all, err := e.dump.readMounts()
+	if err != nil {
+		return err
+	}
+	var sources []string
+	for _, m := range all.entries {
+		place := m.GetMountpoint()
+		known := slices.ContainsFunc(e.spec.Mounts, func(s specs.Mount) bool { return path.Clean("/"+s.Destination) == place })
+		switch {
+		case !external(m):
+		case known && place != hooksMount:
+			if !within(place, cgroupMount) {
+				sources = append(sources, place)
+			}
+			continue
+		case within(place, cgroupMount):
+			continue
+		case m.GetRoot() != "/":
+			return fmt.Errorf("%s: its dump has a mount at %s that nobody else can offer", e.r.Ref, place)
+		default:
+			if err := all.own(m, nil); err != nil {
+				return err
+			}
+		}
+		if !known && slices.ContainsFunc(e.m.Mounts, func(d oci.Mount) bool { return d.Destination == place }) {
+			// Somebody has to make the directory for it.
+			e.spec.Mounts = append(e.spec.Mounts, ownMount(m))
+		}
+	}
+	e.spec.Mounts = slices.DeleteFunc(e.spec.Mounts, func(m specs.Mount) bool { return m.Type == "bind" && path.Clean(m.Destination) == hooksMount })
+	if len(sources) > 0 {
+		e.report.leave("the sources of mounts: the spec names those of the dumped container for %s", strings.Join(sources, ", "))
+	}
+	if _, err := e.dump.network(false); err != nil {
+		return err
+	}
+	e.report.leave("its network: the namespace has no interface but lo, which is down")
+	n, err := e.dump.selfContained()
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		option := "tcp-close"
+		if e.m.TCPEstablished {
+			option = "tcp-established"
+		}
+		e.report.leave("%d TCP connections: CRIU restores only if it is told %s, by the tool or by a line in /etc/criu/runc.conf", n, option)
+	}
+	if err := e.dump.forgetRootMode(); err != nil {
+		return err
+	}
+	e.spec.Annotations = nil // of no meaning elsewhere
+	return all.save()
+}
+
+// ownMount is a mount of a dump's own, as a spec would ask for it.
+func ownMount(m *mnt.MntEntry) specs.Mount {
+	return specs.Mount{Destination: m.GetMountpoint(), Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "noexec"}}
+}
+
+// base is the image that the container came from, as this containerd knows it.
+func (e *export) base(ctx context.Context) (name string, desc ocispec.Descriptor, manifest *inspect.Image, err error) {
+	name = e.m.Base.Name
+	if name == "" {
+		return "", desc, nil, fmt.Errorf("%s does not name the image that its container came from: it cannot be written in this form", e.r.Ref)
+	}
+	record, err := e.client.ImageService().Get(ctx, name)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			err = fmt.Errorf("its base image %s is not there; pull it: %w", name, err)
+		}
+		return "", desc, nil, err
+	}
+	img, err := inspect.Open(ctx, e.client.ContentStore(), name, record.Target, platforms.Default())
+	if err != nil {
+		return "", desc, nil, err
+	}
+	n := len(img.Config.RootFS.DiffIDs)
+	if n > len(e.img.Config.RootFS.DiffIDs) || !slices.Equal(img.Config.RootFS.DiffIDs, e.img.Config.RootFS.DiffIDs[:n]) {
+		return "", desc, nil, fmt.Errorf("%s is another image now than the one that %s was made from; give that its name again (%s)", name, e.r.Ref, e.m.Base.Digest)
+	}
+	return name, record.Target, img, nil
+}
+
+// changed are the layers above the base's, but for checkpoints, lowest first.
+func (e *export) changed(base *inspect.Image) []ocispec.Descriptor {
+	var layers []ocispec.Descriptor
+	for i := len(base.Config.RootFS.DiffIDs); i < len(e.img.Manifest.Layers); i++ {
+		if e.img.Kind(i) != "checkpoint" {
+			layers = append(layers, e.img.Manifest.Layers[i])
+		}
+	}
+	return layers
+}
+
+// read gives take a layer as it is stored, decrypted. Only the end of an encrypted one
+// tells whether it is the one that was encrypted, so all of it is read.
+func (e *export) read(ctx context.Context, desc ocispec.Descriptor, take func(io.Reader) error) error {
+	ra, err := e.client.ContentStore().ReaderAt(ctx, desc)
+	if err != nil {
+		return fmt.Errorf("layer %s: %w", desc.Digest, err)
+	}
+	defer ra.Close()
+	r := content.NewReader(ra)
+	if crypt.IsEncrypted(desc.MediaType) {
+		if r, err = e.keys.Decrypt(r, desc); err != nil {
+			return fmt.Errorf("layer %s: %w", desc.Digest, err)
+		}
+	}
+	err = take(r)
+	if err == nil {
+		_, err = io.Copy(io.Discard, r)
+	}
+	if err != nil {
+		return fmt.Errorf("layer %s: %w", desc.Digest, err)
+	}
+	return nil
+}
+
+// replace gives a finished file or directory its name, unless there is one of it.
+func replace(from, to string) error {
+	if _, err := os.Lstat(to); err == nil {
+		return fmt.Errorf("%s is there already; remove it or say another name", to)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return os.Rename(from, to)
+}

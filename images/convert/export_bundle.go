@@ -1,0 +1,73 @@
+package convert
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	tararchive "github.com/containerd/containerd/v2/pkg/archive"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images"
+)
+
+// bundle writes a directory with the dump in images/, and in bundle/ the spec and the
+// root file system.
+func (e *export) bundle(ctx context.Context) (err error) {
+	e.report.From = "a directory for runc restore --image-path DIR/images --bundle DIR/bundle"
+	// Beside the place where it goes: it is moved there as a whole.
+	dir, err := os.MkdirTemp(filepath.Dir(e.r.Dest), "."+filepath.Base(e.r.Dest)+".")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	rootfs := filepath.Join(dir, "bundle", "rootfs")
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
+		return err
+	}
+	for i, desc := range e.img.Manifest.Layers {
+		if e.img.Kind(i) == "checkpoint" {
+			continue
+		}
+		if err := e.unpack(ctx, desc, rootfs); err != nil {
+			return fmt.Errorf("unpack: %w", err)
+		}
+	}
+	files, err := images.DumpFiles(e.dump.dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := copyFile(filepath.Join(e.dump.dir, f.Name), filepath.Join(dir, "images", f.Name)); err != nil {
+			return err
+		}
+	}
+	e.spec.Root.Path = "rootfs"
+	e.spec.Linux.CgroupsPath = "" // runc calls it by the container's id
+	spec, err := json.MarshalIndent(e.spec, "", "\t")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "bundle", "config.json"), spec, 0o600); err != nil {
+		return err
+	}
+	e.report.take("memory, and the whole root file system")
+	return replace(dir, e.r.Dest)
+}
+
+// unpack applies a layer to a directory.
+func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, dir string) error {
+	return e.read(ctx, desc, func(r io.Reader) error {
+		plain, err := decompress(r)
+		if err != nil {
+			return err
+		}
+		defer plain.Close()
+		_, err = tararchive.Apply(ctx, dir, plain)
+		return err
+	})
+}

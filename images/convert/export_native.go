@@ -1,0 +1,186 @@
+package convert
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	goruntime "runtime"
+
+	"github.com/containerd/containerd/v2/core/content"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/crac-shim/crac/oci"
+)
+
+const (
+	// specType is containerd's name for the type of a spec.
+	specType = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
+	// runcRuntime is what an index is restored under: our shim has no need of it.
+	runcRuntime = "io.containerd.runc.v2"
+)
+
+// native writes an index into containerd that ctr containers restore takes.
+func (e *export) native(ctx context.Context) error {
+	e.report.From = "an image for ctr containers restore --live --rw"
+	if err := oci.CheckRef(e.r.Dest); err != nil {
+		return err
+	}
+	name, target, base, err := e.base(ctx)
+	if err != nil {
+		return err
+	}
+	e.spec.Linux.CgroupsPath = "" // each container that is restored gets one of its own name
+	ctx, release, err := e.client.WithLease(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = release(context.WithoutCancel(ctx)) }() // it expires
+
+	criu, err := e.blob(ctx, coreimages.MediaTypeContainerd1Checkpoint, func(w io.Writer) error {
+		tw := tar.NewWriter(w)
+		return errors.Join(packDump(ctx, tw, e.dump, ""), tw.Close())
+	})
+	if err != nil {
+		return err
+	}
+	spec, err := json.Marshal(e.spec)
+	if err != nil {
+		return err
+	}
+	stored, err := proto.Marshal(&anypb.Any{TypeUrl: specType, Value: spec})
+	if err != nil {
+		return err
+	}
+	config, err := e.blob(ctx, coreimages.MediaTypeContainerd1CheckpointConfig, func(w io.Writer) error {
+		_, err := w.Write(stored)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	deleted := 0
+	// gzip is the one that containerd looks for.
+	rw, err := e.blob(ctx, ocispec.MediaTypeImageLayerGzip, func(w io.Writer) error {
+		z := gzip.NewWriter(w)
+		n, err := e.layer(ctx, z, e.changed(base), base.Manifest.Layers)
+		deleted = n
+		return errors.Join(err, z.Close())
+	})
+	if err != nil {
+		return err
+	}
+	e.report.take("memory, and changes of the root file system with %d deleted files, for the image %s", deleted, name)
+	platform := &ocispec.Platform{OS: goruntime.GOOS, Architecture: goruntime.GOARCH}
+	criu.Platform, config.Platform, rw.Platform = platform, platform, platform
+	return e.index(ctx, ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{target, criu, config, rw},
+		Annotations: map[string]string{
+			indexImage: name, indexRuntime: runcRuntime, indexSnapshotter: defaults.DefaultSnapshotter,
+		},
+	})
+}
+
+// layer writes the changes as one layer.
+func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (int, error) {
+	r, pipe := io.Pipe()
+	var deleted []string
+	go func() {
+		var err error
+		deleted, err = e.flatten(ctx, pipe, changed, base)
+		pipe.CloseWithError(err)
+	}()
+	defer r.Close()
+	c := newChanges(w, 0)
+	if err := c.copy(r, true); err != nil {
+		return 0, err
+	}
+	// The writer of the pipe ends before its reader sees the end; what follows the
+	// tar's is nothing.
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return 0, err
+	}
+	for _, name := range deleted {
+		if err := c.delete(name); err != nil {
+			return 0, err
+		}
+	}
+	return len(deleted), c.close()
+}
+
+// blob stores what write produces.
+func (e *export) blob(ctx context.Context, mediaType string, write func(io.Writer) error) (_ ocispec.Descriptor, err error) {
+	ref := fmt.Sprintf("crac-export-%s-%s", e.r.Dest, mediaType)
+	store := e.client.ContentStore()
+	cw, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType}))
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	defer func() {
+		err = errors.Join(err, cw.Close())
+		if err != nil {
+			if aerr := store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
+				err = errors.Join(err, aerr)
+			}
+		}
+	}()
+	if err := cw.Truncate(0); err != nil { // of one that was killed
+		return ocispec.Descriptor{}, err
+	}
+	h := digest.SHA256.Digester()
+	n := &count{w: io.MultiWriter(cw, h.Hash())}
+	if err := write(n); err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if err := cw.Commit(ctx, n.n, h.Digest()); err != nil && !errdefs.IsAlreadyExists(err) {
+		return ocispec.Descriptor{}, err
+	}
+	return ocispec.Descriptor{MediaType: mediaType, Digest: h.Digest(), Size: n.n}, nil
+}
+
+type count struct {
+	w io.Writer
+	n int64
+}
+
+func (c *count) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// index stores the index, and last names it.
+func (e *export) index(ctx context.Context, index ocispec.Index) error {
+	data, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	desc := ocispec.Descriptor{MediaType: index.MediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	keep := make(map[string]string)
+	for i, m := range index.Manifests {
+		keep[fmt.Sprintf("containerd.io/gc.ref.content.%d", i)] = m.Digest.String()
+	}
+	if err := content.WriteBlob(ctx, e.client.ContentStore(), "crac-export-"+desc.Digest.String(), bytes.NewReader(data), desc, content.WithLabels(keep)); err != nil {
+		return err
+	}
+	_, err = e.client.ImageService().Create(ctx, coreimages.Image{
+		Name: e.r.Dest, Target: desc, Labels: map[string]string{"containerd.io/checkpoint": "true"},
+	})
+	if errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("the name %s is taken; remove that image or say another name: %w", e.r.Dest, err)
+	}
+	return err
+}

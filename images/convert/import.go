@@ -1,0 +1,170 @@
+package convert
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
+)
+
+// ImportRequest says what to import.
+type ImportRequest struct {
+	// Source is an archive's path or an image's name. Empty: Images and Bundle are
+	// the directories of a dump and of the bundle that it was made of.
+	Source, Images, Bundle string
+	// Ref names the image to make.
+	Ref string
+	// Base names the image that the container came from, where the source does not
+	// or where it has another name here.
+	Base string
+	// Keep are mount points that stay in the dump though a clone could do without.
+	Keep []string
+	// WorkDir is where the source is unpacked; empty is the system's temporary
+	// directory. MaxSize bounds what it may be then, in bytes.
+	WorkDir     string
+	MaxSize     int64
+	Compression oci.Compression
+	// EncryptTo are the recipients of the image's own layers: see oci.CheckRecipients.
+	EncryptTo []string
+}
+
+// Import makes a checkpoint image of another tool's checkpoint. The report is there
+// beside an error, too, as far as it got. ctx must carry the namespace.
+func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emit func(build.Event)) (ocispec.Descriptor, *Report, error) {
+	none := ocispec.Descriptor{}
+	if err := oci.CheckRef(r.Ref); err != nil {
+		return none, nil, err
+	}
+	work, err := os.MkdirTemp(r.WorkDir, "crac-import-")
+	if err != nil {
+		return none, nil, err
+	}
+	defer os.RemoveAll(work)
+	s, err := r.open(ctx, client, work)
+	if err != nil {
+		return none, nil, err
+	}
+	if s.created.IsZero() {
+		s.created = time.Now()
+	}
+	if err := s.adapt(r.Keep); err != nil {
+		return none, s.report, err
+	}
+	m, err := s.manifest(r.Ref)
+	if err != nil {
+		return none, s.report, err
+	}
+	spec, err := json.Marshal(s.spec)
+	if err != nil {
+		return none, s.report, err
+	}
+	if r.Base != "" {
+		s.base, s.target = r.Base, nil
+	}
+	if s.base == "" && s.target == nil {
+		return none, s.report, errors.New("it does not say which image its container came from; name that image with --base")
+	}
+	desc, err := build.Adopt(ctx, client, build.AdoptRequest{
+		Ref: r.Ref, Base: s.base, BaseTarget: s.target, DumpDir: s.dump.dir, Spec: spec, Manifest: m, Changes: s.changes, Compression: r.Compression, EncryptTo: r.EncryptTo,
+	}, emit)
+	return desc, s.report, err
+}
+
+// open finds out what the source is, and unpacks it.
+func (r *ImportRequest) open(ctx context.Context, client *containerd.Client, work string) (*source, error) {
+	if r.Source == "" {
+		return r.openBundle(ctx, client, work)
+	}
+	record, err := client.ImageService().Get(ctx, r.Source)
+	switch {
+	case err == nil:
+		return r.openImage(ctx, client.ContentStore(), record, work)
+	case !errdefs.IsNotFound(err):
+		return nil, err
+	}
+	st, err := os.Stat(r.Source)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("there is neither an image nor a file %s: see cracctl import --help for what can be imported", r.Source)
+	case st.IsDir():
+		return nil, fmt.Errorf("%s is a directory: for the dump of criu or runc say --images %s and --bundle", r.Source, r.Source)
+	case !st.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file", r.Source)
+	}
+	return unpackArchive(ctx, r.Source, work, r.MaxSize)
+}
+
+// openImage reads an image that holds an archive, or containerd's own index.
+func (r *ImportRequest) openImage(ctx context.Context, store content.Store, record coreimages.Image, work string) (*source, error) {
+	if coreimages.IsIndexType(record.Target.MediaType) {
+		index, err := readIndex(ctx, store, record.Target)
+		if err != nil {
+			return nil, err
+		}
+		if index.has(coreimages.MediaTypeContainerd1Checkpoint) {
+			return index.open(ctx, store, record.Name, work, r.MaxSize)
+		}
+	}
+	img, err := inspect.Open(ctx, store, record.Name, record.Target, platforms.Default())
+	if err != nil {
+		return nil, err
+	}
+	if img.Checkpoint >= 0 {
+		return nil, fmt.Errorf("%s is a checkpoint image of this project's already: run it, or give it another name with ctr images tag", record.Name)
+	}
+	a, err := prepare(work, r.MaxSize)
+	if err != nil {
+		return nil, err
+	}
+	defer a.close()
+	for _, l := range img.Manifest.Layers {
+		if err := readBlob(ctx, store, l, a, archivePlace); err != nil {
+			return nil, fmt.Errorf("image %s: %w", record.Name, err)
+		}
+	}
+	if len(a.seen) == 0 {
+		return nil, fmt.Errorf("image %s: %w: it is an ordinary image", record.Name, ErrSource)
+	}
+	s, err := engineArchive(a, work, img.Manifest.Annotations)
+	if err != nil {
+		return nil, fmt.Errorf("image %s: %w", record.Name, err)
+	}
+	s.report.From = cmp.Or(s.report.From, "a checkpoint") + " in an image"
+	return s, nil
+}
+
+// readBlob unpacks a tar in the content store.
+func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, a *archive, place func(string) (string, bool)) error {
+	ra, err := store.ReaderAt(ctx, desc)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return fmt.Errorf("%s is not in the content store; fetch the image again (ctr content fetch): %w", desc.Digest, err)
+		}
+		return err
+	}
+	defer ra.Close()
+	return a.read(ctx, content.NewReader(ra), place)
+}
+
+// link gives a file a second name, or copies it where that is not possible.
+func link(from, to string) error {
+	if err := os.Link(from, to); err == nil {
+		return nil
+	}
+	return copyFile(from, filepath.Clean(to))
+}
