@@ -78,6 +78,14 @@ test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and re
 	$(if $(RUN),,CRAC_PAGER_TEST=require go test -tags '$(GOTAGS)' ./runtime/pager -count=1 -timeout 10m)
 	go test -tags '$(GOTAGS)' ./integration -count=1 -v -timeout 25m $(if $(RUN),-run '$(RUN)')
 
+# Kills at random moments, also of the shim and of containerd. N=1 takes some ten seconds.
+N ?= 100
+.PHONY: soak
+soak: tools build ## N=100 rounds of killing who brings a clone its memory: it has the right one, or is dead and says why
+	@integration/apps/build.sh busybox redis
+	CRAC_PAGER_TEST=require CRAC_ROUNDS='$(N)' go test -tags '$(GOTAGS)' ./runtime/pager -count=1 -v -run '^TestKill$$' -timeout 12h
+	CRAC_ROUNDS='$(N)' go test -tags '$(GOTAGS)' ./integration -count=1 -v -run '^TestLazyMemory(Kills|WithoutPager)$$' -timeout 12h
+
 # What differs in the guest: cgroup v2, systemd, AppArmor, another CRIU, kernel
 # and CPU. All of the tests (CRAC_VM_RUN=.) take an hour where it is emulated.
 CRAC_VM_RUN ?= ^(TestExitCode|TestStats|TestUpdate|TestOOM|TestCgroupPath|TestSystemdCgroup|TestSystemdCgroupOfAClone|TestAppArmor|TestCloneIsUnderTheRequestsProfile|TestUserNamespace|TestTasksCheckpoint|TestCheckpointImage|TestTwoClonesAtOnce|TestApplications)$$/^(leave-running-image|exit-path|goserver|postgres)$$

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -157,6 +158,9 @@ func newID(tb testing.TB) string {
 
 // times is how often a test repeats something: the guest's processors are emulated, and slow.
 func times(n int) int {
+	if rounds, err := strconv.Atoi(os.Getenv("CRAC_ROUNDS")); err == nil {
+		return rounds // make soak
+	}
 	if os.Getenv("CRAC_VM") != "" {
 		return max(n/5, 2)
 	}

@@ -48,7 +48,10 @@
 // pager brings the rest of the memory without delay and ends.
 //
 // So both must die within the few milliseconds that one needs to notice the other
-// for a workload to read zeroes. What kills many at once must not kill both and
+// for a workload to read zeroes. Then whoever has started the pager (Process) kills
+// the workload, as soon as it learns of it by the end of their common socket: it may
+// have read zeroes for a moment, but it does not go on with them. Only when that
+// process is dead as well, at the same time, is nobody left. What kills many at once must not kill both and
 // spare the workload: neither bears the name of the shim's program, for those who
 // kill by name; neither is a candidate of the OOM killer (oom_score_adj -1000,
 // where allowed), nor heeds a signal but SIGKILL; and the guardian can be put into

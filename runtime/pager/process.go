@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	goruntime "runtime"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -73,6 +74,7 @@ const (
 type Process struct {
 	cmd     *exec.Cmd
 	control *reporter
+	cgroups cgroups
 
 	warning error // before it is ready
 
@@ -135,6 +137,7 @@ func Start(ctx context.Context, cfg ProcessConfig) (*Process, error) {
 	p := &Process{
 		cmd:      cmd,
 		control:  newReporter(ours),
+		cgroups:  cfg.Cgroups,
 		restored: make(chan struct{}),
 		drained:  make(chan struct{}),
 		done:     make(chan struct{}),
@@ -179,9 +182,10 @@ func (p *Process) follow(ready chan struct{}) {
 	var drained bool
 	var failure error
 	lines := json.NewDecoder(bufio.NewReader(p.control.file))
+	var end error
 	for {
 		var m message
-		if err := lines.Decode(&m); err != nil {
+		if end = lines.Decode(&m); end != nil {
 			break
 		}
 		p.mu.Lock()
@@ -203,6 +207,10 @@ func (p *Process) follow(ready chan struct{}) {
 			failure = errors.New(m.Error)
 		}
 	}
+	if !drained && failure == nil && (errors.Is(end, io.EOF) || errors.Is(end, io.ErrUnexpectedEOF) || errors.Is(end, unix.ECONNRESET)) {
+		// The last who had the other end has died without a word.
+		failure = p.avengeBoth()
+	}
 	err := p.cmd.Wait()
 	if !drained && failure == nil {
 		failure = fmt.Errorf("the pager has died: %w", errOr(err, io.ErrUnexpectedEOF))
@@ -215,6 +223,21 @@ func (p *Process) follow(ready chan struct{}) {
 	}
 	p.control.file.Close()
 	close(p.done)
+}
+
+var errBothDied = errors.New("the pager and its guardian have died: the workload, whose memory was not complete, was killed")
+
+// avengeBoth kills the workload when pager and guardian are dead, both so fast that
+// none has killed it. What was missing has read as zeroes since, for the moment that
+// it took to get here; nothing goes on with them. It gives no error if there was
+// nobody to kill.
+func (p *Process) avengeBoth() error {
+	// The pager may have died before it could look at them.
+	if p.cgroups.check() != nil || !slices.ContainsFunc(p.cgroups, func(dir string) bool { return len(processes(dir)) > 0 }) {
+		return nil
+	}
+	p.cgroups.kill()
+	return errBothDied
 }
 
 func errOr(err, other error) error {

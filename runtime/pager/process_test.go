@@ -200,9 +200,12 @@ func TestKill(t *testing.T) {
 	if os.Getenv("CRAC_PAGER_TEST") == "require" {
 		rounds = 60 // make test-e2e
 	}
+	if n, err := strconv.Atoi(os.Getenv("CRAC_ROUNDS")); err == nil {
+		rounds = n // make soak
+	}
 	w := newWorkload(t, "map 1 16384", "fill 1 0 16384")
 	images := w.dump("dump")
-	for _, victim := range []string{"pager", "guardian", "criu", "guardian, then pager"} {
+	for _, victim := range []string{"pager", "guardian", "criu", "guardian, then pager", "pager and guardian"} {
 		t.Run(victim, func(t *testing.T) {
 			w.t = t
 			dead, right := 0, 0
@@ -249,6 +252,12 @@ func killRound(t *testing.T, w *workload, images, victim string) (died bool) {
 		_ = unix.Kill(guardian, unix.SIGKILL)
 		waitForAnother(t, p, guardian)
 		_ = unix.Kill(p.Pid(), unix.SIGKILL)
+	case "pager and guardian":
+		// At once. It may read zeroes until it dies, and must not go on.
+		_ = unix.Kill(p.Pid(), unix.SIGSTOP)
+		_ = unix.Kill(guardian, unix.SIGKILL)
+		_ = unix.Kill(p.Pid(), unix.SIGKILL)
+		<-p.Done()
 	}
 	restoreErr := cmd.Wait()
 	defer w.kill()
