@@ -1,19 +1,24 @@
 package integration
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/integration/harness"
+	"github.com/crac-shim/crac/runtime/thread"
 )
 
 // bigRedis starts a Redis that holds some hundred megabytes which do not compress, and tells a
@@ -55,32 +60,52 @@ func killPager(t *harness.T, id string, stop <-chan struct{}) (killed bool) {
 		if err != nil {
 			continue // not yet
 		}
-		lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", shim))
-		if err != nil {
-			continue
-		}
-		for _, list := range lists {
-			children, err := os.ReadFile(list)
-			if err != nil {
-				continue
-			}
-			for field := range strings.FieldsSeq(string(children)) {
-				comm, err := os.ReadFile("/proc/" + field + "/comm")
-				if err != nil || strings.TrimSpace(string(comm)) != "crac-pager" {
-					continue
-				}
-				var pid int
-				if _, err := fmt.Sscan(field, &pid); err == nil && unix.Kill(pid, unix.SIGKILL) == nil {
-					killed = true
-				}
+		for _, pid := range pagersOf(shim) {
+			if unix.Kill(pid, unix.SIGKILL) == nil {
+				killed = true
 			}
 		}
 	}
 }
 
+// pagersOf lists the pagers that a shim has started and that live.
+func pagersOf(shim int) (pids []int) {
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", shim))
+	if err != nil {
+		return nil
+	}
+	for _, list := range lists {
+		children, err := os.ReadFile(list)
+		if err != nil {
+			continue
+		}
+		for field := range strings.FieldsSeq(string(children)) {
+			comm, err := os.ReadFile("/proc/" + field + "/comm")
+			if err != nil || strings.TrimSpace(string(comm)) != "crac-pager" {
+				continue
+			}
+			if pid, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
 // held starts a holder (integration/holder) of so many megabytes; image is that of a checkpoint of
 // one, or empty.
 func held(t *harness.T, image string, mb int, flags ...string) *box {
+	t.Helper()
+	b := startHolder(t, image, mb, flags...)
+	b.Eventually("the holder", func() bool {
+		out, err := b.tryAsk("hello")
+		return err == nil && out == "hello"
+	})
+	return b
+}
+
+// startHolder does not wait for it.
+func startHolder(t *harness.T, image string, mb int, flags ...string) *box {
 	t.Helper()
 	dir, err := t.Path("holder")
 	if err != nil {
@@ -92,12 +117,7 @@ func held(t *harness.T, image string, mb int, flags ...string) *box {
 		t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
 	}
 	flags = append([]string{"--mount", "type=bind,src=" + dir + ",dst=/opt/holder,options=rbind:ro"}, flags...)
-	b := start(t, how{image: image, flags: flags, args: []string{"/opt/holder/holder", "-mb", strconv.Itoa(mb)}})
-	b.Eventually("the holder", func() bool {
-		out, err := b.tryAsk("hello")
-		return err == nil && out == "hello"
-	})
-	return b
+	return start(t, how{image: image, flags: flags, args: []string{"/opt/holder/holder", "-mb", strconv.Itoa(mb)}})
 }
 
 // askHolder asks a holder, by an exec.
@@ -239,6 +259,95 @@ func TestLazyMemoryWithoutPager(tb *testing.T) {
 	if !died {
 		t.Error("no pager was killed in time")
 	}
+}
+
+// Whoever of those around a clone is killed while its memory comes, it has the right memory or is
+// dead.
+func TestLazyMemoryKills(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	original := held(t, "", 64, option("checkpoint.image", image))
+	original.checkpoint("--exit")
+	original.remove()
+	victims := []string{"containerd", "shim", "pager"}
+	counts := make(map[string]int)
+	for i := range times(6) {
+		victim := victims[i%len(victims)]
+		b := startHolder(t, image, 64, option("restore", "require"), option("memory", "lazy"))
+		pid := int(b.task().Pid())
+		// At any moment until after the last page, whose time depends on what else the machine does.
+		time.Sleep(time.Duration(rand.ExpFloat64() * float64(30*time.Millisecond)))
+		if err := b.killOne(victim); err != nil {
+			t.Fatalf("kill %s: %v", victim, err)
+		}
+		answer, err := checkHolder(pid)
+		switch {
+		case err == nil && answer == "ok":
+			counts[victim+" killed, right"]++
+		case err == nil:
+			t.Errorf("%s was killed, and the clone reads what is not there: %s", victim, answer)
+		case victim == "containerd":
+			t.Errorf("%s was killed, and the clone is dead: %v", victim, err)
+		default:
+			counts[victim+" killed, dead"]++
+		}
+		if victim == "shim" {
+			t.Eventually("the end of a clone without its shim", func() bool { return unix.Kill(pid, 0) != nil })
+		}
+		b.remove()
+	}
+	t.Log(counts)
+}
+
+func (b *box) killOne(victim string) error {
+	if victim == "containerd" {
+		return shared.Restart(b.Ctx, true)
+	}
+	shim, err := b.ShimPID(b.id)
+	if err != nil {
+		return err
+	}
+	if victim == "shim" {
+		// Nobody removes the socket of a killed shim, for the next one of the same id takes it over.
+		address, err := os.ReadFile(filepath.Join(b.Dir, "state/io.containerd.runtime.v2.task", b.Namespace, b.id, "address"))
+		if err != nil {
+			return err
+		}
+		b.Cleanup(func() { _ = os.Remove(strings.TrimPrefix(string(address), "unix://")) })
+		return unix.Kill(shim, unix.SIGKILL)
+	}
+	for _, pid := range pagersOf(shim) {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	return nil // it may be through
+}
+
+// checkHolder has a holder look at all of its memory. The process is the holder's own; with an
+// error it is dead, or does not answer in time.
+func checkHolder(pid int) (answer string, err error) {
+	err = thread.InNetwork(pid, func() error {
+		conn, err := net.Dial("tcp", "127.0.0.1:9000")
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(conn, "check"); err != nil {
+			return err
+		}
+		answer, err = bufio.NewReader(conn).ReadString('\n')
+		answer = strings.TrimSpace(answer)
+		return err
+	})
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return "does not answer", nil
+	}
+	return answer, err
 }
 
 // In a user namespace, where the kernel offers nothing to be lazy by, the memory comes first.
