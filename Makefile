@@ -102,7 +102,8 @@ bench-start: tools build ## start-up time and memory beside containerd's runc sh
 # BENCH="-workloads mem-10m,mem-1g -runs 5", BENCH=-quick; BENCH=-help lists the options.
 .PHONY: bench
 bench: tools build ## restores, clones, checkpoints and cold starts beside every peer, into build/bench.json (BENCH=options)
-	@integration/apps/build.sh memory
+	@integration/tools/install.sh jdk jdk25
+	@integration/apps/build.sh memory tomcat redis python
 	@go build -tags '$(GOTAGS)' -o $(BUILD)/bench-program ./integration/bench
 	@$(BUILD)/bench-program $(BENCH)
 

@@ -18,18 +18,21 @@ import (
 
 // bench is one run of the benchmark.
 type bench struct {
-	d       *harness.Daemon
-	nets    *networks
-	samples *report.Samples
-	config  config
-	roots   map[string]string // where rootfs has mounted an image
-	ids     int
-	say     func(format string, args ...any)
+	d    *harness.Daemon
+	nets *networks
+	// registry is started when it is first needed.
+	registry *harness.RegistryServer
+	samples  *report.Samples
+	closers  []func(context.Context) error
+	config   config
+	roots    map[string]string // where rootfs has mounted an image
+	ids      int
+	say      func(format string, args ...any)
 }
 
 // config says what is measured, and how often.
 type config struct {
-	workloads  []*workload
+	workloads  []string
 	contenders []string // names; empty: all
 	runs       int
 	saves      int   // checkpoints of a workload that runs on
@@ -56,12 +59,19 @@ func (b *bench) checkpointRef(id string) string { return "bench.test/" + id + ":
 
 // contenders are all that there are, in the order of the tables.
 func (b *bench) contenders() []contender {
+	podmans := &podmanHost{b: b}
+	b.closers = append(b.closers, podmans.close)
 	return []contender{
 		&fromImage{b},
 		&fromPath{fromImage{b}},
 		&underRunc{b: b, title: "containerd-runc"},
+		&bareRunc{b},
+		&podman{b: b, title: "podman-import", export: true, host: podmans},
+		&podman{b: b, title: "podman-local", host: podmans},
 		&bareCRIU{b},
 		&plainCopy{b},
+		&archive{b: b, title: "cds", training: "-XX:ArchiveClassesAtExit=", use: "-XX:SharedArchiveFile="},
+		&archive{b: b, title: "aot", training: "-XX:AOTCacheOutput=", use: "-XX:AOTCache=", jdk25: true},
 	}
 }
 
@@ -95,8 +105,19 @@ func (b *bench) run(ctx context.Context) error {
 	for _, c := range contenders {
 		b.samples.Contenders = append(b.samples.Contenders, c.name())
 	}
-	for i, w := range b.config.workloads {
+	dir, err := b.d.Path("java")
+	if err != nil {
+		return err
+	}
+	all := workloads(dir)
+	for i, name := range b.config.workloads {
+		w := all[slices.IndexFunc(all, func(w *workload) bool { return w.name == name })]
 		b.say("workload %s (%d of %d)", w.name, i+1, len(b.config.workloads))
+		if w.make != nil {
+			if err := w.make(ctx); err != nil {
+				return fmt.Errorf("%s: %w", w.name, err)
+			}
+		}
 		if err := b.workload(ctx, w, contenders); err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
@@ -128,6 +149,10 @@ func (b *bench) workload(ctx context.Context, w *workload, contenders []contende
 		}
 		if err := c.can(w); err != nil {
 			b.say("  %s: %v", c.name(), err)
+			continue
+		}
+		if w.coldOnly {
+			entries = append(entries, &entry{c, nil})
 			continue
 		}
 		b.say("  %s: start, warm, save", c.name())
@@ -174,6 +199,9 @@ func (b *bench) add(w *workload, c contender, metric, unit string, value float64
 // close removes what the benchmark has made beside its daemon's own parts.
 func (b *bench) close(ctx context.Context) error {
 	var errs []error
+	for _, f := range b.closers {
+		errs = append(errs, f(ctx))
+	}
 	for _, image := range slices.Collect(maps.Keys(b.roots)) {
 		errs = append(errs, b.unmountRoot(ctx, "bench-rootfs-"+image, b.roots[image]))
 	}

@@ -69,10 +69,10 @@ func specOf(img containerd.Image, w *workload, n *network, annotations map[strin
 }
 
 func imageConfig(img containerd.Image, w *workload) oci.SpecOpts {
-	if w.args == nil {
+	if w.command == nil {
 		return oci.WithImageConfig(img)
 	}
-	return oci.WithImageConfigArgs(img, w.args)
+	return oci.Compose(oci.WithImageConfig(img), oci.WithProcessArgs(w.command...))
 }
 
 func (t *task) run(ctx context.Context) (err error) {
@@ -83,9 +83,19 @@ func (t *task) run(ctx context.Context) (err error) {
 		return err
 	}
 	if err := t.task.Start(ctx); err != nil {
-		return fmt.Errorf("start: %w", err)
+		t.exits = nil // what has not started does not end
+		return errors.Join(fmt.Errorf("start: %w", err), t.restoreLog())
 	}
 	return nil
+}
+
+// restoreLog is the end of what CRIU says of a restore under runc.
+func (t *task) restoreLog() error {
+	logs, err := filepath.Glob(filepath.Join(t.b.d.Dir, "*", "io.containerd.runtime.v2.task", t.b.d.Namespace, t.c.ID(), "work", "restore.log"))
+	for _, log := range logs {
+		err = errors.Join(err, lastLines(log))
+	}
+	return err
 }
 
 // lazy tells whether it ran before it had its memory: then there is a log of who brought it.
@@ -192,7 +202,7 @@ func (r *underRunc) prepare(ctx context.Context, w *workload) (saved, error) {
 	return r.b.prepareRuntime(ctx, r, w)
 }
 
-func (r *underRunc) stageCold(ctx context.Context, w *workload, n *network, _ bool) (instance, error) {
+func (r *underRunc) stageCold(ctx context.Context, w *workload, n *network) (instance, error) {
 	img, err := r.b.image(ctx, w)
 	if err != nil {
 		return nil, err

@@ -12,7 +12,8 @@ type contender interface {
 	name() string
 	// can says why a workload is beyond it; nil: it is not.
 	can(w *workload) error
-	// prepare runs the workload, warms it, saves it and ends it.
+	// prepare runs the workload, warms it, saves it and ends it. It returns nil if there is nothing
+	// to bring back.
 	prepare(ctx context.Context, w *workload) (saved, error)
 }
 
@@ -40,11 +41,16 @@ type instance interface {
 	remove(ctx context.Context) (time.Duration, error)
 }
 
+// starter is a contender that can start the workload anew.
+type starter interface {
+	// stageCold prepares a new container of the workload.
+	stageCold(ctx context.Context, w *workload, n *network) (instance, error)
+}
+
 // runtime is a contender that starts containers too, and saves them while they run on.
 type runtime interface {
 	contender
-	// stageCold prepares a new container of the workload.
-	stageCold(ctx context.Context, w *workload, n *network, live bool) (instance, error)
+	starter
 	// save saves it. With exit it ends with that.
 	save(ctx context.Context, w *workload, i instance, exit bool) (saved, error)
 }
@@ -56,14 +62,11 @@ func cannot(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{errCannot}, args...)...)
 }
 
-// full returns the contender as a runtime that is measured in all that a runtime does, if it is one:
-// some are there for their restores only, because they do the rest as another does.
-func full(c contender) (runtime, bool) {
-	if _, only := c.(interface{ restoresOnly() }); only {
-		return nil, false
-	}
-	r, ok := c.(runtime)
-	return r, ok
+// takesPart tells whether a contender is measured in a part beside restores: some do what they do
+// there as another does, or not at all.
+func takesPart(c contender, part string) bool {
+	l, limited := c.(interface{ takesPart(part string) bool })
+	return !limited || l.takesPart(part)
 }
 
 // prepareRuntime is prepare for a runtime.
@@ -73,7 +76,7 @@ func (b *bench) prepareRuntime(ctx context.Context, r runtime, w *workload) (_ s
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, b.nets.drop(context.WithoutCancel(ctx), n)) }()
-	i, err := r.stageCold(ctx, w, n, true)
+	i, err := r.stageCold(ctx, w, n)
 	if err != nil {
 		return nil, err
 	}

@@ -34,7 +34,7 @@ func (f *fromImage) prepare(ctx context.Context, w *workload) (saved, error) {
 	return s, nil
 }
 
-func (f *fromImage) stageCold(ctx context.Context, w *workload, n *network, _ bool) (instance, error) {
+func (f *fromImage) stageCold(ctx context.Context, w *workload, n *network) (instance, error) {
 	img, err := f.b.image(ctx, w)
 	if err != nil {
 		return nil, err
@@ -82,7 +82,8 @@ type fromPath struct{ fromImage }
 
 func (f *fromPath) name() string { return "crac-path" }
 
-func (f *fromPath) restoresOnly() {}
+// takesPart: the rest is as with images.
+func (f *fromPath) takesPart(string) bool { return false }
 
 func (f *fromPath) prepare(ctx context.Context, w *workload) (saved, error) {
 	return f.b.prepareRuntime(ctx, f, w)

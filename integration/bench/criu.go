@@ -39,16 +39,16 @@ func (r *bareCRIU) prepare(ctx context.Context, w *workload) (saved, error) {
 	return r.b.prepareRuntime(ctx, r, w)
 }
 
-func (r *bareCRIU) stageCold(ctx context.Context, w *workload, n *network, _ bool) (instance, error) {
+func (r *bareCRIU) stageCold(ctx context.Context, w *workload, n *network) (instance, error) {
 	s, err := r.b.newSandbox(ctx, w, n)
 	if err != nil {
 		return nil, err
 	}
-	program := []string{filepath.Join(s.root, "usr/bin", w.image)}
+	program := filepath.Join(s.root, w.command[0])
 	// High process ids, so that CRIU's own is not among them when it restores. And a file that was
 	// opened outside this mount namespace is nothing that it can find.
 	s.command = `echo 1000 >/proc/sys/kernel/ns_last_pid; ( for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done; ` +
-		"GODEBUG=multipathtcp=0 exec setsid " + strings.Join(append(program, w.args...), " ") + " ) </dev/null >/dev/null 2>&1 &"
+		"GODEBUG=multipathtcp=0 exec setsid " + program + " " + strings.Join(w.command[1:], " ") + " ) </dev/null >/dev/null 2>&1 &"
 	return s, nil
 }
 

@@ -52,7 +52,7 @@ func interruptible() (context.Context, func()) {
 }
 
 func parse(args []string) (config, error) {
-	all := workloads()
+	all := workloads("")
 	var names, partNames []string
 	for _, w := range all {
 		names = append(names, w.name)
@@ -92,14 +92,13 @@ func parse(args []string) (config, error) {
 		}
 	}
 	for _, name := range split(*chosen) {
-		i := slices.Index(names, name)
-		if i < 0 {
+		if !slices.Contains(names, name) {
 			return conf, fmt.Errorf("there is no workload %q: there are %v", name, names)
 		}
-		conf.workloads = append(conf.workloads, all[i])
+		conf.workloads = append(conf.workloads, name)
 	}
 	if len(conf.workloads) == 0 {
-		conf.workloads = all
+		conf.workloads = names
 	}
 	for _, c := range split(*clones) {
 		k, err := strconv.Atoi(c)
@@ -109,6 +108,17 @@ func parse(args []string) (config, error) {
 		conf.clones = append(conf.clones, k)
 	}
 	return conf, nil
+}
+
+// sizes says how much memory the workloads hold that hold nothing else.
+func sizes() map[string]int {
+	all := map[string]int{}
+	for _, w := range workloads("") {
+		if w.mib > 0 {
+			all[w.name] = w.mib
+		}
+	}
+	return all
 }
 
 func split(list string) []string {
@@ -139,13 +149,15 @@ func run(ctx context.Context, conf config) (err error) {
 	}
 	err = errors.Join(err, undo(), b.close(d.Context(context.WithoutCancel(ctx))), d.Stop(ctx))
 	results := b.samples.Results()
+	outcomes := report.Evaluate(report.Aims(), results)
 	// What was measured until something went wrong is worth seeing too.
 	file := filepath.Join(d.Tools.Build, "bench.json")
-	err = errors.Join(err, report.Save(file, results), report.Print(os.Stdout, results))
+	err = errors.Join(err, report.Save(file, results), report.Print(os.Stdout, results), report.PrintAims(os.Stdout, outcomes),
+		report.Plot(filepath.Join(d.Tools.Build, "bench.svg"), results, sizes()))
 	if err != nil {
 		return err
 	}
-	fmt.Printf("\nThe same numbers are in %s\n", file)
+	fmt.Printf("\nThe same numbers are in %s, and a plot beside it\n", file)
 	if wrong := report.Wrong(results); len(wrong) > 0 {
 		return fmt.Errorf("not everything was right:\n%s", strings.Join(wrong, "\n"))
 	}

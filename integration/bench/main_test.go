@@ -11,19 +11,16 @@ func TestParse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var names []string
-	for _, w := range conf.workloads {
-		names = append(names, w.name)
-	}
+	names := conf.workloads
 	if conf.runs != 7 || !reflect.DeepEqual(names, []string{"mem-1g", "mem-10m"}) || !reflect.DeepEqual(conf.clones, []int{2}) ||
 		!reflect.DeepEqual(conf.contenders, []string{"copy", "crac"}) || !reflect.DeepEqual(conf.parts, []string{"restore", "cold"}) {
 		t.Errorf("got %+v", conf)
 	}
-	if conf, err = parse(nil); err != nil || len(conf.workloads) != len(workloads()) || conf.contenders != nil || conf.parts != nil {
+	if conf, err = parse(nil); err != nil || len(conf.workloads) != len(workloads("")) || conf.contenders != nil || conf.parts != nil {
 		t.Errorf("without options: %+v, %v", conf, err)
 	}
 	all := conf.runs
-	if conf, err = parse([]string{"-quick"}); err != nil || conf.runs >= all || len(conf.workloads) >= len(workloads()) {
+	if conf, err = parse([]string{"-quick"}); err != nil || conf.runs >= all || len(conf.workloads) >= len(workloads("")) {
 		t.Errorf("-quick: %+v, %v", conf, err)
 	}
 	for args, want := range map[string]string{

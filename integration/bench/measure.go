@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -20,12 +21,17 @@ var parts = []part{
 	{"checkpoint", checkpoints},
 	{"clones", clones},
 	{"cold", colds},
+	// Last: it takes the images away and brings them back.
+	{"image", registryTrips},
 }
 
 // rounds lets the contenders take turns, so that what else the machine does hits all of them. The
 // first round is not counted: after it every file is in the page cache. None is always the first.
 // Who fails takes no further part.
 func (b *bench) rounds(ctx context.Context, w *workload, part string, entries []*entry, runs int, once func(e *entry, count bool) error) {
+	if len(entries) == 0 {
+		return
+	}
 	out := map[*entry]bool{}
 	for round := range runs + 1 {
 		for i := range entries {
@@ -51,6 +57,7 @@ func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
 
 // restores brings the workload back, one at a time.
 func restores(ctx context.Context, b *bench, w *workload, entries []*entry) error {
+	entries = slices.DeleteFunc(slices.Clone(entries), func(e *entry) bool { return e.saved == nil })
 	b.rounds(ctx, w, "restore", entries, b.config.runs, func(e *entry, count bool) error {
 		return b.restoreOne(ctx, w, e, count)
 	})
@@ -112,7 +119,7 @@ func (b *bench) restoreOne(ctx context.Context, w *workload, e *entry, count boo
 	if was == nil {
 		return errors.New("nobody can say whether it is right")
 	}
-	digest, err := w.digest(ctx, n)
+	digest, err := w.readAll(ctx, n)
 	if err == nil && digest != was.digest {
 		err = fmt.Errorf("the digest of its memory is %s, and was %s when it was saved", digest, was.digest)
 	}
@@ -142,7 +149,7 @@ func clones(ctx context.Context, b *bench, w *workload, entries []*entry) error 
 	for _, k := range b.config.clones {
 		var some []*entry
 		for _, e := range entries {
-			if _, ok := full(e.contender); ok {
+			if takesPart(e.contender, "clones") && e.saved != nil && e.saved.was() != nil {
 				some = append(some, e)
 			}
 		}
@@ -220,7 +227,7 @@ func (b *bench) several(ctx context.Context, w *workload, c contender, k int, me
 		if was == nil {
 			break
 		}
-		digest, err := w.digest(ctx, nets[i])
+		digest, err := w.readAll(ctx, nets[i])
 		if err != nil {
 			return err
 		}
@@ -258,15 +265,15 @@ func checkpoints(ctx context.Context, b *bench, w *workload, entries []*entry) (
 	}()
 	var some []*entry
 	for _, e := range entries {
-		r, ok := full(e.contender)
-		if !ok {
+		r, ok := e.contender.(runtime)
+		if !ok || e.saved == nil || !takesPart(e.contender, "checkpoint") {
 			continue
 		}
 		n, err := b.nets.take(ctx)
 		if err != nil {
 			return err
 		}
-		i, err := r.stageCold(ctx, w, n, true)
+		i, err := r.stageCold(ctx, w, n)
 		if err != nil {
 			b.nets.give(n)
 			return err
@@ -289,10 +296,11 @@ func checkpoints(ctx context.Context, b *bench, w *workload, entries []*entry) (
 }
 
 func (b *bench) saveOne(ctx context.Context, w *workload, e *entry, i instance, n *network, count bool) (err error) {
-	before, err := w.ask(ctx, n)
+	before, err := w.answer(ctx, n)
 	if err != nil {
 		return err
 	}
+	time.Sleep(w.settle)
 	if w.watched {
 		if _, err := tell(ctx, n, w.port, "watch"); err != nil {
 			return err
@@ -347,9 +355,17 @@ func (b *bench) saveOne(ctx context.Context, w *workload, e *entry, i instance, 
 func colds(ctx context.Context, b *bench, w *workload, entries []*entry) error {
 	var some []*entry
 	for _, e := range entries {
-		if _, ok := full(e.contender); ok {
+		if _, ok := e.contender.(starter); ok && takesPart(e.contender, "cold") {
 			some = append(some, e)
 		}
+	}
+	if w.crowd > 0 {
+		metric := fmt.Sprintf("colds.%d", w.crowd)
+		b.rounds(ctx, w, metric, some, b.config.cloneRuns, func(e *entry, count bool) error {
+			return b.several(ctx, w, e, w.crowd, metric, count, nil, func(n *network) (instance, error) {
+				return e.contender.(starter).stageCold(ctx, w, n)
+			})
+		})
 	}
 	b.rounds(ctx, w, "cold", some, b.config.runs, func(e *entry, count bool) (err error) {
 		n, err := b.nets.take(ctx)
@@ -357,7 +373,7 @@ func colds(ctx context.Context, b *bench, w *workload, entries []*entry) error {
 			return err
 		}
 		defer b.nets.give(n)
-		i, err := e.contender.(runtime).stageCold(ctx, w, n, false)
+		i, err := e.contender.(starter).stageCold(ctx, w, n)
 		if err != nil {
 			return err
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -13,20 +12,30 @@ import (
 
 // workload is a program that is saved and brought back.
 type workload struct {
-	name   string
-	image  string   // of integration/apps
-	args   []string // after the image's entrypoint; nil: the image's own
-	env    []string
-	mounts []bind
-	port   int
-	mib    int // of memory that it holds on purpose
+	name    string
+	image   string   // of integration/apps
+	command []string // nil: the image's own
+	env     []string
+	mounts  []bind
+	java    bool // a JVM runs it
+	port    int
+	mib     int // of memory, for those that hold just that
+	// make makes what it is made of beside its image; nil: there is nothing.
+	make func(ctx context.Context) error
 	// prepare gives a program that has just been started its state; nil if it makes its own.
 	prepare func(ctx context.Context, n *network) error
 	// ask is a request that every client could make. Its answer says whose it is: that of a program
 	// that was started anew, or of one that went on from elsewhere, is another.
 	ask func(ctx context.Context, n *network) (string, error)
-	// digest reads all of the memory that the program holds on purpose.
+	// digest reads all of the memory that the program holds on purpose; nil if it holds none.
 	digest func(ctx context.Context, n *network) (string, error)
+	// settle is how long it needs to let go of a connection that its client has seen closed; CRIU
+	// refuses what is left of one.
+	settle time.Duration
+	// crowd is how many are started anew at once, beside one at a time; 0: none.
+	crowd int
+	// coldOnly workloads are only started, never saved.
+	coldOnly bool
 	// watched workloads tell how long they stood still.
 	watched bool
 }
@@ -72,8 +81,17 @@ func (w *workload) warm(ctx context.Context, n *network) (*testimony, error) {
 	if t.answer, err = w.ask(ctx, n); err != nil {
 		return nil, err
 	}
-	t.digest, err = w.digest(ctx, n)
+	t.digest, err = w.readAll(ctx, n)
+	time.Sleep(w.settle)
 	return t, err
+}
+
+// readAll is the digest, of a workload that has one.
+func (w *workload) readAll(ctx context.Context, n *network) (string, error) {
+	if w.digest == nil {
+		return "", nil
+	}
+	return w.digest(ctx, n)
 }
 
 // memoryPort is where integration/apps/memory listens.
@@ -85,14 +103,31 @@ func memoryWorkload(name string, mib int) *workload {
 		return func(ctx context.Context, n *network) (string, error) { return tell(ctx, n, memoryPort, word) }
 	}
 	return &workload{
-		name: name, image: "memory", args: []string{strconv.Itoa(mib)}, port: memoryPort, mib: mib,
+		name: name, image: "memory", command: []string{"/usr/bin/memory", strconv.Itoa(mib)}, port: memoryPort, mib: mib,
 		ask: word("id"), digest: word("sum"), watched: true,
 	}
 }
 
-// tell sends one line and returns all that comes back. It waits for the server to close first, so
-// that no connection is left for a dump to find.
+// hello is as small as it can be: what its start takes is the runtime's.
+func hello() *workload {
+	w := memoryWorkload("hello", 1)
+	w.coldOnly, w.crowd = true, 20
+	return w
+}
+
+// tell sends a line and returns what comes back.
 func tell(ctx context.Context, n *network, port int, line string) (string, error) {
+	answer, err := exchange(ctx, n, port, line+"\n")
+	text := strings.TrimSpace(answer)
+	if err == nil && text == "" {
+		err = errors.New("an empty answer")
+	}
+	return text, err
+}
+
+// exchange sends a request and returns all that comes back. It waits for the server to close first,
+// so that no connection is left for a dump to find.
+func exchange(ctx context.Context, n *network, port int, request string) (string, error) {
 	c, err := n.dial(ctx, port)
 	if err != nil {
 		return "", err
@@ -105,24 +140,29 @@ func tell(ctx context.Context, n *network, port int, line string) (string, error
 	if err := c.SetDeadline(deadline); err != nil {
 		return "", err
 	}
-	if _, err := io.WriteString(c, line+"\n"); err != nil {
+	if _, err := io.WriteString(c, request); err != nil {
 		return "", err
 	}
-	answer, err := io.ReadAll(bufio.NewReader(c))
-	text := strings.TrimSpace(string(answer))
-	if err == nil && text == "" {
-		err = errors.New("an empty answer")
-	}
-	return text, err
+	answer, err := io.ReadAll(c)
+	return string(answer), err
 }
 
-// workloads are all that there are, in the order in which they are measured.
-func workloads() []*workload {
+// workloads are all that there are, in the order in which they are measured. dir is for what they
+// are made of.
+func workloads(dir string) []*workload {
+	// Clones of this one are compared with cold starts.
+	hundred := memoryWorkload("mem-100m", 100)
+	hundred.crowd = 16
 	return []*workload{
+		hello(),
 		memoryWorkload("mem-10m", 10),
-		memoryWorkload("mem-100m", 100),
+		hundred,
 		memoryWorkload("mem-500m", 500),
 		memoryWorkload("mem-1g", 1000),
 		memoryWorkload("mem-2g", 2000),
+		tomcat(),
+		javaHeap(dir),
+		redis(),
+		python(),
 	}
 }

@@ -2,6 +2,7 @@ package report
 
 import (
 	"encoding/json"
+	"encoding/xml"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -126,6 +127,41 @@ func TestTableFits(t *testing.T) {
 	for line := range strings.Lines(b.String()) {
 		if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 120 {
 			t.Errorf("%d columns: %s", n, line)
+		}
+	}
+}
+
+func TestPlot(t *testing.T) {
+	sizes := map[string]int{"mem-10m": 10, "mem-1g": 1000}
+	file := filepath.Join(t.TempDir(), "bench.svg")
+	if err := Plot(file, []Result{{"tomcat", "crac", "restore.answer", "ms", 1, 5, 5, 5, true, ""}}, sizes); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(file); !os.IsNotExist(err) {
+		t.Errorf("a plot of nothing: %v", err)
+	}
+	results := []Result{
+		{"mem-10m", "crac", "restore.answer", "ms", 2, 50, 40, 60, true, ""},
+		{"mem-1g", "crac", "restore.answer", "ms", 2, 55, 55, 55, true, ""},
+		{"mem-1g", "copy", "restore.memory", "ms", 2, 200, 190, 300, true, ""},
+		{"mem-1g", "broken", "restore.memory", "ms", 2, 1, 1, 1, false, "a wrong answer"},
+	}
+	if err := Plot(file, results, sizes); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var svg struct {
+		XMLName xml.Name `xml:"svg"`
+	}
+	if err := xml.Unmarshal(data, &svg); err != nil {
+		t.Fatalf("the plot is no SVG: %v", err)
+	}
+	for text, want := range map[string]bool{">crac<": true, ">copy<": true, ">broken<": false, "first correct answer": true} {
+		if got := strings.Contains(string(data), text); got != want {
+			t.Errorf("the plot says %q: %v", text, got)
 		}
 	}
 }
