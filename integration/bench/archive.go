@@ -16,7 +16,7 @@ import (
 type archive struct {
 	b             *bench
 	title         string
-	training, use string // the options that write the file and that use it, without its name
+	training, use string // the options that write the file and that use it, which its name ends
 	jdk25         bool   // with that JDK in place of the image's
 	file          map[string]string
 }

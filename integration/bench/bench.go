@@ -32,6 +32,7 @@ type bench struct {
 
 // config says what is measured, and how often.
 type config struct {
+	out        string // the results' files, without what their names end with
 	workloads  []string
 	contenders []string // names; empty: all
 	runs       int
@@ -65,13 +66,14 @@ func (b *bench) contenders() []contender {
 		&fromImage{b},
 		&fromPath{fromImage{b}},
 		&underRunc{b: b, title: "containerd-runc"},
+		&underRunc{b: b, title: "containerd-crun", binary: "crun"},
 		&bareRunc{b},
 		&podman{b: b, title: "podman-import", export: true, host: podmans},
 		&podman{b: b, title: "podman-local", host: podmans},
 		&bareCRIU{b},
 		&plainCopy{b},
 		&archive{b: b, title: "cds", training: "-XX:ArchiveClassesAtExit=", use: "-XX:SharedArchiveFile="},
-		&archive{b: b, title: "aot", training: "-XX:AOTCacheOutput=", use: "-XX:AOTCache=", jdk25: true},
+		&archive{b: b, title: "aot", training: "-Djdk.lang.Process.launchMechanism=FORK -XX:AOTCacheOutput=", use: "-XX:AOTCache=", jdk25: true},
 	}
 }
 

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/api/types/runc/options"
@@ -20,6 +22,8 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/integration/harness"
 )
 
 const (
@@ -189,12 +193,30 @@ type underRunc struct {
 
 func (r *underRunc) name() string { return r.title }
 
-func (r *underRunc) can(*workload) error { return nil }
+func (r *underRunc) can(*workload) error {
+	if r.binary == "" {
+		return nil
+	}
+	if _, err := exec.LookPath(r.binary); err != nil {
+		return cannot("%w: install Debian's package %s", err, r.binary)
+	}
+	if roots, err := harness.CgroupRoots(); err != nil || harness.CgroupV2() || !slices.ContainsFunc(roots, isV2) {
+		return err
+	}
+	return cannot("%s refuses hosts with cgroups of both versions", r.binary)
+}
+
+// isV2 tells whether a cgroup hierarchy is the unified one.
+func isV2(root string) bool {
+	_, err := os.Stat(filepath.Join(root, "cgroup.subtree_control"))
+	return err == nil
+}
 
 func (r *underRunc) options() any {
 	if r.binary == "" {
 		return nil
 	}
+	// containerd's shim looks for it in its own PATH.
 	return &options.Options{BinaryName: r.binary}
 }
 

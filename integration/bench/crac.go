@@ -82,6 +82,8 @@ type fromPath struct{ fromImage }
 
 func (f *fromPath) name() string { return "crac-path" }
 
+func (f *fromPath) can(w *workload) error { return w.needsNoFiles() }
+
 // takesPart: the rest is as with images.
 func (f *fromPath) takesPart(string) bool { return false }
 

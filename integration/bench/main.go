@@ -67,6 +67,7 @@ func parse(args []string) (config, error) {
 	some := f.String("parts", "", "some of "+strings.Join(partNames, ","))
 	clones := f.String("clones", "1,4,8,16", "how many clones at once")
 	quick := f.Bool("quick", false, "few workloads and runs: minutes, and numbers that say little")
+	f.StringVar(&conf.out, "out", "", "where the results go, without .json and .svg (default: bench in the build directory)")
 	f.IntVar(&conf.runs, "runs", 5, "restores and cold starts of each contender, after one that does not count")
 	f.IntVar(&conf.saves, "checkpoints", 3, "checkpoints of each contender, after one that does not count")
 	f.IntVar(&conf.cloneRuns, "clone-runs", 3, "times that clones are started at once, after one that does not count")
@@ -151,9 +152,12 @@ func run(ctx context.Context, conf config) (err error) {
 	results := b.samples.Results()
 	outcomes := report.Evaluate(report.Aims(), results)
 	// What was measured until something went wrong is worth seeing too.
-	file := filepath.Join(d.Tools.Build, "bench.json")
+	if conf.out == "" {
+		conf.out = filepath.Join(d.Tools.Build, "bench")
+	}
+	file := conf.out + ".json"
 	err = errors.Join(err, report.Save(file, results), report.Print(os.Stdout, results), report.PrintAims(os.Stdout, outcomes),
-		report.Plot(filepath.Join(d.Tools.Build, "bench.svg"), results, sizes()))
+		report.Plot(conf.out+".svg", results, sizes()))
 	if err != nil {
 		return err
 	}

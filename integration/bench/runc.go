@@ -19,7 +19,7 @@ type bareRunc struct{ b *bench }
 
 func (r *bareRunc) name() string { return "runc" }
 
-func (r *bareRunc) can(*workload) error { return nil }
+func (r *bareRunc) can(w *workload) error { return w.needsNoFiles() }
 
 func (r *bareRunc) prepare(ctx context.Context, w *workload) (saved, error) {
 	return r.b.prepareRuntime(ctx, r, w)

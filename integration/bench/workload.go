@@ -18,6 +18,7 @@ type workload struct {
 	env     []string
 	mounts  []bind
 	java    bool // a JVM runs it
+	writes  bool // files, which have to be there when it is restored
 	port    int
 	mib     int // of memory, for those that hold just that
 	// make makes what it is made of beside its image; nil: there is nothing.
@@ -42,6 +43,14 @@ type workload struct {
 
 // bind is a directory of the host that the workload sees.
 type bind struct{ host, container string }
+
+// needsNoFiles says whether a workload can be restored from its memory alone.
+func (w *workload) needsNoFiles() error {
+	if w.writes {
+		return cannot("it saves memory only, and %s writes files", w.name)
+	}
+	return nil
+}
 
 // testimony is what a workload says of itself, before it is saved and when it is back.
 type testimony struct{ answer, digest string }
