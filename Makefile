@@ -59,7 +59,7 @@ test: test-unit test-e2e ## unit tests, then end-to-end tests
 
 .PHONY: test-unit
 test-unit: host ## unit tests with the race detector
-	@integration/tools/install.sh jdk jdk25
+	@integration/tools/install.sh jdk jdk25 podman
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
 # Every fuzz target, each with one worker, and three for a CPU: two dozen targets
@@ -102,7 +102,7 @@ bench-start: tools build ## start-up time and memory beside containerd's runc sh
 # BENCH="-workloads mem-10m,mem-1g -runs 5", BENCH=-quick; BENCH=-help lists the options.
 .PHONY: bench
 bench: tools build ## restores, clones, checkpoints and cold starts beside every peer, into build/bench.json (BENCH=options)
-	@integration/tools/install.sh jdk jdk25
+	@integration/tools/install.sh jdk jdk25 podman
 	@integration/apps/build.sh memory tomcat redis python
 	@go build -tags '$(GOTAGS)' -o $(BUILD)/bench-program ./integration/bench
 	@$(BUILD)/bench-program $(BENCH)

@@ -34,8 +34,8 @@ type podmanHost struct {
 func (p *podman) name() string { return p.title }
 
 func (p *podman) can(*workload) error {
-	if _, err := os.Stat(p.host.program("podman")); err != nil {
-		return cannot("%w: run integration/tools/install.sh podman", err)
+	if _, err := p.b.d.Tools.Path(harness.Podman); err != nil {
+		return cannot("%w", err)
 	}
 	return nil
 }
