@@ -59,7 +59,7 @@ test: test-unit test-e2e ## unit tests, then end-to-end tests
 
 .PHONY: test-unit
 test-unit: host ## unit tests with the race detector
-	@integration/tools/install.sh jdk jdk25 podman
+	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
 # Every fuzz target, each with one worker, and three for a CPU: two dozen targets
