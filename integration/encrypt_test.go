@@ -139,7 +139,9 @@ func TestEncryptedCheckpoint(tb *testing.T) {
 	for _, tag := range []string{":option", ":later", ":1", ":flat", ":plain"} {
 		t.CtrOK("images", "delete", "--sync", image+tag)
 	}
-	if out, err := t.Nerdctl(t.Ctx, "pull", "--quiet", image+":1"); err == nil || !strings.Contains(err.Error(), "decrypt") {
+	// containerd notices either that its decoder failed or that nothing came out of it.
+	out, err := t.Nerdctl(t.Ctx, "pull", "--quiet", image+":1")
+	if err == nil || !strings.Contains(err.Error(), "decrypt") && !strings.Contains(err.Error(), "wrong diff id") {
 		t.Errorf("pulled without the key: %q, %v", out, err)
 	}
 	if c, err := tryStart(t, how{image: image + ":1", args: args}); err == nil {

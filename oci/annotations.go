@@ -33,6 +33,9 @@ const (
 	AnnotationRequires       = ImagePrefix + "requires"
 	AnnotationLSM            = ImagePrefix + "lsm"
 	AnnotationDepth          = ImagePrefix + "depth"
+	// AnnotationManifest is the digest of manifest.json in the checkpoint layer: whoever
+	// signs the image's manifest signs the checkpoint.
+	AnnotationManifest = ImagePrefix + "manifest"
 
 	// The OCI image specification's own.
 	annotationCreated    = "org.opencontainers.image.created"

@@ -123,7 +123,7 @@ func (s *service) find(c *container, r *taskapi.CreateTaskRequest, opts *runcopt
 		f.warm, err = s.fitPath(path, &offered, c)
 	case err != nil:
 	case checkpoint != nil:
-		f.warm, err = s.fitImage(checkpoint, &offered, c)
+		f.warm, err = s.fitImage(checkpoint, mounts, &offered, c)
 	}
 	if err != nil && f.why == nil {
 		f.why = reasonOf(err, required)
@@ -144,7 +144,7 @@ func hasMount(m *oci.Manifest, destination string) bool {
 }
 
 // fitImage gates and verifies the checkpoint of an image.
-func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container) (*restore, error) {
+func (s *service) fitImage(ck *images.Checkpoint, mounts []images.Mount, spec *specs.Spec, c *container) (*restore, error) {
 	if err := s.gate(ck.Manifest, spec, c); err != nil {
 		return nil, err
 	}
@@ -157,6 +157,16 @@ func (s *service) fitImage(ck *images.Checkpoint, spec *specs.Spec, c *container
 	privileges := c.trace.Step("read the dump's privileges")
 	err = gatePrivileges(ck.CRIUDir(), spec)
 	privileges()
+	if err != nil {
+		return nil, err
+	}
+	layers, err := images.Layers(mounts)
+	if err != nil {
+		return nil, err
+	}
+	policy := c.trace.Step("ask the node's policy")
+	err = s.allowed(c, ck, layers)
+	policy()
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +185,9 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s holds no CRIU dump: %w", dir, err)}
 	}
 	if err := gatePrivileges(dir, spec); err != nil {
+		return nil, err
+	}
+	if err := allowedPath(); err != nil {
 		return nil, err
 	}
 	f, err := os.Open(filepath.Join(dir, manifestInDump))

@@ -21,7 +21,8 @@ func newPush(t *target) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "push REF",
 		Short: "Push a checkpoint image to its registry",
-		Long: `Push an image to the registry in its name, with what the registry lacks of it.
+		Long: `Push an image to the registry in its name, with what the registry lacks of it, and
+with its signatures.
 
 Credentials are those of docker login and nerdctl login (DOCKER_CONFIG). Hosts are
 configured as for nerdctl and containerd: hosts.toml below the hosts_dir of
@@ -85,6 +86,9 @@ func pushImage(ctx context.Context, client *containerd.Client, config registry.C
 	p, err := registry.Push(ctx, config, client.ContentStore(), ref, img.Target, report)
 	if err != nil {
 		return fmt.Errorf("%w; the image is complete in containerd: cracctl push %s tries again", err, ref)
+	}
+	if err := pushSignatures(ctx, client, config, ref, img.Target); err != nil {
+		return fmt.Errorf("%w; the image itself is pushed", err)
 	}
 	if !quiet {
 		fmt.Fprintf(out, "Pushed      %s in %s; the registry had the other %s\n", size(p.Uploaded), time.Since(start).Round(time.Millisecond), size(p.Total-p.Uploaded))

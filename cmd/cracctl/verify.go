@@ -10,6 +10,8 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/trust"
+	"github.com/crac-shim/crac/oci"
 )
 
 // verdict is what verify tells.
@@ -21,9 +23,11 @@ type verdict struct {
 	Whole  bool   `json:"whole"`
 	Damage string `json:"damage,omitempty"`
 	// Here is what this host says to it.
-	Here  inspect.Fit `json:"here"`
-	Files int         `json:"files"`
-	Bytes int64       `json:"bytes"`
+	Here inspect.Fit `json:"here"`
+	// Policy is what the node's policy says; nothing if there is none.
+	Policy *images.Verdict `json:"policy,omitempty"`
+	Files  int             `json:"files"`
+	Bytes  int64           `json:"bytes"`
 }
 
 func newVerify(t *target) *cobra.Command {
@@ -35,7 +39,10 @@ unpacked, and every file of the dump against the manifest in it, memory included
 Then ask what a start asks: whether this host can restore it. What depends on the
 request (its command, user, mounts and privileges) only a start can tell.
 
-The exit status is 0 when the image is whole and fits, else 1.`,
+Where this node has a policy (/etc/crac/policy.json, or CRAC_POLICY), tell what that
+says, too; signatures that are not here are fetched from the registry.
+
+The exit status is 0 when the image is whole, fits and is allowed, else 1.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
@@ -98,6 +105,15 @@ func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdi
 		}
 	}
 	v.OK = v.Whole && v.Here.OK
+	policy, err := images.LoadPolicy(images.PolicyPath())
+	switch {
+	case err != nil:
+		v.Policy = &images.Verdict{Reason: err.Error(), Image: ref}
+	case policy != nil && policy.Signature == oci.SignatureRequire:
+		said := trust.OfImage(s.ctx, s.ContentStore(), policy, img, fetchSignatures(s.Client))
+		v.Policy = &said
+	}
+	v.OK = v.OK && (v.Policy == nil || v.Policy.Allowed)
 	return v, nil
 }
 
@@ -115,6 +131,9 @@ func writeVerdict(out io.Writer, v *verdict) error {
 	}
 	for _, r := range v.Here.Reasons {
 		fmt.Fprintf(out, "  %s: %s\n", r.Code, r.Text)
+	}
+	if v.Policy != nil {
+		fmt.Fprintln(out, v.Policy.Words())
 	}
 	return nil
 }

@@ -418,6 +418,9 @@ func (w *world) check(name string) loaded {
 	}
 	c, _, err := images.Find([]images.Mount{{Type: "bind", Source: dir}})
 	w.must(err)
+	if says := l.manifest.Annotations[oci.AnnotationManifest]; says != c.ManifestDigest() {
+		w.t.Errorf("the image says that its checkpoint is %s, and it is %s", says, c.ManifestDigest())
+	}
 	w.must(c.VerifyAll())
 	if got, want := len(c.Manifest.Files), 4; got != want {
 		w.t.Errorf("%d files in the dump, want %d: %v", got, want, c.Manifest.Files)

@@ -56,6 +56,9 @@ func (w *world) whole(ref, key string) *inspect.Layer {
 	for _, l := range chain {
 		w.must(l.Verify())
 	}
+	if says := img.Manifest.Annotations[oci.AnnotationManifest]; says != chain[0].ManifestDigest {
+		w.t.Errorf("the image says that its checkpoint is %s, and it is %s", says, chain[0].ManifestDigest)
+	}
 	_, err = img.ReadChain(w.ctx, w.content, inspect.Options{})
 	if err == nil || !strings.Contains(err.Error(), "--key") {
 		w.t.Errorf("%s read without a key: %v", ref, err)

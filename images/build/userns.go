@@ -275,3 +275,10 @@ func (o *owners) unpacked(ctx context.Context, sn snapshots.Snapshotter, parent 
 	}
 	return parent, nil
 }
+
+// Unpacked finds the snapshot that an image was unpacked into and the container's root
+// file system was made from: parent, or what is below it if containerd's client gave
+// parent the owners of the container's user namespace.
+func Unpacked(ctx context.Context, sn snapshots.Snapshotter, spec *specs.Spec, parent string) (string, error) {
+	return ownersOf(spec).unpacked(ctx, sn, parent)
+}

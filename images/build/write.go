@@ -244,12 +244,18 @@ func writeImage(ctx context.Context, cs content.Store, b *base, changes newLayer
 		return none, 0, err
 	}
 
+	annotations := b.annotations(m)
+	written, err := m.Encode()
+	if err != nil {
+		return none, 0, err
+	}
+	annotations[oci.AnnotationManifest] = digest.FromBytes(written).String()
 	manifest := ocispec.Manifest{
 		Versioned:   specs.Versioned{SchemaVersion: 2},
 		MediaType:   ocispec.MediaTypeImageManifest,
 		Config:      configDesc,
 		Layers:      layers,
-		Annotations: b.annotations(m),
+		Annotations: annotations,
 	}
 	return storeManifest(ctx, cs, manifest)
 }

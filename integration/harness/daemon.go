@@ -138,6 +138,9 @@ func (d *Daemon) Path(name string) (string, error) {
 // KeyDir is where containerd looks for keys when it unpacks encrypted layers: a node's own.
 func (d *Daemon) KeyDir() string { return d.path("keys") }
 
+// PolicyPath is where the node's policy would be: the host's own decides nothing here.
+func (d *Daemon) PolicyPath() string { return d.path("policy.json") }
+
 func (d *Daemon) configure() error {
 	for _, p := range []string{"root", "state", "opt", "fifo", "x", "cni/net.d", "cni/lib", "certs.d", "nerdctl", "keys"} {
 		if err := os.MkdirAll(d.path(p), 0o711); err != nil {

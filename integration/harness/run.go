@@ -83,6 +83,7 @@ func (d *Daemon) env(more ...string) []string {
 		"NERDCTL_TOML":         d.path("nerdctl.toml"),
 		"CNI_PATH":             d.Tools.CNI,
 		"NETCONFPATH":          d.path("cni/net.d"),
+		"CRAC_POLICY":          d.PolicyPath(),
 	}
 	var env []string
 	for _, kv := range os.Environ() {

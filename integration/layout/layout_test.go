@@ -24,7 +24,7 @@ const module = "github.com/crac-shim/crac/"
 // error: whoever adds one decides here what it is.
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"runtime", "runtime/pager", "shim"},
-	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "oci", "runtime", "runtime/pager", "runtime/trace"},
+	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "images/trust", "oci", "runtime", "runtime/pager", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/trace", "images", "oci"},
@@ -41,6 +41,7 @@ var may = map[string][]string{
 	"images/crypt":                {"oci"},
 	"images/inspect":              {"images", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
+	"images/trust":                {"images", "images/build", "images/inspect", "oci"},
 	"oci":                         {},
 	"sdk/...":                     {},
 	"integration/...":             {"..."},
@@ -65,7 +66,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/convert", module + "images/crypt", module + "images/inspect", module + "images/registry", "github.com/klauspost/", "github.com/containers/ocicrypt"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/build", module + "images/convert", module + "images/crypt", module + "images/inspect", module + "images/registry", module + "images/trust", "github.com/klauspost/", "github.com/containers/ocicrypt", "github.com/notaryproject/"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{
