@@ -374,8 +374,9 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 }
 
 // lazyFrom is the size of a dump's memory, in bytes, from which on a workload that
-// is started with memory=auto runs before it has all of it: with less, to bring it
-// first takes no longer than to start a pager.
+// is started with memory=auto runs before it has all of it. With half of it the first
+// answer comes no sooner, and all of the memory a little later, than when it comes
+// first: docs/performance.md, "When lazy pays".
 const lazyFrom = 64 << 20
 
 // lazy tells whether a restore is to run before its memory is there.
