@@ -270,6 +270,8 @@ func TestPods(tb *testing.T) {
 	}
 	mustHaveImage(n.T, asked, true)
 	first.counts(id, 4)
+	const imported = "crac.test/shop:imported"
+	n.CracctlOK("--namespace", criNamespace, "import", archive, imported)
 
 	second := n.run(map[string]string{"io.containerd.crac.restore": "require", "unrelated.example/x": "y"})
 	for attempt := range uint32(2) {
@@ -291,6 +293,14 @@ func TestPods(tb *testing.T) {
 		st, err := n.ContainerStatus(n.Ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || st.GetStatus().GetExitCode() != 137 {
 			n.Errorf("the stopped clone is %v: %v", st.GetStatus(), err)
+		}
+	}
+	// Both of the kubelet's: the image, and what its archive became.
+	for attempt, image := range map[uint32]string{2: asked, 3: imported} {
+		id := second.mustStart(image, attempt)
+		second.counts(id, 4)
+		if _, err := n.StopContainer(n.Ctx, &runtimeapi.StopContainerRequest{ContainerId: id}); err != nil {
+			n.Error(err)
 		}
 	}
 	for _, p := range []*pod{first, second} {
