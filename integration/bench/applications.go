@@ -59,7 +59,7 @@ func tomcat() *workload {
 		return valueOf(body, "instance=")
 	}
 	return &workload{
-		name: "tomcat", image: "tomcat", java: true, writes: true, port: port, ask: ask,
+		name: "tomcat", image: "tomcat", takes: 200, java: true, writes: true, port: port, ask: ask,
 		settle: 3 * time.Second,
 		prepare: func(ctx context.Context, n *network) error {
 			// As the demo does: a server that has never been asked is slow in the clones too.
@@ -80,7 +80,7 @@ var heapSource []byte
 func javaHeap(dir string) *workload {
 	const port = 8080
 	return &workload{
-		name: "jvm-200m", image: "tomcat", java: true, writes: true, port: port,
+		name: "jvm-200m", image: "tomcat", takes: 300, java: true, writes: true, port: port,
 		command: []string{"java", "-Xms256m", "-Xmx256m", "-XX:+UseSerialGC", "-cp", "/bench/heap.jar", "Heap", "200"},
 		env:     []string{"PATH=/usr/lib/jvm/default-java/bin:/usr/bin:/bin"},
 		mounts:  []bind{{dir, "/bench"}},
@@ -120,7 +120,7 @@ func redis() *workload {
 	}
 	info, digest := say("INFO server"), say("DEBUG DIGEST")
 	return &workload{
-		name: "redis-500m", image: "redis", port: port,
+		name: "redis-500m", image: "redis", takes: 550, port: port,
 		command: []string{
 			"/usr/bin/redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--dir", "/var/lib/redis",
 			"--save", "", "--enable-debug-command", "yes",
@@ -180,7 +180,7 @@ var pythonSource string
 func python() *workload {
 	const port = 8080
 	return &workload{
-		name: "python-50m", image: "python", port: port,
+		name: "python-50m", image: "python", takes: 80, port: port,
 		command: []string{"/usr/bin/python3", "-c", pythonSource},
 		ask:     fetch(port, "/id"), digest: fetch(port, "/sum"),
 	}

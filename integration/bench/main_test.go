@@ -55,3 +55,18 @@ func TestChosen(t *testing.T) {
 		t.Errorf("an unknown contender: %v", err)
 	}
 }
+
+// The aims speak of 16 clones of 100 MiB; 16 of the largest would not fit into the machine.
+func TestFits(t *testing.T) {
+	for _, w := range workloads("") {
+		if w.takes <= 0 {
+			t.Errorf("nobody knows what %s takes", w.name)
+		}
+		if !w.fits(1) {
+			t.Errorf("not even one clone of %s is measured", w.name)
+		}
+		if got, want := w.fits(16), w.takes <= 256; got != want {
+			t.Errorf("16 clones of %s, %d MiB each: %v, want %v", w.name, w.takes, got, want)
+		}
+	}
+}

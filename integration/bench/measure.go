@@ -147,6 +147,10 @@ func isLazy(i instance) bool {
 // clones starts several at once: how long until all have answered, and what they take together.
 func clones(ctx context.Context, b *bench, w *workload, entries []*entry) error {
 	for _, k := range b.config.clones {
+		if !w.fits(k) {
+			b.say("  clones.%d: left out, they take more than %d MiB together", k, crowdLimit)
+			continue
+		}
 		var some []*entry
 		for _, e := range entries {
 			if takesPart(e.contender, "clones") && e.saved != nil && e.saved.was() != nil {

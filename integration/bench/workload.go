@@ -21,6 +21,7 @@ type workload struct {
 	writes  bool // files, which have to be there when it is restored
 	port    int
 	mib     int // of memory, for those that hold just that
+	takes   int // MiB that one of it takes, roughly
 	// make makes what it is made of beside its image; nil: there is nothing.
 	make func(ctx context.Context) error
 	// prepare gives a program that has just been started its state; nil if it makes its own.
@@ -43,6 +44,13 @@ type workload struct {
 
 // bind is a directory of the host that the workload sees.
 type bind struct{ host, container string }
+
+// crowdLimit is how many MiB clones may take together: on a machine of 16 GB the page cache
+// has to keep what they are restored from, and more of the large ones would say no more.
+const crowdLimit = 4 << 10
+
+// fits tells whether so many at once are measured.
+func (w *workload) fits(clones int) bool { return clones*w.takes <= crowdLimit }
 
 // needsNoFiles says whether a workload can be restored from its memory alone.
 func (w *workload) needsNoFiles() error {
@@ -112,7 +120,7 @@ func memoryWorkload(name string, mib int) *workload {
 		return func(ctx context.Context, n *network) (string, error) { return tell(ctx, n, memoryPort, word) }
 	}
 	return &workload{
-		name: name, image: "memory", command: []string{"/usr/bin/memory", strconv.Itoa(mib)}, port: memoryPort, mib: mib,
+		name: name, image: "memory", command: []string{"/usr/bin/memory", strconv.Itoa(mib)}, port: memoryPort, mib: mib, takes: mib,
 		ask: word("id"), digest: word("sum"), watched: true,
 	}
 }
