@@ -2,6 +2,7 @@ package oci
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -47,7 +48,7 @@ func DecodePolicy(r io.Reader) (*Policy, error) {
 	if err := d.Decode(p); err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
-	if _, err := d.Token(); err != io.EOF { //nolint:errorlint // Token gives it as it is
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("policy: something follows its end, or it is longer than %d bytes", maxPolicy)
 	}
 	if p.Version != PolicyVersion {
