@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
+
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -122,8 +124,8 @@ func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 		add(CodeCPUFeatures, "the checkpoint was made on a CPU (%s) with features that this host's (%s) lacks: %s; make one on the oldest CPU it is to run on",
 			orUnknown(m.Host.CPU.Model), orUnknown(h.CPU.Model), strings.Join(missing, " "))
 	}
-	if m.Host.CgroupVersion != h.CgroupVersion {
-		add(CodeCgroupVersion, "the checkpoint was made under cgroup v%d and this host has v%d; make one on a host with v%d",
+	if m.Host.CgroupVersion != h.CgroupVersion && holdsCgroups(m) {
+		add(CodeCgroupVersion, "the checkpoint holds a view of cgroup v%d (a cgroup namespace or a mount of type cgroup) and this host has v%d; make one on a host with v%d, or of a container without either",
 			m.Host.CgroupVersion, h.CgroupVersion, h.CgroupVersion)
 	}
 	var unknown, lacking []string
@@ -144,6 +146,14 @@ func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
 			orUnknown(h.Kernel), strings.Join(lacking, " "))
 	}
 	return reasons
+}
+
+// holdsCgroups tells whether the dump has something of the hierarchy that it was
+// made under: a namespace of it, or a mount. Where there is neither, CRIU is told
+// to leave cgroups alone, and the clone is in its own like any container.
+func holdsCgroups(m *oci.Manifest) bool {
+	return slices.Contains(m.Container.Namespaces, string(specs.CgroupNamespace)) ||
+		slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return strings.HasPrefix(d.Type, "cgroup") })
 }
 
 // gateLSM compares security modules: CRIU puts processes back into the profiles or

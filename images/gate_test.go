@@ -36,7 +36,17 @@ func TestGate(t *testing.T) {
 		{name: "richer CPU", change: func(m *oci.Manifest, h *Host, _ *Request) {
 			m.Host.CPU.Features, h.CPU.Features = []string{"a"}, []string{"a", "b"}
 		}},
-		{name: "cgroup", code: CodeCgroupVersion, says: []string{"v1", "v2"}, change: func(m *oci.Manifest, h *Host, _ *Request) { m.Host.CgroupVersion, h.CgroupVersion = 1, 2 }},
+		{name: "cgroup namespace", code: CodeCgroupVersion, says: []string{"v1", "v2"}, change: func(m *oci.Manifest, h *Host, r *Request) {
+			m.Host.CgroupVersion, h.CgroupVersion = 1, 2
+			m.Container.Namespaces = append(slices.Clone(m.Container.Namespaces), "cgroup")
+			r.Namespaces = m.Container.Namespaces
+		}},
+		{name: "cgroup mount", code: CodeCgroupVersion, says: []string{"v2", "v1"}, change: func(m *oci.Manifest, h *Host, r *Request) {
+			m.Host.CgroupVersion, h.CgroupVersion = 2, 1
+			m.Mounts = append(slices.Clone(m.Mounts), oci.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup"})
+			r.Mounts = m.Mounts
+		}},
+		{name: "nothing of cgroups", change: func(m *oci.Manifest, h *Host, _ *Request) { m.Host.CgroupVersion, h.CgroupVersion = 2, 1 }},
 		{name: "kernel", code: CodeKernel, says: []string{"ipv6 rseq", "5.4-small"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
 			m.Requires = []string{"ipv6", "rseq", "seccomp"}
 			h.Kernel, h.Features = "5.4-small", []string{"seccomp"}

@@ -2,9 +2,11 @@
 # run.sh boots the guest that build.sh makes, runs one command in it as a systemd
 # service, shows its output as it comes, and exits with the command's exit code.
 # The guest is thrown away: nothing written in it reaches the disk images, and
-# QEMU ends with this script however it ends.
+# QEMU ends with this script however it ends. What it leaves in /crac/exchange/out
+# comes back through a port of its own.
 #
-#   usage: integration/vm/run.sh                    the end-to-end tests
+#   usage: integration/vm/run.sh                    the end-to-end tests, and what
+#                                                   takes images from the one machine to the other
 #          integration/vm/run.sh -- COMMAND...      one command
 #          integration/vm/run.sh --shell TEXT       one shell command line
 #
@@ -76,15 +78,22 @@ parse_arguments() {
 write_job() {
 	local name
 	echo '#!/bin/bash'
+	echo 'set -o pipefail'
 	echo 'cd /crac/integration'
 	for name in $(compgen -e CRAC_); do
-		[[ $name == CRAC_VM* || $name == CRAC_BUILD ]] && continue
+		[[ $name == CRAC_VM* || $name == CRAC_BUILD || $name == CRAC_EXCHANGE ]] && continue
 		printf 'export %s=%q\n' "$name" "${!name}"
 	done
 	echo 'export CRAC_VM=1 CRAC_BUILD=/crac/build'
-	printf 'exec'
+	[[ -z $exchange ]] || echo 'export CRAC_EXCHANGE=/crac/exchange'
+	printf 'code=0;'
 	printf ' %q' "${job_command[@]}"
-	echo
+	echo ' || code=$?'
+	# The host waits for the end of the archive, so there is one in any case.
+	echo 'mkdir -p /crac/exchange/out'
+	echo '[[ -c /dev/virtio-ports/crac.files ]] && tar -c -C /crac/exchange/out . >/dev/virtio-ports/crac.files || exit 125'
+	# shellcheck disable=SC2016 # the guest's shell expands it
+	echo 'exit $code'
 }
 
 # What the guest gets of build/: flat directories, of which only finished files
@@ -103,7 +112,26 @@ stage() {
 			find "$repo/build/$dir" -maxdepth 1 ! -type d ! -name '.*' -exec cp -al -t "$tree/build/$dir" {} +
 	done
 	(cd "$here/.." && tar -c --exclude=./vm .) | tar -x -C "$tree/integration"
-	[[ -z $build_test ]] || mv "$run/e2e.test" "$tree/integration/e2e.test"
+	[[ -z $build_test ]] || ln "$run/e2e.test" "$tree/integration/e2e.test"
+	[[ -z $exchange ]] || {
+		mkdir -p "$tree/exchange"
+		mv "$run/exchange/out" "$tree/exchange/in"
+	}
+}
+
+# wants tells whether CRAC_VM_RUN selects a test. The part before the first slash
+# is for the tests themselves, and such a pattern means the same to bash.
+wants() {
+	local pattern=${CRAC_VM_RUN:-.}
+	[[ $1 =~ ${pattern%%/*} ]]
+}
+
+# host_test runs one of the tests here, beside the guest's: the two machines
+# exchange what they make in $run/exchange.
+host_test() {
+	log "on this host: $1"
+	(cd "$repo/integration" && CRAC_EXCHANGE=$run/exchange CRAC_BUILD=$repo/build \
+		"$run/e2e.test" -test.v -test.run "^$1\$" -test.timeout 10m)
 }
 
 write_disk() {
@@ -161,6 +189,7 @@ boot() {
 		-drive "file=$run/crac.ext4,format=raw,if=none,id=crac,snapshot=on,cache=unsafe" \
 		-device nvme,drive=root,serial=root -device virtio-blk-pci,drive=crac \
 		-device virtio-serial-pci \
+		-chardev "file,id=files,path=$run/files.tar" -device virtserialport,chardev=files,name=crac.files \
 		-chardev "file,id=output,path=$run/output" -device virtserialport,chardev=output,name=crac.output \
 		-chardev "file,id=status,path=$run/status" -device virtserialport,chardev=status,name=crac.status \
 		-serial "file:$run/console" \
@@ -228,7 +257,7 @@ remove_stale() {
 # main is one function so that bash has read all of this file before it starts:
 # the file may change while the guest runs.
 main() {
-	qemu_pid="" cat_pid="" accel="" build_test=""
+	qemu_pid="" cat_pid="" accel="" build_test="" exchange=""
 	parse_arguments "$@"
 	"$here/build.sh" || die "the guest could not be built: see above"
 	remove_stale
@@ -241,6 +270,11 @@ main() {
 	if [[ -n $build_test ]]; then
 		log "compiling the end-to-end tests"
 		(cd "$repo" && CGO_ENABLED=1 go test -c -tags "${GOTAGS:-seccomp}" -o "$run/e2e.test" ./integration)
+		if wants TestTakeFromAnotherHost || wants TestLeaveForAnotherHost; then
+			exchange=1
+			mkdir -p "$run/exchange/out" "$run/exchange/in"
+			host_test TestLeaveForAnotherHost
+		fi
 	fi
 	stage
 	write_disk
@@ -250,6 +284,10 @@ main() {
 
 	code=$(sed -n 's/^exit //p' "$run/status")
 	[[ -n $code ]] || guest_failed "the guest powered off without telling the command's exit code"
+	if [[ $code == 0 && -n $exchange ]] && wants TestLeaveForAnotherHost; then
+		tar -x -C "$run/exchange/in" -f "$run/files.tar" || die "the guest did not hand out what it made"
+		host_test TestTakeFromAnotherHost
+	fi
 	exit "$code"
 }
 
