@@ -258,7 +258,7 @@ func (d *Daemon) start(ctx context.Context) error {
 	if d.proc, err = startProcess(cmd, d.path("containerd.log")); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*WaitLimit)
 	defer cancel()
 	err = d.proc.waitFor(ctx, func(ctx context.Context) error {
 		try, cancel := context.WithTimeout(ctx, 2*time.Second)

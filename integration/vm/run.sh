@@ -109,7 +109,7 @@ stage() {
 	for dir in "${shipped[@]}"; do
 		mkdir -p "$tree/build/$dir"
 		[[ ! -d $repo/build/$dir ]] ||
-			find "$repo/build/$dir" -maxdepth 1 ! -type d ! -name '.*' -exec cp -al -t "$tree/build/$dir" {} +
+			find "$repo/build/$dir/" -maxdepth 1 ! -type d ! -name '.*' -exec cp -al -t "$tree/build/$dir" {} +
 	done
 	(cd "$here/.." && tar -c --exclude=./vm .) | tar -x -C "$tree/integration"
 	[[ -z $build_test ]] || ln "$run/e2e.test" "$tree/integration/e2e.test"
