@@ -586,10 +586,12 @@ func (r *confiner) images() map[string][]byte {
 	return changed
 }
 
-// encodeImage is parseImage's other half, for one message.
-func encodeImage(magic uint32, message []byte) []byte {
+// encodeImage is parseImage's other half.
+func encodeImage(magic uint32, messages ...[]byte) []byte {
 	data := binary.LittleEndian.AppendUint32(nil, magicCommon)
 	data = binary.LittleEndian.AppendUint32(data, magic)
-	data = binary.LittleEndian.AppendUint32(data, uint32(len(message)))
-	return append(data, message...)
+	for _, m := range messages {
+		data = append(binary.LittleEndian.AppendUint32(data, uint32(len(m))), m...)
+	}
+	return data
 }

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"fmt"
+	"maps"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -12,8 +13,8 @@ import (
 )
 
 // confine makes the image files with which a dump is restored under the
-// request's seccomp filter, security profile and resource limits, and gains no
-// privileges that it may not.
+// request's seccomp filter, security profile and resource limits, gains no
+// privileges that it may not, and is without mounts that this kernel has no place for.
 func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, error) {
 	limits, err := limitsOf(spec.Process)
 	if err != nil {
@@ -34,7 +35,19 @@ func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, erro
 			want.Seccomp = &images.SeccompFilter{Program: filter.Program, Flags: filter.Flags}
 		}
 	}
-	return want.Images(r.dir)
+	all, err := want.Images(r.dir)
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := images.MountsHere(r.dir)
+	if err != nil {
+		return nil, err
+	}
+	if all == nil {
+		return mounts, nil
+	}
+	maps.Copy(all, mounts)
+	return all, nil
 }
 
 // profileOf is the request's AppArmor profile or SELinux context, whichever the
