@@ -103,6 +103,9 @@ func TestViewRenamesTheHost(t *testing.T) {
 	if !inside(t) {
 		return
 	}
+	if err := unix.Sethostname([]byte("pod")); err != nil {
+		t.Fatal(err)
+	}
 	// Longer than fsconfig(2) takes, and with what has a meaning to overlayfs.
 	dir := filepath.Join(t.TempDir(), strings.Repeat("long", 50), "with:colon,comma")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -122,7 +125,7 @@ func TestViewRenamesTheHost(t *testing.T) {
 		"a name of its own": {[]specs.LinuxNamespace{{Type: specs.UTSNamespace}}, "clone", "clone"},
 		"no name asked":     {[]specs.LinuxNamespace{{Type: specs.UTSNamespace}}, "", "original"},
 		"the host's name":   {nil, "clone", "original"},
-		"another's name":    {[]specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/1/ns/uts"}}, "clone", "original"},
+		"the name of a pod": {[]specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/self/ns/uts"}}, "clone", "pod"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			bundle := t.TempDir()
