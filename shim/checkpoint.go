@@ -253,6 +253,12 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		return 0, nil, err
 	}
 	defer c.hooks.suspend()()
+	if r.ref != "" {
+		// It connects to containerd while the workload is dumped.
+		if *build, err = s.startBuilder(); err != nil {
+			return 0, nil, err
+		}
+	}
 	manifest := c.manifest(version, r)
 	began := time.Now()
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
@@ -265,11 +271,10 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			if r.ref == "" {
 				return nil
 			}
-			started, err := s.startBuild(c, r, manifest, began)
-			if err != nil {
+			started := *build
+			if err := started.ask(s.buildRequest(c, r, manifest, began)); err != nil {
 				return err
 			}
-			*build = started
 			// A client that has gone, or a builder that hangs, must not keep the
 			// workload frozen.
 			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
@@ -367,6 +372,7 @@ func clearDump(dir string) error {
 // imageBuild is a running builder.
 type imageBuild struct {
 	cmd     *exec.Cmd
+	request io.WriteCloser
 	waitCmd func() error
 	events  *bufio.Scanner
 	stderr  *bytes.Buffer
@@ -374,13 +380,34 @@ type imageBuild struct {
 	ended   bool // waited for
 }
 
-// startBuild starts to build the image while the container is frozen.
-func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest, frozen time.Time) (*imageBuild, error) {
+// startBuilder starts a builder, which waits to be asked.
+func (s *service) startBuilder() (*imageBuild, error) {
 	path, err := findBuilder()
 	if err != nil {
 		return nil, err
 	}
-	request, err := json.Marshal(images.BuildRequest{
+	b := &imageBuild{cmd: exec.Command(path, "build-image", "--address", s.containerd), stderr: &bytes.Buffer{}}
+	b.cmd.Stderr = b.stderr
+	// It must not outlive a shim that is killed: nobody would hear of its image.
+	b.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	if b.request, err = b.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := b.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if b.waitCmd, err = s.reaper.Start(b.cmd); err != nil {
+		return nil, fmt.Errorf("start %s: %w", path, err)
+	}
+	b.events = bufio.NewScanner(out)
+	b.events.Buffer(nil, 1<<20)
+	return b, nil
+}
+
+// buildRequest asks for the image of a container that is frozen since then.
+func (s *service) buildRequest(c *container, r *checkpointRequest, m *oci.Manifest, frozen time.Time) images.BuildRequest {
+	return images.BuildRequest{
 		Address:     s.containerd,
 		Namespace:   s.namespace,
 		Container:   c.id,
@@ -395,25 +422,20 @@ func (s *service) startBuild(c *container, r *checkpointRequest, m *oci.Manifest
 		EncryptTo:   r.encryptTo,
 		Parent:      r.parent,
 		Keys:        r.keys,
-	})
+	}
+}
+
+// ask begins the build. That the builder has ended meanwhile is no error of it:
+// its events tell why.
+func (b *imageBuild) ask(r images.BuildRequest) error {
+	request, err := json.Marshal(r)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	b := &imageBuild{cmd: exec.Command(path, "build-image"), stderr: &bytes.Buffer{}}
-	b.cmd.Stdin = bytes.NewReader(append(request, '\n'))
-	b.cmd.Stderr = b.stderr
-	// It must not outlive a shim that is killed: nobody would hear of its image.
-	b.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
-	out, err := b.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
+	if _, err := b.request.Write(append(request, '\n')); err != nil && !errors.Is(err, unix.EPIPE) {
+		return fmt.Errorf("ask %s for the image: %w", builder, err)
 	}
-	if b.waitCmd, err = s.reaper.Start(b.cmd); err != nil {
-		return nil, fmt.Errorf("start %s: %w", path, err)
-	}
-	b.events = bufio.NewScanner(out)
-	b.events.Buffer(nil, 1<<20)
-	return b, nil
+	return b.request.Close()
 }
 
 // findBuilder looks beside the shim first: the two belong together.

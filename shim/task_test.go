@@ -488,8 +488,11 @@ func TestImageBuild(t *testing.T) {
 	start := func(t *testing.T) *imageBuild {
 		t.Helper()
 		c := newTestContainer(t, "c")
-		b, err := s.startBuild(c, &checkpointRequest{ref: "r", dir: c.bundle}, &oci.Manifest{}, time.Now())
+		b, err := s.startBuilder()
 		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.ask(s.buildRequest(c, &checkpointRequest{ref: "r", dir: c.bundle}, &oci.Manifest{}, time.Now())); err != nil {
 			t.Fatal(err)
 		}
 		return b
@@ -545,6 +548,32 @@ func TestImageBuild(t *testing.T) {
 			}
 		})
 	}
+	t.Run("gone before it is asked", func(t *testing.T) {
+		noMoreFiles(t)
+		fakeBuilder(t, "echo no socket >&2; exit 1")
+		b, err := s.startBuilder()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.abort()
+		for unix.Waitid(unix.P_PID, b.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+		}
+		if err := b.ask(images.BuildRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.untilDiffed(); err == nil || !strings.Contains(err.Error(), "no socket") {
+			t.Errorf("error is %v, want what the builder said", err)
+		}
+	})
+	t.Run("never asked", func(t *testing.T) {
+		noMoreFiles(t)
+		fakeBuilder(t, request)
+		b, err := s.startBuilder()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.abort()
+	})
 	t.Run("aborted", func(t *testing.T) {
 		fakeBuilder(t, request+`echo '{"event":"diffed"}'; exec sleep 1000`)
 		b := start(t)
@@ -558,7 +587,7 @@ func TestImageBuild(t *testing.T) {
 	})
 	t.Run("not installed", func(t *testing.T) {
 		t.Setenv("PATH", t.TempDir())
-		if _, err := s.startBuild(newTestContainer(t, "c"), &checkpointRequest{}, &oci.Manifest{}, time.Now()); err == nil || !strings.Contains(err.Error(), builder) {
+		if _, err := s.startBuilder(); err == nil || !strings.Contains(err.Error(), builder) {
 			t.Errorf("error is %v, want one that names %s", err, builder)
 		}
 	})

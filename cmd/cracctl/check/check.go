@@ -95,7 +95,9 @@ func Run(ctx context.Context, c Container) (*Report, error) {
 		},
 	})...)
 	r.participants(ctx, c, options)
-	r.host(doctor.Run(ctx, doctor.Options{Address: c.Address}), held.Process(c.Init).Namespaces["net"] != shim.Namespaces["net"])
+	// The network is locked for connections that a clone goes on with.
+	locks := cmp.Or(c.TCP, options.TCP) == oci.TCPEstablished && held.Process(c.Init).Namespaces["net"] != shim.Namespaces["net"]
+	r.host(doctor.Run(ctx, doctor.Options{Address: c.Address}), locks)
 	if c.Image == "" {
 		r.add(inspect.Info, "image", "the container", "it was not made from an image, so a checkpoint of it can go into a directory, and into no image", "")
 	}
@@ -233,12 +235,12 @@ func (r *Report) participants(ctx context.Context, c Container, o oci.Options) {
 }
 
 // host takes from the doctor's report what a checkpoint needs.
-func (r *Report) host(d doctor.Report, ownNetwork bool) {
+func (r *Report) host(d doctor.Report, locksNetwork bool) {
 	for _, c := range d.Checks {
 		level := inspect.Error
 		switch {
 		case c.Status == doctor.Fail:
-		case c.Status == doctor.Warn && c.Name == "network lock" && ownNetwork:
+		case c.Status == doctor.Warn && c.Name == "network lock" && locksNetwork:
 		case c.Status == doctor.Warn && c.Name == "cracctl":
 			level = inspect.Warning
 		default:

@@ -318,7 +318,7 @@ func (p *prober) networkLock(ctx context.Context) []Check {
 		found = append(found, "CRIU locks with nftables itself")
 	}
 	if len(found) == 0 {
-		return one(name, Warn, "neither iptables nor nft is there: CRIU cannot hold connections still, and a dump of a container with a network of its own fails", "install iptables or nftables")
+		return one(name, Warn, "neither iptables nor nft is there: CRIU cannot hold connections still, and a dump with tcp=established of a container with a network of its own fails", "install iptables or nftables")
 	}
 	return one(name, OK, strings.Join(found, "; "), "")
 }
