@@ -15,6 +15,9 @@ const (
 	// closeWait is how long a connection is kept for the other side to close it
 	// first, so that a dump finds none of it.
 	closeWait = time.Second
+	// halfClosedWait is how long one is waited for that has ended its writing, and
+	// closes when it hears that we have ended ours: nothing tells when it does.
+	halfClosedWait = 30 * time.Millisecond
 	// pollEvery is the pause between two looks at what cannot be waited for.
 	pollEvery = 10 * time.Millisecond
 )
@@ -86,7 +89,27 @@ func endWith(ctx context.Context, conn net.Conn) func() bool {
 func awaitClose(conn net.Conn) bool {
 	_ = conn.SetReadDeadline(time.Now().Add(closeWait))
 	n, err := io.Copy(io.Discard, io.LimitReader(conn, maxAnswer))
-	return err == nil && n < maxAnswer || errors.Is(err, unix.ECONNRESET)
+	ended := err == nil && n < maxAnswer
+	if u, ok := conn.(*net.UnixConn); ok && ended && !hungUp(u) {
+		_ = u.CloseWrite()
+		time.Sleep(halfClosedWait)
+	}
+	return ended || errors.Is(err, unix.ECONNRESET)
+}
+
+// hungUp tells whether the other side has closed the connection, and not only ended
+// its writing (unix(7), poll(2)).
+func hungUp(conn *net.UnixConn) (yes bool) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	err = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(fds, 0)
+		yes = err == nil && n == 1 && fds[0].Revents&unix.POLLHUP != 0
+	})
+	return yes && err == nil
 }
 
 // sleep pauses until ctx ends.

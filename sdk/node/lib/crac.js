@@ -129,7 +129,8 @@ async function answer(socket, line) {
     failed = [`not a notification: ${err.message}`];
   }
   const reply = failed.length ? { ok: false, error: failed.join('; ').slice(0, 4096) } : { ok: true };
-  await new Promise((resolve) => socket.end(JSON.stringify(reply) + '\n', resolve));
+  // Not end(): the runtime would see the end before the socket is closed, and dump it half closed.
+  await new Promise((resolve) => socket.write(JSON.stringify(reply) + '\n', resolve));
   if (told?.event.startsWith('after-')) {
     stopped = false;
     ended = told;
