@@ -33,6 +33,9 @@ type CRIUOptions struct {
 	// WorkDir gets CRIU's log. Empty: the directory of the images.
 	WorkDir string
 	TCP     TCPMode
+	// CanSkipNetworkLock: this CRIU can leave the network unlocked; 4.2 and newer.
+	// An older one refuses the word, and ends.
+	CanSkipNetworkLock bool
 	// ExternalUnixSockets allows connections to sockets outside the container.
 	ExternalUnixSockets bool
 	// ShellJob allows a controlling terminal from outside the container.
@@ -185,7 +188,7 @@ func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
 	if o.TCP == TCPClose {
 		b.WriteString("tcp-close\n")
 	}
-	if pid != 0 && o.TCP != TCPEstablished {
+	if pid != 0 && o.TCP != TCPEstablished && o.CanSkipNetworkLock {
 		// The lock is for connections that a clone goes on with. Without it no packet
 		// to the original is lost, and neither dump nor restore waits for a packet
 		// filter: 77 ms of 183 of a small dump.

@@ -158,10 +158,13 @@ func TestCRIUOptions(t *testing.T) {
 		"own connections": {nil, 0, CRIUOptions{TCP: TCPEstablished}, ghost, "ignore", ""},
 		"no connections":  {nil, 0, CRIUOptions{TCP: TCPError, WorkDir: "/w"}, ghost, "ignore", "/w"},
 		"a dump of a network namespace": {
-			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPError}, ghost + "network-lock skip\n" + external, "ignore", "",
+			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPError, CanSkipNetworkLock: true}, ghost + "network-lock skip\n" + external, "ignore", "",
+		},
+		"an older CRIU": {
+			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPError}, ghost + external, "ignore", "",
 		},
 		"a dump with connections": {
-			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPEstablished}, ghost + external, "ignore", "",
+			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPEstablished, CanSkipNetworkLock: true}, ghost + external, "ignore", "",
 		},
 		"a restore of one":   {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, 0, CRIUOptions{TCP: TCPError}, ghost, "ignore", ""},
 		"a cgroup namespace": {[]specs.LinuxNamespace{{Type: specs.CgroupNamespace}}, 0, CRIUOptions{TCP: TCPError}, ghost, "soft", ""},

@@ -152,6 +152,7 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err != nil {
 		return classified{err, errdefs.ErrFailedPrecondition}
 	}
+	r.criu.CanSkipNetworkLock = version >= 40200
 	if need := images.ThisHost(version).MinimumCRIU(); version < need {
 		return fmt.Errorf("CRIU %s is too old, %s is needed on this kernel; see `cracctl doctor`: %w", oci.VersionString(version), oci.VersionString(need), errdefs.ErrFailedPrecondition)
 	}

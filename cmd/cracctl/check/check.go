@@ -95,7 +95,8 @@ func Run(ctx context.Context, c Container) (*Report, error) {
 		},
 	})...)
 	r.participants(ctx, c, options)
-	// The network is locked for connections that a clone goes on with.
+	// The network is locked for connections that a clone goes on with. (CRIU before 4.2
+	// locks it always, and fails by name where it cannot.)
 	locks := cmp.Or(c.TCP, options.TCP) == oci.TCPEstablished && held.Process(c.Init).Namespaces["net"] != shim.Namespaces["net"]
 	r.host(doctor.Run(ctx, doctor.Options{Address: c.Address}), locks)
 	if c.Image == "" {
