@@ -330,8 +330,8 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	if d.proc != nil {
 		errs = append(errs, d.deleteContainers(ctx))
 		// A shim ends by itself, a moment after its last task.
-		left, _ := waitGone(5*time.Second, func() ([]string, error) { return describe(d.shims()), nil })
-		for _, s := range left {
+		shims, _ := waitGone(5*time.Second, func() ([]string, error) { return describe(d.shims()), nil })
+		for _, s := range shims {
 			errs = append(errs, fmt.Errorf("a shim is left after all containers were deleted: %s", s))
 		}
 	}
@@ -353,7 +353,9 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	if d.view != nil {
 		d.view.close()
 	}
-	for _, l := range d.leftovers() {
+	// What has ended without a parent is its init's to reap, and some take seconds.
+	left, _ := waitGone(10*time.Second, func() ([]string, error) { return d.leftovers(), nil })
+	for _, l := range left {
 		errs = append(errs, errors.New("left behind: "+l))
 	}
 	errs = append(errs, d.purge())
