@@ -308,7 +308,8 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	}
 	c.hooks.restoring(r.manifest)
 	io := c.init.io
-	lazy, memory := s.lazy(c, r.dir), memoryOf(r.dir)
+	memory := memoryOf(r.dir)
+	lazy := s.lazy(c, memory)
 	c.trace.Facts(true, lazy, memory)
 	restore := c.trace.Step("restore")
 	order := workingSet{use: r.workingSet}
@@ -379,12 +380,12 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 // first: docs/performance.md, "When lazy pays".
 const lazyFrom = 64 << 20
 
-// lazy tells whether a restore is to run before its memory is there.
-func (s *service) lazy(c *container, dir string) bool {
+// lazy tells whether a restore of so much memory is to run before it is there.
+func (s *service) lazy(c *container, memory int64) bool {
 	if c.options.Memory == oci.MemoryEager {
 		return false
 	}
-	if c.options.Memory != oci.MemoryLazy && memoryOf(dir) < lazyFrom {
+	if c.options.Memory != oci.MemoryLazy && memory < lazyFrom {
 		return false
 	}
 	if !runtime.CanBeLazy(c.rt.Spec()) {
