@@ -6,9 +6,9 @@ import (
 	"slices"
 	"strings"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
@@ -98,20 +98,13 @@ remove it where it was pushed.`,
 				return err
 			}
 			defer s.Close()
-			desc, err := build.Encrypt(s.ctx, s.Client, r, func(e build.Event) {
-				if e.Event == images.EventWarning {
-					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
+				desc, err := build.Encrypt(s.ctx, s.Client, r, emit)
+				if err != nil {
+					return desc, "", fmt.Errorf("encrypt %s: %w", r.From, err)
 				}
+				return desc, "", nil
 			})
-			if err != nil {
-				return fmt.Errorf("encrypt %s: %w", r.From, err)
-			}
-			if quiet {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
-			} else {
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\n", r.Ref, desc.Digest)
-			}
-			return err
 		},
 	}
 	cmd.Flags().StringArrayVar(&r.To, "to", nil, "who can decrypt it: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated")

@@ -45,7 +45,8 @@ The restored container has a network namespace with nothing but lo. The director
 			if err != nil {
 				return fmt.Errorf("export %s: %w", r.Ref, err)
 			}
-			return printReport(cmd.OutOrStdout(), fmt.Sprintf("Made        %s, %s\n", r.Dest, report.From), report)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "Made        %s, %s\n%s", r.Dest, report.From, carried(report))
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&format, "format", "", "what to write: "+strings.Join(convert.Formats(), ", "))

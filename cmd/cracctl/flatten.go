@@ -3,9 +3,9 @@ package main
 import (
 	"fmt"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/oci"
 )
@@ -36,28 +36,13 @@ as much room as their memory.`,
 				return err
 			}
 			defer s.Close()
-			d := display{at: func(string, int64, int64) {}, end: func() {}}
-			if !quiet {
-				d = newDisplay(cmd.ErrOrStderr())
-			}
-			desc, err := build.Flatten(s.ctx, s.Client, r, func(e build.Event) {
-				switch e.Event {
-				case images.EventProgress:
-					d.at(packing, e.Done, e.Total)
-				case images.EventWarning:
-					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
+				desc, err := build.Flatten(s.ctx, s.Client, r, emit)
+				if err != nil {
+					return desc, "", fmt.Errorf("flatten %s: %w", r.From, err)
 				}
+				return desc, "", nil
 			})
-			d.end()
-			if err != nil {
-				return fmt.Errorf("flatten %s: %w", r.From, err)
-			}
-			if quiet {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
-			} else {
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\n", r.Ref, desc.Digest)
-			}
-			return err
 		},
 	}
 	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")

@@ -3,11 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/convert"
 	"github.com/crac-shim/crac/oci"
@@ -65,27 +64,13 @@ checkpoints only from whom you trust.`,
 				return err
 			}
 			defer s.Close()
-			d := display{at: func(string, int64, int64) {}, end: func() {}}
-			if !quiet {
-				d = newDisplay(cmd.ErrOrStderr())
-			}
-			desc, report, err := convert.Import(s.ctx, s.Client, r, func(e build.Event) {
-				switch e.Event {
-				case images.EventProgress:
-					d.at(packing, e.Done, e.Total)
-				case images.EventWarning:
-					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
+			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
+				desc, report, err := convert.Import(s.ctx, s.Client, r, emit)
+				if err != nil {
+					return desc, "", fmt.Errorf("import %s: %w", orBundle(r), err)
 				}
+				return desc, fmt.Sprintf("From        %s\n", report.From) + carried(report), nil
 			})
-			d.end()
-			if err != nil {
-				return fmt.Errorf("import %s: %w", orBundle(r), err)
-			}
-			if quiet {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
-				return err
-			}
-			return printReport(cmd.OutOrStdout(), fmt.Sprintf("Image       %s\nDigest      %s\nFrom        %s\n", r.Ref, desc.Digest, report.From), report)
 		},
 	}
 	cmd.Flags().StringVar(&r.Base, "base", "", "image that the container came from (default: the one that the source names)")
@@ -108,15 +93,13 @@ func orBundle(r convert.ImportRequest) string {
 	return r.Images
 }
 
-// printReport says what a conversion made, and of what.
-func printReport(w io.Writer, made string, report *convert.Report) error {
-	text := made
+// carried tells what a conversion took over, and what not.
+func carried(report *convert.Report) (text string) {
 	for _, s := range report.Taken {
 		text += "Taken       " + s + "\n"
 	}
 	for _, s := range report.Left {
 		text += "Not taken   " + s + "\n"
 	}
-	_, err := io.WriteString(w, text)
-	return err
+	return text
 }

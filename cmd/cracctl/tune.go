@@ -9,9 +9,9 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/plugins"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime/pager"
@@ -59,28 +59,10 @@ unpacked for as long as it takes, so it needs as much room as their memory.`,
 				data, pages, err = learned(root, manifest)
 				return data, err
 			}
-			d := display{at: func(string, int64, int64) {}, end: func() {}}
-			if !quiet {
-				d = newDisplay(cmd.ErrOrStderr())
-			}
-			desc, err := build.Tune(s.ctx, s.Client, r, func(e build.Event) {
-				switch e.Event {
-				case images.EventProgress:
-					d.at(packing, e.Done, e.Total)
-				case images.EventWarning:
-					fmt.Fprintln(cmd.ErrOrStderr(), "cracctl: warning:", e.Error)
-				}
+			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
+				desc, err := build.Tune(s.ctx, s.Client, r, emit)
+				return desc, fmt.Sprintf("First       %d pages\n", pages), err
 			})
-			d.end()
-			if err != nil {
-				return err
-			}
-			if quiet {
-				_, err = fmt.Fprintln(cmd.OutOrStdout(), desc.Digest)
-			} else {
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "Image       %s\nDigest      %s\nFirst       %d pages\n", r.Ref, desc.Digest, pages)
-			}
-			return err
 		},
 	}
 	cmd.Flags().StringVar(&root, "root", "", "containerd's root directory (default: asked of containerd)")
