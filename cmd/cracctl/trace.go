@@ -41,16 +41,7 @@ part, before Create (it starts the shim) and around the calls, is not in it.`,
 	}
 	cmd.Flags().StringVar(&state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write a file for trace viewers (Chrome's trace event format) instead; - for standard output")
-	format := formatFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkFormat(*format); err != nil {
-			return err
-		}
-		s, err := t.open(cmd.Context())
-		if err != nil {
-			return err
-		}
-		defer s.Close()
+	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		_, bundle, err := findTask(s.ctx, s.Client, *t, state, args[0])
 		if err != nil {
 			return err
@@ -61,7 +52,7 @@ part, before Create (it starts the shim) and around the calls, is not in it.`,
 		}
 		switch output {
 		case "":
-			return show(cmd.OutOrStdout(), *format, start, writeTrace)
+			return show(cmd.OutOrStdout(), format, start, writeTrace)
 		case "-":
 			return writeChrome(cmd.OutOrStdout(), start)
 		}
@@ -74,7 +65,7 @@ part, before Create (it starts the shim) and around the calls, is not in it.`,
 			return err
 		}
 		return f.Close()
-	}
+	})
 	return cmd
 }
 
