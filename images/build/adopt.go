@@ -10,7 +10,6 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
@@ -42,9 +41,7 @@ type AdoptRequest struct {
 // Adopt makes a checkpoint image of a dump that another tool made. As with Build,
 // an error leaves no image and moves no name. ctx must carry the namespace.
 func Adopt(ctx context.Context, client *containerd.Client, r AdoptRequest, emit func(Event)) (ocispec.Descriptor, error) {
-	return adopt(ctx, services{
-		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, r, emit)
+	return adopt(ctx, servicesOf(client), r, emit)
 }
 
 func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
@@ -56,15 +53,11 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, err
 	}
-	ctx, release, err := withLease(ctx, s.leases)
+	ctx, release, err := s.hold(ctx, emit)
 	if err != nil {
 		return none, err
 	}
-	defer func() {
-		if rerr := release(); rerr != nil && err == nil {
-			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
-		}
-	}()
+	defer release(&err)
 	b, err := s.adoptedBase(ctx, r)
 	if err != nil {
 		return none, err

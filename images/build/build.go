@@ -28,6 +28,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
@@ -62,12 +63,8 @@ type services struct {
 	platform   platforms.MatchComparer
 }
 
-// Build makes the checkpoint image that r asks for and returns its manifest's
-// descriptor, or that of the index that lists it, also beside a *PushError, which says that only the push failed. ctx
-// must carry the namespace. The container must stay frozen until emit was called
-// with images.EventDiffed; it is called by one goroutine at a time.
-func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
-	return build(ctx, services{
+func servicesOf(client *containerd.Client) services {
+	return services{
 		containers: client.ContainerService(),
 		images:     client.ImageService(),
 		content:    client.ContentStore(),
@@ -75,7 +72,15 @@ func Build(ctx context.Context, client *containerd.Client, r Request, emit func(
 		diff:       client.DiffService(),
 		snapshots:  client.SnapshotService,
 		platform:   platforms.Default(),
-	}, r, emit)
+	}
+}
+
+// Build makes the checkpoint image that r asks for and returns its manifest's
+// descriptor, or that of the index that lists it, also beside a *PushError, which says that only the push failed. ctx
+// must carry the namespace. The container must stay frozen until emit was called
+// with images.EventDiffed; it is called by one goroutine at a time.
+func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
+	return build(ctx, servicesOf(client), r, emit)
 }
 
 func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocispec.Descriptor, err error) {
@@ -104,17 +109,11 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 		total += f.Size
 	}
 
-	ctx, release, err := withLease(ctx, s.leases)
+	ctx, release, err := s.hold(ctx, emit)
 	if err != nil {
 		return none, err
 	}
-	defer func() {
-		if rerr := release(); rerr != nil && err == nil {
-			// The image is there; the lease only keeps content that it
-			// refers to anyway, until it expires.
-			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
-		}
-	}()
+	defer release(&err)
 
 	c, err := s.containers.Get(ctx, r.Container)
 	if err != nil {
@@ -240,6 +239,34 @@ func readSpec(path string) ([]byte, *owners, error) {
 		return nil, nil, fmt.Errorf("the container's runtime spec %s is not JSON of the kind it should be: %w", path, err)
 	}
 	return data, ownersOf(&spec), nil
+}
+
+// open reads the metadata of the image that a new one is to be made of.
+func (s services) open(ctx context.Context, from string) (*inspect.Image, error) {
+	record, err := s.images.Get(ctx, from)
+	if err != nil {
+		if errdefs.IsNotFound(err) {
+			return nil, fmt.Errorf("image %s is not there: %w", from, err)
+		}
+		return nil, err
+	}
+	return inspect.Open(ctx, s.content, from, record.Target, s.platform)
+}
+
+// hold is withLease for what has events: unless all has failed anyway, that the lease
+// stays is to be known.
+func (s services) hold(ctx context.Context, emit func(Event)) (_ context.Context, release func(failed *error), _ error) {
+	ctx, end, err := withLease(ctx, s.leases)
+	if err != nil {
+		return nil, nil, err
+	}
+	return ctx, func(failed *error) {
+		if err := end(); err != nil && *failed == nil {
+			// The image is there; the lease only keeps content that it
+			// refers to anyway, until it expires.
+			emit(Event{Event: images.EventWarning, Error: err.Error()})
+		}
+	}, nil
 }
 
 // withLease holds what ctx stores from now on. release gives it up, also when

@@ -12,8 +12,6 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -79,9 +77,7 @@ type EncryptRequest struct {
 // base, are encrypted. Their contents stay the same bytes. ctx must carry the
 // namespace.
 func Encrypt(ctx context.Context, client *containerd.Client, r EncryptRequest, emit func(Event)) (ocispec.Descriptor, error) {
-	return encrypt(ctx, services{
-		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, r, emit)
+	return encrypt(ctx, servicesOf(client), r, emit)
 }
 
 func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)) (_ ocispec.Descriptor, err error) {
@@ -96,29 +92,18 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	if err != nil {
 		return none, err
 	}
-	record, err := s.images.Get(ctx, r.From)
-	if err != nil {
-		if errdefs.IsNotFound(err) {
-			return none, fmt.Errorf("image %s is not there: %w", r.From, err)
-		}
-		return none, err
-	}
-	img, err := inspect.Open(ctx, s.content, r.From, record.Target, s.platform)
+	img, err := s.open(ctx, r.From)
 	if err != nil {
 		return none, err
 	}
 	if img.Checkpoint < 0 {
 		return none, fmt.Errorf("%s: %w", r.From, inspect.ErrNoCheckpoint)
 	}
-	ctx, release, err := withLease(ctx, s.leases)
+	ctx, release, err := s.hold(ctx, emit)
 	if err != nil {
 		return none, err
 	}
-	defer func() {
-		if rerr := release(); rerr != nil && err == nil {
-			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
-		}
-	}()
+	defer release(&err)
 	manifest := img.Manifest
 	manifest.Layers = slices.Clone(manifest.Layers)
 	for n, l := range manifest.Layers {

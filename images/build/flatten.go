@@ -9,8 +9,6 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
@@ -35,9 +33,7 @@ type FlattenRequest struct {
 // Memory and files are the same, the manifest says the same but for the parent; the
 // same image gives the same bytes. ctx must carry the namespace.
 func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
-	return flatten(ctx, services{
-		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, r, emit)
+	return flatten(ctx, servicesOf(client), r, emit)
 }
 
 func flatten(ctx context.Context, s services, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
@@ -59,14 +55,7 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, err
 	}
-	record, err := s.images.Get(ctx, r.From)
-	if err != nil {
-		if errdefs.IsNotFound(err) {
-			return none, fmt.Errorf("image %s is not there: %w", r.From, err)
-		}
-		return none, err
-	}
-	img, err := inspect.Open(ctx, s.content, r.From, record.Target, s.platform)
+	img, err := s.open(ctx, r.From)
 	if err != nil {
 		return none, err
 	}
@@ -76,15 +65,11 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err := mustEncrypt(r.From, img.Manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
-	ctx, release, err := withLease(ctx, s.leases)
+	ctx, release, err := s.hold(ctx, emit)
 	if err != nil {
 		return none, err
 	}
-	defer func() {
-		if rerr := release(); rerr != nil && err == nil {
-			emit(Event{Event: images.EventWarning, Error: rerr.Error()})
-		}
-	}()
+	defer release(&err)
 	work, err := os.MkdirTemp(r.WorkDir, "crac-flatten-")
 	if err != nil {
 		return none, err
@@ -108,18 +93,14 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err := change(chain, dirs[0]); err != nil {
 		return none, err
 	}
-	return s.rewrap(ctx, r, chain[0], dirs[0], comp, emit)
+	return s.rewrap(ctx, r, img, chain[0], dirs[0], comp, emit)
 }
 
 // rewrap writes an image with another dump in place of its checkpoint layers.
-func (s services) rewrap(ctx context.Context, r FlattenRequest, top *inspect.Layer, dir string, comp compression, emit func(Event)) (ocispec.Descriptor, error) {
+func (s services) rewrap(ctx context.Context, r FlattenRequest, img *inspect.Image, top *inspect.Layer, dir string, comp compression, emit func(Event)) (ocispec.Descriptor, error) {
 	none := ocispec.Descriptor{}
-	record, err := s.images.Get(ctx, r.From)
-	if err != nil {
-		return none, err
-	}
 	b := &base{name: r.From}
-	if err := b.readManifest(ctx, s, record.Target); err != nil {
+	if err := b.readManifest(ctx, s, img.Target); err != nil {
 		return none, fmt.Errorf("read image %s: %w", r.From, err)
 	}
 	if err := b.readConfig(ctx, s.content); err != nil {

@@ -174,9 +174,7 @@ func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, 
 // name means in its registry for other platforms. Nobody must push to this name
 // meanwhile: registries know no way to change a part of an index.
 func MakeIndex(ctx context.Context, client *containerd.Client, config registry.Config, ref string) (ocispec.Descriptor, error) {
-	return makeIndex(ctx, services{
-		images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default(),
-	}, config, ref)
+	return makeIndex(ctx, servicesOf(client), config, ref)
 }
 
 func makeIndex(ctx context.Context, s services, config registry.Config, ref string) (_ ocispec.Descriptor, err error) {

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images/inspect"
@@ -25,8 +24,7 @@ type TuneRequest struct {
 // Tune makes a checkpoint image that brings a working set along, and is otherwise
 // what Flatten makes.
 func Tune(ctx context.Context, client *containerd.Client, r TuneRequest, emit func(Event)) (ocispec.Descriptor, error) {
-	s := services{images: client.ImageService(), content: client.ContentStore(), leases: client.LeasesService(), platform: platforms.Default()}
-	return flattenAnd(ctx, s, r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
+	return flattenAnd(ctx, servicesOf(client), r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
 		data, err := r.WorkingSet(chain[0].ManifestDigest)
 		if err != nil {
 			return fmt.Errorf("tune %s: %w", r.From, err)
