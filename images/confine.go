@@ -62,12 +62,12 @@ func (c Confinement) Images(dir string) (map[string][]byte, error) {
 	if c.Seccomp == nil && !c.ofThreads() && len(c.Limits) == 0 {
 		return nil, nil
 	}
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	d, err := openDump(dir)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, dir, err)
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	defer unix.Close(fd)
-	r := confiner{dumpDir: dumpDir{fd}, want: c, cores: map[uint32]*threadImage{}, added: map[filterEntry]uint32{}}
+	defer d.close()
+	r := confiner{dumpDir: d, want: c, cores: map[uint32]*threadImage{}, added: map[filterEntry]uint32{}}
 	if err := r.run(); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, dir, err)
 	}

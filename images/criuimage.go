@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -26,7 +27,27 @@ const (
 )
 
 // dumpDir is an open directory with a dump, which is hostile.
-type dumpDir struct{ fd int }
+type dumpDir struct{ dir *os.File }
+
+func openDump(dir string) (dumpDir, error) {
+	f, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	return dumpDir{f}, err
+}
+
+func (d dumpDir) close() { _ = d.dir.Close() }
+
+// names are those of its files, sorted.
+func (d dumpDir) names() ([]string, error) {
+	names, err := d.dir.Readdirnames(maxImages)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if len(names) == maxImages {
+		return nil, fmt.Errorf("%s holds more than %d files", d.dir.Name(), maxImages)
+	}
+	slices.Sort(names)
+	return names, nil
+}
 
 // one reads an image that holds one message.
 func (d dumpDir) one(name string, magic uint32) ([]byte, error) {
@@ -41,7 +62,7 @@ func (d dumpDir) one(name string, magic uint32) ([]byte, error) {
 }
 
 func (d dumpDir) read(name string, magic uint32) ([][]byte, error) {
-	f, err := openBeneath(d.fd, name)
+	f, err := openBeneath(int(d.dir.Fd()), name)
 	if err != nil {
 		var p *os.PathError
 		if errors.As(err, &p) {

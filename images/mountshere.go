@@ -2,15 +2,12 @@ package images
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path"
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -32,22 +29,21 @@ func MountsHere(dir string) (map[string][]byte, error) {
 // mountsHere is MountsHere for a host of which has tells what files it has, and shared
 // whether it shares mounts.
 func mountsHere(dir string, has func(path string) bool, shared bool) (map[string][]byte, error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	d, err := openDump(dir)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, dir, err)
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	d := os.NewFile(uintptr(fd), dir)
-	defer d.Close()
-	names, err := d.Readdirnames(maxImages)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, dir, err)
+	defer d.close()
+	names, err := d.names()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	changed := make(map[string][]byte)
 	for _, name := range names {
 		if !strings.HasPrefix(name, "mountpoints-") || !isImage(name) {
 			continue
 		}
-		messages, err := dumpDir{fd}.read(name, magicMountpoints)
+		messages, err := d.read(name, magicMountpoints)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %s/%s: %w", ErrDamaged, dir, name, err)
 		}

@@ -3,8 +3,6 @@ package images
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -27,17 +25,16 @@ const (
 // processes were confined: what goes into a manifest's Requires and Container.LSM.
 // Both are sorted.
 func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	d, err := openDump(dir)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read the dump: %w", &os.PathError{Op: "open", Path: dir, Err: err})
-	}
-	d := os.NewFile(uintptr(fd), dir)
-	defer d.Close()
-	names, err := d.Readdirnames(maxImages)
-	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, nil, fmt.Errorf("read the dump: %w", err)
 	}
-	n := needs{dumpDir: dumpDir{fd}, requires: map[string]bool{}, profiles: map[string]bool{}}
+	defer d.close()
+	names, err := d.names()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the dump: %w", err)
+	}
+	n := needs{dumpDir: d, requires: map[string]bool{}, profiles: map[string]bool{}}
 	for _, name := range names {
 		if err := n.file(name); err != nil {
 			return nil, nil, fmt.Errorf("%w: %s: %w", ErrNotDump, filepath.Join(dir, name), err)

@@ -3,7 +3,6 @@ package images
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -110,22 +109,17 @@ func capabilityNames(mask uint64) string {
 // Not looked at: what Confinement cares for, masked paths, which hide only what may
 // be read, and the write protection of cgroup file systems.
 func CheckPrivileges(dir string, allowed Privileges) ([]Reason, error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	d, err := openDump(dir)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, dir, err)
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	d := os.NewFile(uintptr(fd), dir)
-	defer d.Close()
-	names, err := d.Readdirnames(maxImages)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("%w: %s: %w", ErrDamaged, dir, err)
+	defer d.close()
+	names, err := d.names()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	if len(names) == maxImages {
-		return nil, fmt.Errorf("%w: %s holds more than %d files", ErrDamaged, dir, maxImages)
-	}
-	slices.Sort(names)
 
-	c := checker{dumpDir: dumpDir{fd}, allowed: allowed}
+	c := checker{dumpDir: d, allowed: allowed}
 	for _, name := range names {
 		if err := c.file(name); err != nil {
 			return nil, fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, filepath.Join(dir, name), err)
