@@ -6,6 +6,10 @@
 set -euo pipefail
 
 time=$1 package=$2 target=$3
+# What a worker that go test kills leaves behind, is in here.
+TMPDIR=$(mktemp -d)
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 echo "$package $target"
 status=0
 output=$(go test -tags "${GOTAGS:-seccomp}" "./$package" -run '^$' -fuzz "^$target\$" -parallel 1 -fuzztime "$time" -fuzzminimizetime 1x 2>&1 </dev/null) || status=$?
