@@ -4,13 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -27,7 +23,7 @@ type podman struct {
 // podmanHost is podman's storage and configuration.
 type podmanHost struct {
 	b      *bench
-	dir    string // empty: not yet made
+	home   *harness.PodmanHome // nil: not yet made
 	loaded map[string]bool
 }
 
@@ -40,84 +36,28 @@ func (p *podman) can(*workload) error {
 	return nil
 }
 
-func (h *podmanHost) program(name string) string {
-	return filepath.Join(h.b.d.Tools.Build, "tools", "podman", "bin", name)
-}
-
-func (h *podmanHost) path(name string) string { return filepath.Join(h.dir, name) }
-
-func (h *podmanHost) setUp() (err error) {
-	if h.dir != "" {
-		return nil
-	}
-	if h.dir, err = h.b.d.Path("podman"); err != nil {
-		return err
-	}
-	h.loaded = map[string]bool{}
-	for name, text := range map[string]string{
-		"storage.conf":    fmt.Sprintf("[storage]\ndriver = \"overlay\"\nrunroot = %q\ngraphroot = %q\n", h.path("run"), h.path("root")),
-		"registries.conf": "",
-		"policy.json":     `{"default":[{"type":"insecureAcceptAnything"}]}`,
-		// Locks in files: the others lie in the host's /dev/shm, for all podmans.
-		"containers.conf": fmt.Sprintf(`[engine]
-helper_binaries_dir = [%q]
-conmon_path = [%q]
-cgroup_manager = "cgroupfs"
-events_logger = "none"
-lock_type = "file"
-runtime = "runc"
-image_copy_tmp_dir = %q
-[engine.runtimes]
-runc = [%q]
-[containers]
-apparmor_profile = ""
-`, filepath.Dir(h.program("podman")), h.program("conmon"), h.dir, filepath.Join(h.b.d.Tools.Tools, "runc")),
-	} {
-		if err := os.WriteFile(h.path(name), []byte(text), 0o600); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (h *podmanHost) podman(ctx context.Context, args ...string) (string, error) {
-	flags := []string{
-		"--root", h.path("root"), "--runroot", h.path("run"), "--tmpdir", h.path("tmp"), "--volumepath", h.path("volumes"),
-		"--runtime-flag", "root=" + h.path("runc"),
-	}
-	cmd := h.b.d.Command(ctx, h.program("podman"), append(flags, args...)...)
-	cmd.Env = append(
-		cmd.Env, "CONTAINERS_CONF="+h.path("containers.conf"), "CONTAINERS_STORAGE_CONF="+h.path("storage.conf"),
-		"CONTAINERS_REGISTRIES_CONF="+h.path("registries.conf"), "PODMAN_IGNORE_CGROUPSV1_WARNING=1", "XDG_RUNTIME_DIR="+h.dir,
-	)
-	return harness.Run(ctx, cmd)
-}
-
 // load brings a workload's image into podman's storage, once.
 func (h *podmanHost) load(ctx context.Context, image string) error {
-	if err := h.setUp(); err != nil || h.loaded[image] {
-		return err
+	if h.home == nil {
+		home, err := h.b.d.NewPodmanHome("podman")
+		if err != nil {
+			return err
+		}
+		h.home, h.loaded = home, map[string]bool{}
 	}
-	archive, err := h.b.d.Tools.Image(image)
-	if err != nil {
-		return err
+	if h.loaded[image] {
+		return nil
 	}
 	h.loaded[image] = true
-	_, err = h.podman(ctx, "load", "--quiet", "--signature-policy", h.path("policy.json"), "--input", archive)
-	return err
+	return h.home.Load(ctx, image)
 }
 
 // close removes all that podman has made, on its mounts and cgroups too.
 func (h *podmanHost) close(ctx context.Context) error {
-	if h.dir == "" {
+	if h.home == nil {
 		return nil
 	}
-	_, err := h.podman(ctx, "rm", "--force", "--all", "--time", "0")
-	mounts, merr := harness.Mounts(h.dir)
-	err = errors.Join(err, merr)
-	for i := len(mounts) - 1; i >= 0; i-- {
-		err = errors.Join(err, unix.Unmount(mounts[i], unix.MNT_DETACH))
-	}
+	err := h.home.Remove(ctx)
 	// conmon's own cgroup stays when it has ended.
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		left, cerr := harness.Cgroups(func(path string) bool { return strings.HasSuffix(path, "/"+h.b.d.Namespace+"/conmon") })
@@ -125,7 +65,7 @@ func (h *podmanHost) close(ctx context.Context) error {
 			_ = os.Remove(path)
 		}
 		if cerr != nil || len(left) == 0 || time.Now().After(deadline) {
-			return errors.Join(err, cerr, os.RemoveAll(h.dir))
+			return errors.Join(err, cerr)
 		}
 	}
 }
@@ -208,7 +148,7 @@ func (p *podman) save(ctx context.Context, _ *workload, i instance, exit bool) (
 	s := &podCheckpoint{p: p, pod: c}
 	args := []string{"container", "checkpoint"}
 	if p.export {
-		s.file = filepath.Join(p.host.dir, p.b.id()+".tar.zst")
+		s.file = p.host.home.Path(p.b.id() + ".tar.zst")
 		args = append(args, "--export", s.file)
 	} else {
 		args = append(args, "--keep")
@@ -216,7 +156,7 @@ func (p *podman) save(ctx context.Context, _ *workload, i instance, exit bool) (
 	if !exit {
 		args = append(args, "--leave-running")
 	}
-	_, err := p.host.podman(ctx, append(args, c.name)...)
+	_, err := p.host.home.Run(ctx, append(args, c.name)...)
 	return s, err
 }
 
@@ -267,7 +207,7 @@ func (s *podCheckpoint) remove(ctx context.Context) error {
 }
 
 func (c *pod) run(ctx context.Context) error {
-	_, err := c.h.podman(ctx, c.command...)
+	_, err := c.h.home.Run(ctx, c.command...)
 	return err
 }
 
@@ -279,10 +219,10 @@ func (c *pod) remove(ctx context.Context) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
 	if c.keep {
-		_, err := c.h.podman(ctx, "stop", "--ignore", "--time", "0", c.name)
+		_, err := c.h.home.Run(ctx, "stop", "--ignore", "--time", "0", c.name)
 		return 0, err
 	}
-	_, err = c.h.podman(ctx, "rm", "--force", "--ignore", "--time", "0", c.name)
+	_, err = c.h.home.Run(ctx, "rm", "--force", "--ignore", "--time", "0", c.name)
 	return 0, err
 }
 
