@@ -23,10 +23,12 @@ CRAC_PROG=tools
 # shellcheck source=integration/tools/versions.env
 . "$here/versions.env"
 
-tools=$CRAC_BUILD/tools
-stamps=$tools/.stamps
 umask 022
-mkdir -p "$tools/bin" "$stamps" "$CRAC_LOGS"
+mkdir -p "$CRAC_BUILD/tools/bin" "$CRAC_LOGS"
+# Several checkouts may share one directory, by links; some tools hold its path.
+tools=$(readlink -f "$CRAC_BUILD/tools")
+stamps=$tools/.stamps
+mkdir -p "$stamps"
 
 # The newest Go wins over an older one that comes first on PATH.
 [ ! -x /usr/local/go/bin/go ] || PATH=$PATH:/usr/local/go/bin
@@ -412,7 +414,7 @@ build_podman() {
 
 install_podman() {
   local want final
-  final=$(readlink -f "$tools")/podman
+  final=$tools/podman
   want="$(key "$PODMAN_SUITE" build_podman) $final"
   fresh podman "$want" "$final/bin/podman" "$final/bin/conmon" "$final/bin/netavark" && return 0
   rm -f "$stamps/podman"
@@ -422,7 +424,7 @@ install_podman() {
 
 install_jdk25() {
   local want final
-  final=$(readlink -f "$tools")/jdk25
+  final=$tools/jdk25
   want="$(key "$JDK25_SUITE" build_jdk25) $final"
   fresh jdk25 "$want" "$final/bin/java" && return 0
   rm -f "$stamps/jdk25"
@@ -434,7 +436,7 @@ install_criu() {
   local host want bin=$tools/criu/bin/criu
   host=$(command -v criu || true)
   # Our own may be on PATH: it is no host's.
-  case $(readlink -f "${host:-/}") in "$(readlink -f "$tools")"/*) host= ;; esac
+  case $(readlink -f "${host:-/}") in "$tools"/*) host= ;; esac
   # A host's own CRIU is used when it is new enough: it was made for this host.
   if [ -n "$host" ] && have_version "$(criu_needed)" "$(criu_version "$host")"; then
     want="host $host $(criu_version "$host")"
