@@ -34,20 +34,25 @@ func openDump(dir string) (dumpDir, error) {
 	return dumpDir{f}, err
 }
 
-func (d dumpDir) close() { _ = d.dir.Close() }
-
-// names are those of its files, sorted.
-func (d dumpDir) names() ([]string, error) {
-	names, err := d.dir.Readdirnames(maxImages)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
+// listDump opens a dump and reads the names of its files, sorted.
+func listDump(dir string) (d dumpDir, names []string, err error) {
+	if d, err = openDump(dir); err != nil {
+		return d, nil, err
 	}
-	if len(names) == maxImages {
-		return nil, fmt.Errorf("%s holds more than %d files", d.dir.Name(), maxImages)
+	names, err = d.dir.Readdirnames(maxImages)
+	switch {
+	case err != nil && !errors.Is(err, io.EOF):
+	case len(names) == maxImages:
+		err = fmt.Errorf("%s holds more than %d files", dir, maxImages)
+	default:
+		slices.Sort(names)
+		return d, names, nil
 	}
-	slices.Sort(names)
-	return names, nil
+	d.close()
+	return d, nil, err
 }
+
+func (d dumpDir) close() { _ = d.dir.Close() }
 
 // one reads an image that holds one message.
 func (d dumpDir) one(name string, magic uint32) ([]byte, error) {

@@ -29,15 +29,11 @@ func MountsHere(dir string) (map[string][]byte, error) {
 // mountsHere is MountsHere for a host of which has tells what files it has, and shared
 // whether it shares mounts.
 func mountsHere(dir string, has func(path string) bool, shared bool) (map[string][]byte, error) {
-	d, err := openDump(dir)
+	d, names, err := listDump(dir)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	defer d.close()
-	names, err := d.names()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
 	changed := make(map[string][]byte)
 	for _, name := range names {
 		if !strings.HasPrefix(name, "mountpoints-") || !isImage(name) {

@@ -25,15 +25,11 @@ const (
 // processes were confined: what goes into a manifest's Requires and Container.LSM.
 // Both are sorted.
 func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
-	d, err := openDump(dir)
+	d, names, err := listDump(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the dump: %w", err)
 	}
 	defer d.close()
-	names, err := d.names()
-	if err != nil {
-		return nil, nil, fmt.Errorf("read the dump: %w", err)
-	}
 	n := needs{dumpDir: d, requires: map[string]bool{}, profiles: map[string]bool{}}
 	for _, name := range names {
 		if err := n.file(name); err != nil {

@@ -109,15 +109,11 @@ func capabilityNames(mask uint64) string {
 // Not looked at: what Confinement cares for, masked paths, which hide only what may
 // be read, and the write protection of cgroup file systems.
 func CheckPrivileges(dir string, allowed Privileges) ([]Reason, error) {
-	d, err := openDump(dir)
+	d, names, err := listDump(dir)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	defer d.close()
-	names, err := d.names()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
 
 	c := checker{dumpDir: d, allowed: allowed}
 	for _, name := range names {
