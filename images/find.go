@@ -204,7 +204,7 @@ func readLayer(dir string) (l layer, err error) {
 		l.hides = true
 		return l, nil
 	}
-	l.hides = isOpaque(filepath.Join(dir, oci.Root))
+	l.hides = IsOpaque(filepath.Join(dir, oci.Root))
 	if l.only, err = holdsOnly(dir, oci.Root); err != nil {
 		return l, err
 	}
@@ -225,8 +225,8 @@ func readLayer(dir string) (l layer, err error) {
 	return l, nil
 }
 
-// isOpaque tells whether overlayfs hides a lower directory of the same name.
-func isOpaque(dir string) bool {
+// IsOpaque tells whether overlayfs hides a lower directory of the same name.
+func IsOpaque(dir string) bool {
 	var b [1]byte
 	for _, attr := range []string{"trusted.overlay.opaque", "user.overlay.opaque"} {
 		if n, err := unix.Lgetxattr(dir, attr, b[:]); err == nil && n == 1 && b[0] == 'y' {

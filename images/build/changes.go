@@ -127,7 +127,7 @@ func tarUpper(ctx context.Context, w io.Writer, upper string) error {
 		if err := cw.HandleChange(cfs.ChangeKindModify, path, info, nil); err != nil {
 			return err
 		}
-		if d.IsDir() && isOpaque(filepath.Join(upper, path)) {
+		if d.IsDir() && images.IsOpaque(filepath.Join(upper, path)) {
 			// The name of an opaque directory's marker is .wh..wh..opq; the
 			// writer puts the first .wh. there.
 			return cw.HandleChange(cfs.ChangeKindDelete, filepath.Join(path, ".wh..opq"), nil, nil)
@@ -167,16 +167,6 @@ func walkUpper(upper string, visit func(path string, d fs.DirEntry) error) error
 func isWhiteout(info os.FileInfo) bool {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	return ok && info.Mode()&os.ModeCharDevice != 0 && st.Rdev == 0
-}
-
-func isOpaque(dir string) bool {
-	var b [1]byte
-	for _, attr := range []string{"trusted.overlay.opaque", "user.overlay.opaque"} {
-		if n, err := unix.Lgetxattr(dir, attr, b[:]); err == nil && n == 1 && b[0] == 'y' {
-			return true
-		}
-	}
-	return false
 }
 
 // compare has containerd's differ compare the snapshot with its parent. An
