@@ -84,7 +84,6 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 
 // adoptedBase reads the base image by its name, or by what an index says of it.
 func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error) {
-	b := &base{name: r.Base}
 	target := r.BaseTarget
 	if target == nil {
 		record, err := s.images.Get(ctx, r.Base)
@@ -96,10 +95,8 @@ func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error
 		}
 		target = &record.Target
 	}
-	if err := b.readManifest(ctx, s, *target); err != nil {
-		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
-	}
-	if err := b.readConfig(ctx, s.content); err != nil {
+	b, err := readBase(ctx, s, r.Base, *target)
+	if err != nil {
 		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
 	}
 	b.dropCheckpoints()

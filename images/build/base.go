@@ -8,13 +8,13 @@ import (
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/content"
-	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/images/converter"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -42,11 +42,8 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 		}
 		return nil, err
 	}
-	b := &base{name: image}
-	if err := b.readManifest(ctx, s, img.Target); err != nil {
-		return nil, fmt.Errorf("read its image %s: %w", image, err)
-	}
-	if err := b.readConfig(ctx, s.content); err != nil {
+	b, err := readBase(ctx, s, image, img.Target)
+	if err != nil {
 		return nil, fmt.Errorf("read its image %s: %w", image, err)
 	}
 	if err := b.cut(parent); err != nil {
@@ -57,35 +54,22 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	return b, nil
 }
 
-func (b *base) readManifest(ctx context.Context, s services, target ocispec.Descriptor) error {
-	var found []ocispec.Descriptor
-	handler := coreimages.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-		if coreimages.IsManifestType(desc.MediaType) {
-			found = append(found, desc)
-			return nil, nil
-		}
-		if !coreimages.IsIndexType(desc.MediaType) {
-			return nil, nil
-		}
-		return coreimages.Children(ctx, s.content, desc)
-	})
-	h := coreimages.LimitManifests(coreimages.FilterPlatforms(handler, s.platform), s.platform, 1)
-	if err := coreimages.Walk(ctx, h, target); err != nil {
-		return err
+// readBase reads an image as it is.
+func readBase(ctx context.Context, s services, name string, target ocispec.Descriptor) (*base, error) {
+	b := &base{name: name}
+	var err error
+	if b.desc, err = inspect.ManifestOf(ctx, s.content, target, s.platform); err != nil {
+		return nil, err
 	}
-	if len(found) == 0 {
-		return fmt.Errorf("no manifest for this platform in %s: %w", target.Digest, errdefs.ErrNotFound)
-	}
-	b.desc = found[0]
 	// The digest that the image is named by is worth more than its parts.
 	data, err := content.ReadBlob(ctx, s.content, b.desc)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := json.Unmarshal(data, &b.manifest); err != nil {
-		return fmt.Errorf("manifest %s: %w", b.desc.Digest, err)
+		return nil, fmt.Errorf("manifest %s: %w", b.desc.Digest, err)
 	}
-	return nil
+	return b, b.readConfig(ctx, s.content)
 }
 
 func (b *base) readConfig(ctx context.Context, cs content.Store) error {

@@ -99,11 +99,8 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 // rewrap writes an image with another dump in place of its checkpoint layers.
 func (s services) rewrap(ctx context.Context, r FlattenRequest, img *inspect.Image, top *inspect.Layer, dir string, comp compression, emit func(Event)) (ocispec.Descriptor, error) {
 	none := ocispec.Descriptor{}
-	b := &base{name: r.From}
-	if err := b.readManifest(ctx, s, img.Target); err != nil {
-		return none, fmt.Errorf("read image %s: %w", r.From, err)
-	}
-	if err := b.readConfig(ctx, s.content); err != nil {
+	b, err := readBase(ctx, s, r.From, img.Target)
+	if err != nil {
 		return none, fmt.Errorf("read image %s: %w", r.From, err)
 	}
 	b.dropCheckpoints()

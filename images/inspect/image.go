@@ -39,7 +39,7 @@ type Image struct {
 func Open(ctx context.Context, store content.Provider, name string, target ocispec.Descriptor, platform platforms.MatchComparer) (*Image, error) {
 	img := &Image{Name: name, Target: target, Checkpoint: -1}
 	var err error
-	if img.Desc, err = manifestOf(ctx, store, target, platform); err != nil {
+	if img.Desc, err = ManifestOf(ctx, store, target, platform); err != nil {
 		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
 	if err := readJSON(ctx, store, img.Desc, &img.Manifest); err != nil {
@@ -56,7 +56,8 @@ func Open(ctx context.Context, store content.Provider, name string, target ocisp
 	return img, nil
 }
 
-func manifestOf(ctx context.Context, store content.Provider, target ocispec.Descriptor, platform platforms.MatchComparer) (ocispec.Descriptor, error) {
+// ManifestOf is the manifest for a platform that an image's target is, or lists.
+func ManifestOf(ctx context.Context, store content.Provider, target ocispec.Descriptor, platform platforms.MatchComparer) (ocispec.Descriptor, error) {
 	var found []ocispec.Descriptor
 	handler := coreimages.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 		switch {
