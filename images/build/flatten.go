@@ -4,14 +4,11 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -59,9 +56,6 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err != nil {
 		return none, err
 	}
-	if img.Covered() {
-		return none, fmt.Errorf("%s: %w: its memory does not match the files", r.From, images.ErrCovered)
-	}
 	if err := mustEncrypt(r.From, img.Manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
@@ -75,25 +69,14 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 		return none, err
 	}
 	defer os.RemoveAll(work)
-	chain, err := img.ReadChain(ctx, s.content, inspect.Options{Digests: true, Extract: work, Keys: keys})
+	chain, dump, err := img.ReadWhole(ctx, s.content, work, keys)
 	if err != nil {
 		return none, err
 	}
-	dirs := make([]string, len(chain))
-	for i, l := range chain {
-		// What is put together here is not looked at again before it is restored.
-		if err := l.Verify(); err != nil {
-			return none, fmt.Errorf("%s: %w", r.From, err)
-		}
-		dirs[i] = filepath.Join(work, strconv.Itoa(i))
-	}
-	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
-		return none, fmt.Errorf("%s: %w", r.From, err)
-	}
-	if err := change(chain, dirs[0]); err != nil {
+	if err := change(chain, dump); err != nil {
 		return none, err
 	}
-	return s.rewrap(ctx, r, img, chain[0], dirs[0], comp, emit)
+	return s.rewrap(ctx, r, img, chain[0], dump, comp, emit)
 }
 
 // rewrap writes an image with another dump in place of its checkpoint layers.

@@ -10,7 +10,6 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
@@ -21,7 +20,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -113,29 +111,15 @@ func (e *export) open(ctx context.Context) error {
 	if e.img, err = inspect.Open(ctx, store, e.r.Ref, record.Target, platforms.Default()); err != nil {
 		return err
 	}
-	if e.img.Covered() {
-		return fmt.Errorf("%s: %w: its memory does not match the files", e.r.Ref, images.ErrCovered)
-	}
 	unpacked := filepath.Join(e.work, "dump")
 	if err := os.Mkdir(unpacked, 0o700); err != nil {
 		return err
 	}
-	chain, err := e.img.ReadChain(ctx, store, inspect.Options{Digests: true, Extract: unpacked, Keys: e.keys})
+	chain, whole, err := e.img.ReadWhole(ctx, store, unpacked, e.keys)
 	if err != nil {
 		return err
 	}
-	dirs := make([]string, len(chain))
-	for i, l := range chain {
-		if err := l.Verify(); err != nil {
-			return fmt.Errorf("%s: %w", e.r.Ref, err)
-		}
-		dirs[i] = filepath.Join(unpacked, strconv.Itoa(i))
-	}
-	e.m = chain[0].Manifest
-	if err := images.Merge(dirs, uint64(e.m.Host.PageSize)); err != nil {
-		return fmt.Errorf("%s: %w", e.r.Ref, err)
-	}
-	e.dump = dump{dirs[0]}
+	e.m, e.dump = chain[0].Manifest, dump{whole}
 	e.spec = new(specs.Spec)
 	if err := json.Unmarshal(chain[0].Spec, e.spec); err != nil {
 		return fmt.Errorf("%s: spec.json: %w", e.r.Ref, err)

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -61,6 +62,29 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 		want = l.Manifest.Parent
 	}
 	return chain, nil
+}
+
+// ReadWhole is ReadChain, checked, for a restore: the directory whole, below dir, holds
+// one dump then with all of the memory. dir has to be empty.
+func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir string, keys *crypt.Keys) (chain []*Layer, whole string, err error) {
+	if i.Covered() {
+		return nil, "", fmt.Errorf("%s: %w: its memory does not match the files", i.Name, images.ErrCovered)
+	}
+	if chain, err = i.ReadChain(ctx, store, Options{Digests: true, Extract: dir, Keys: keys}); err != nil {
+		return nil, "", err
+	}
+	dirs := make([]string, len(chain))
+	for n, l := range chain {
+		// What is put together here is not looked at again before it is restored.
+		if err := l.Verify(); err != nil {
+			return nil, "", fmt.Errorf("%s: %w", i.Name, err)
+		}
+		dirs[n] = filepath.Join(dir, strconv.Itoa(n))
+	}
+	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
+		return nil, "", fmt.Errorf("%s: %w", i.Name, err)
+	}
+	return chain, dirs[0], nil
 }
 
 // CheckpointLayers are the indexes of the layers that a chain of this length was
