@@ -11,11 +11,6 @@ import (
 )
 
 func newFlatten(t *target) *cobra.Command {
-	var (
-		r           build.FlattenRequest
-		compression string
-		quiet       bool
-	)
 	cmd := &cobra.Command{
 		Use:   "flatten REF [NEW]",
 		Short: "Make one whole checkpoint of one that continues others",
@@ -23,27 +18,38 @@ func newFlatten(t *target) *cobra.Command {
 --parent): with the same memory and files, in one checkpoint layer. Without NEW the
 name REF is moved to it. The dumps are unpacked for as long as it takes, so it needs
 as much room as their memory.`,
-		Args:              cobra.RangeArgs(1, 2),
-		ValidArgsFunction: completeImages(t),
-		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			r.From, r.Ref = args[0], args[len(args)-1]
-			r.Compression = oci.Compression(compression)
-			if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
-				return err
-			}
-			s, err := t.open(cmd.Context())
-			if err != nil {
-				return err
-			}
-			defer s.Close()
-			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
-				desc, err := build.Flatten(s.ctx, s.Client, r, emit)
-				if err != nil {
-					return desc, "", fmt.Errorf("flatten %s: %w", r.From, err)
-				}
-				return desc, "", nil
-			})
-		},
+	}
+	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
+		desc, err := build.Flatten(s.ctx, s.Client, r, emit)
+		if err != nil {
+			return desc, "", fmt.Errorf("flatten %s: %w", r.From, err)
+		}
+		return desc, "", nil
+	})
+	return cmd
+}
+
+// flattens makes a command of one that writes a whole checkpoint in place of an image,
+// or under another name. work also gives what is to be told besides.
+func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenRequest, func(build.Event)) (_ ocispec.Descriptor, more string, _ error)) {
+	var (
+		r           build.FlattenRequest
+		compression string
+		quiet       bool
+	)
+	cmd.Args, cmd.ValidArgsFunction = cobra.RangeArgs(1, 2), completeImages(t)
+	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
+		r.From, r.Ref = args[0], args[len(args)-1]
+		r.Compression = oci.Compression(compression)
+		if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
+			return err
+		}
+		s, err := t.open(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) { return work(s, r, emit) })
 	}
 	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
@@ -51,5 +57,4 @@ as much room as their memory.`,
 	keyFlag(cmd, &r.Keys, "of an encrypted image")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
-	return cmd
 }

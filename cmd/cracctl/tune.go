@@ -18,12 +18,6 @@ import (
 )
 
 func newTune(t *target) *cobra.Command {
-	var (
-		r           build.TuneRequest
-		compression string
-		root        string
-		quiet       bool
-	)
 	cmd := &cobra.Command{
 		Use:   "tune REF [NEW]",
 		Short: "Write into a checkpoint image which memory its clones ask for first",
@@ -36,42 +30,25 @@ to the new image.
 The image is otherwise the same; readers that know nothing of it ignore it. One that
 continues other checkpoints becomes a whole one, as by cracctl flatten. The dumps are
 unpacked for as long as it takes, so it needs as much room as their memory.`,
-		Args:              cobra.RangeArgs(1, 2),
-		ValidArgsFunction: completeImages(t),
-		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			r.From, r.Ref = args[0], args[len(args)-1]
-			r.Compression = oci.Compression(compression)
-			if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
-				return err
+	}
+	var root string
+	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (_ ocispec.Descriptor, more string, err error) {
+		if root == "" {
+			if root, err = s.root(); err != nil {
+				return ocispec.Descriptor{}, "", err
 			}
-			s, err := t.open(cmd.Context())
-			if err != nil {
-				return err
-			}
-			defer s.Close()
-			if root == "" {
-				if root, err = s.root(); err != nil {
-					return err
-				}
-			}
-			var pages uint64
-			r.WorkingSet = func(manifest string) (data []byte, err error) {
+		}
+		var pages uint64
+		desc, err := build.Tune(s.ctx, s.Client, build.TuneRequest{
+			FlattenRequest: r,
+			WorkingSet: func(manifest string) (data []byte, err error) {
 				data, pages, err = learned(root, manifest)
 				return data, err
-			}
-			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
-				desc, err := build.Tune(s.ctx, s.Client, r, emit)
-				return desc, fmt.Sprintf("First       %d pages\n", pages), err
-			})
-		},
-	}
+			},
+		}, emit)
+		return desc, fmt.Sprintf("First       %d pages\n", pages), err
+	})
 	cmd.Flags().StringVar(&root, "root", "", "containerd's root directory (default: asked of containerd)")
-	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
-	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
-	encryptToFlag(cmd, &r.EncryptTo)
-	keyFlag(cmd, &r.Keys, "of an encrypted image")
-	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
 }
 
