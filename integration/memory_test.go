@@ -47,9 +47,11 @@ func (b *box) redisDigest() string {
 	return b.exec("redis-cli", "debug", "digest")
 }
 
-// killPager kills the process that brings a container its memory as soon as there is one, until
-// stop is closed. It is a child of the container's shim. It tells whether it has killed any.
-func killPager(t *harness.T, id string, stop <-chan struct{}) (killed bool) {
+// killPager kills the process that brings a container its memory, which is a child of the
+// container's shim, some time after it has seen one, and those that it sees from then on, until
+// stop is closed. It tells whether it has killed any.
+func killPager(t *harness.T, id string, later time.Duration, stop <-chan struct{}) (killed bool) {
+	var due time.Time
 	for {
 		select {
 		case <-stop:
@@ -60,8 +62,12 @@ func killPager(t *harness.T, id string, stop <-chan struct{}) (killed bool) {
 		if err != nil {
 			continue // not yet
 		}
-		for _, pid := range pagersOf(shim) {
-			if unix.Kill(pid, unix.SIGKILL) == nil {
+		pagers := pagersOf(shim)
+		if len(pagers) > 0 && due.IsZero() {
+			due = time.Now().Add(later)
+		}
+		for _, pid := range pagers {
+			if !time.Now().Before(due) && unix.Kill(pid, unix.SIGKILL) == nil {
 				killed = true
 			}
 		}
@@ -226,7 +232,7 @@ func TestLazyMemoryWithoutPager(tb *testing.T) {
 		failed := watch(t, "/crac/memory-failed")
 		clone := newBox(t, newID(t))
 		stop, killed := make(chan struct{}), make(chan bool)
-		go func() { killed <- killPager(t, clone.id, stop) }()
+		go func() { killed <- killPager(t, clone.id, anyMoment(), stop) }()
 		_, err := t.Ctr(t.Ctx, "run", "--detach", "--runtime", testRuntime, "--log-uri", "file://"+clone.out,
 			option("restore", "require"), option("memory", "lazy"), image, clone.id)
 		close(stop)
@@ -276,10 +282,10 @@ func TestLazyMemoryKills(tb *testing.T) {
 	counts := make(map[string]int)
 	for i := range times(6) {
 		victim := victims[i%len(victims)]
+		failed := watch(t, "/crac/memory-failed")
 		b := startHolder(t, image, 64, option("restore", "require"), option("memory", "lazy"))
 		pid := int(b.task().Pid())
-		// At any moment until after the last page, whose time depends on what else the machine does.
-		time.Sleep(time.Duration(rand.ExpFloat64() * float64(30*time.Millisecond)))
+		time.Sleep(anyMoment())
 		if err := b.killOne(victim); err != nil {
 			t.Fatalf("kill %s: %v", victim, err)
 		}
@@ -293,6 +299,11 @@ func TestLazyMemoryKills(tb *testing.T) {
 			t.Errorf("%s was killed, and the clone is dead: %v", victim, err)
 		default:
 			counts[victim+" killed, dead"]++
+			if victim == "pager" {
+				if f := failed.of(b.id); !strings.Contains(fmt.Sprint(f["reason"]), "pager") {
+					t.Errorf("the event says %v", f)
+				}
+			}
 		}
 		if victim == "shim" {
 			t.Eventually("the end of a clone without its shim", func() bool { return unix.Kill(pid, 0) != nil })
@@ -300,6 +311,12 @@ func TestLazyMemoryKills(tb *testing.T) {
 		b.remove()
 	}
 	t.Log(counts)
+}
+
+// anyMoment is how long to wait for any moment until after the last page, whose time depends on
+// what else the machine does. The first clones' memory waits for 100 ms for what they ask for.
+func anyMoment() time.Duration {
+	return time.Duration(rand.ExpFloat64() * float64(150*time.Millisecond))
 }
 
 func (b *box) killOne(victim string) error {
