@@ -261,6 +261,7 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	if err := c.machine.to(Quiesced); err != nil {
 		return err
 	}
+	defer expectBreakpoints()()
 	// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
 	// nothing runs between the dump and WhileFrozen.
 	if came == Running {

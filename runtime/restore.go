@@ -97,6 +97,7 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	defer c.cfg.Reaper.Hold()()
+	defer expectBreakpoints()()
 	r := &criuRestore{c: c, dir: view.dir, o: o, stdio: io, beforeRun: trees.attach}
 	pid, err := r.run()
 	if err != nil {

@@ -32,6 +32,7 @@ import (
 //
 // On an error nothing is left.
 func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *container, err error) {
+	runtime.ExpectCgroupMove()
 	steps := s.beginTrace(r.ID)
 	defer steps.Step("create")()
 	read := steps.Step("read the bundle")

@@ -281,7 +281,7 @@ func (s *service) exited(c *container, p *process, e runtime.Exit) {
 		ExitedAt:    protobuf.ToTimestamp(e.At),
 	})
 	p.setExited(e)
-	s.trimmer.active()
+	s.trimmer.busy()()
 }
 
 // Delete removes a container that has stopped, or an exec.

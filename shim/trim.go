@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"path"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -25,6 +26,9 @@ const trimDelay = 150 * time.Millisecond
 type trimmer struct {
 	timer *time.Timer
 	text  func() [][]byte
+
+	mu    sync.Mutex
+	calls int // under way
 }
 
 func newTrimmer() *trimmer {
@@ -33,8 +37,20 @@ func newTrimmer() *trimmer {
 	return t
 }
 
-// active puts the trim off.
-func (t *trimmer) active() { t.timer.Reset(trimDelay) }
+// busy puts the trim off until some time after done was called.
+func (t *trimmer) busy() (done func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.calls++
+	t.timer.Stop()
+	return func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.calls--; t.calls == 0 {
+			t.timer.Reset(trimDelay)
+		}
+	}
+}
 
 // trim returns free heap to the kernel, and unmaps the program's own pages:
 // they are clean copies of its file, stay in the page cache, and come back when
@@ -49,11 +65,14 @@ func (t *trimmer) trim() {
 }
 
 // UnaryServerInterceptor implements shim.TTRPCServerUnaryOptioner: every call of
-// the task API is activity.
+// the task API is activity, but for those that wait for what the workload does.
 func (s *service) UnaryServerInterceptor() ttrpc.UnaryServerInterceptor {
-	return func(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
-		s.trimmer.active()
-		defer s.trimmer.active()
+	return func(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+		if done := s.trimmer.busy(); path.Base(info.FullMethod) == "Wait" {
+			done()
+		} else {
+			defer done()
+		}
 		return method(ctx, unmarshal)
 	}
 }
