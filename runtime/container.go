@@ -61,6 +61,7 @@ type Container struct {
 	lc      *libcontainer.Container
 	init    *Process
 	held    *heldNetwork // a restore's, until the container is deleted
+	criu    *readyCRIU   // from PrepareRestore to the end of Restore
 
 	// memory is the pager of a restored container, also when it has ended; nil
 	// if the memory came before it ran.
@@ -276,7 +277,13 @@ func (c *Container) KillOrphans() error {
 func (c *Container) Pids() ([]int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.lc.Processes()
+	pids, err := c.lc.Processes()
+	if c.criu != nil { // what waits to restore the workload is no part of it
+		if criu, rerr := c.criu.get(); rerr == nil {
+			pids = slices.DeleteFunc(pids, func(pid int) bool { return pid == criu.pid() })
+		}
+	}
+	return pids, err
 }
 
 // Pause freezes the workload.
@@ -339,6 +346,7 @@ func (c *Container) Delete() error {
 			<-c.init.Done()
 		}
 	}
+	c.endCRIU() // nothing but it could be in the cgroup
 	err := c.destroy()
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)

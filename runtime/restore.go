@@ -13,10 +13,16 @@ import (
 )
 
 // PrepareRestore does at Create what a restore needs: the network namespace that
-// clients set up before Start, and the hooks that expect to find it. It returns a pid that stands for the container until Restore; 0 if nothing can.
-func (c *Container) PrepareRestore(ctx context.Context) (pid int, err error) {
+// clients set up before Start, the hooks that expect to find it, and CRIU. io is what
+// Restore will get. It returns a pid that stands for the container until Restore; 0 if nothing can.
+func (c *Container) PrepareRestore(ctx context.Context, io Stdio) (pid int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	defer func() {
+		if err == nil {
+			c.criu = c.readyCRIU(io)
+		}
+	}()
 	if private(c.spec, specs.UserNamespace) {
 		// A network namespace made here would belong to another user namespace
 		// than the workload's. CRIU makes both, and libcontainer runs the hooks
@@ -70,7 +76,11 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	if err := c.machine.to(Quiesced); err != nil {
 		return nil, err
 	}
+	if c.criu == nil {
+		c.criu = c.readyCRIU(io)
+	}
 	p, err := c.restore(dir, o, mounts, io)
+	c.endCRIU()
 	if p == nil {
 		return nil, errors.Join(err, c.undoRestore())
 	}
@@ -98,7 +108,7 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	}
 	defer c.cfg.Reaper.Hold()()
 	defer expectBreakpoints()()
-	r := &criuRestore{c: c, dir: view.dir, o: o, stdio: io, beforeRun: trees.attach}
+	r := &criuRestore{c: c, dir: view.dir, o: o, stdio: io, criu: c.criu, beforeRun: trees.attach}
 	pid, err := r.run()
 	if err != nil {
 		return nil, err
@@ -111,6 +121,12 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	}
 	c.init = newProcess(pid, proc.Wait, c.cfg.Reaper)
 	return c.init, c.complete()
+}
+
+// endCRIU ends the CRIU of a restore, and of one that never was. c.mu is held.
+func (c *Container) endCRIU() {
+	c.criu.close()
+	c.criu = nil
 }
 
 // complete is what is left to do for a workload that runs.

@@ -14,7 +14,6 @@ import (
 	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
 	securejoin "github.com/cyphar/filepath-securejoin"
 	"github.com/opencontainers/cgroups"
-	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/system"
@@ -39,6 +38,7 @@ type criuRestore struct {
 	dir   string // of the dump, as CRIU is to see it
 	o     CRIUOptions
 	stdio Stdio
+	criu  *readyCRIU
 	// beforeRun is called when every process is there, with its memory, files
 	// and mounts, and none has run: what it does, the workload finds done. pid is
 	// that of the first process. An error undoes the restore.
@@ -47,7 +47,6 @@ type criuRestore struct {
 	pager   *pager.Process // unless all memory is there before anything runs
 	paging  chan struct{}  // closed when the pager has started, or not
 	pageErr error          // why it has not
-	extra   []*os.File     // CRIU's, beside stdio
 	pid     int            // of the first process, as soon as there is one
 }
 
@@ -84,36 +83,22 @@ func (r *criuRestore) run() (pid int, err error) {
 		return 0, err
 	}
 	opts.ImagesDirFd, opts.WorkDirFd, opts.Root = proto.Int32(int32(images.Fd())), proto.Int32(int32(work.Fd())), &root
-	defer func() {
-		for _, f := range r.extra {
-			f.Close()
-		}
-	}()
-	if err := r.namespaces(opts); err != nil {
-		return 0, err
-	}
 	prepare()
-	launch := r.c.cfg.Trace.Step("start CRIU")
-	criu, err := startSwrk([3]*os.File{r.stdio.Stdin, r.stdio.Stdout, r.stdio.Stderr}, r.extra)
-	launch()
+	wait := r.c.cfg.Trace.Step("wait for CRIU to be ready")
+	criu, err := r.criu.get()
+	wait()
 	if err != nil {
 		return 0, err
 	}
-	defer criu.close()
-	enter := r.c.cfg.Trace.Step("enter the cgroup")
-	own, dirs, err := r.enterCgroup(criu.pid())
-	enter()
-	if err != nil {
-		return 0, err
-	}
-	for controller, path := range own {
+	opts.InheritFd, opts.JoinNs = append(opts.InheritFd, criu.inherit...), criu.join
+	for controller, path := range criu.cgroups {
 		opts.CgRoot = append(opts.CgRoot, &criurpc.CgroupRoot{Ctrl: proto.String(controller), Path: proto.String(path)})
 	}
-	if err := r.mounts(opts, own); err != nil {
+	if err := r.mounts(opts, criu.cgroups); err != nil {
 		return 0, err
 	}
 	if r.o.Lazy {
-		if err := r.beginPager(dirs); err != nil {
+		if err := r.beginPager(criu.cgroupDirs); err != nil {
 			return 0, err
 		}
 		opts.LazyPages = proto.Bool(true)
@@ -228,50 +213,6 @@ func (r *criuRestore) inheritStdio(opts *criurpc.CriuOpts) error {
 		}
 	}
 	return nil
-}
-
-// namespaces names those that exist already. Dumps mark the places of network
-// and pid namespaces under the names that libcontainer gives them; the others
-// CRIU joins.
-func (r *criuRestore) namespaces(opts *criurpc.CriuOpts) error {
-	external := map[configs.NamespaceType]string{configs.NEWNET: "extRootNetNS", configs.NEWPID: "extRootPidNS"}
-	for _, ns := range r.c.config.Namespaces {
-		if ns.Path == "" {
-			continue
-		}
-		if key := external[ns.Type]; key != "" {
-			f, err := os.Open(ns.Path)
-			if err != nil {
-				return fmt.Errorf("namespace of the request: %w", err)
-			}
-			opts.InheritFd = append(opts.InheritFd, &criurpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(int32(swrkExtra + len(r.extra)))})
-			r.extra = append(r.extra, f)
-			continue
-		}
-		if ns.Type == configs.NEWCGROUP {
-			return fmt.Errorf("CRIU cannot restore into the existing cgroup namespace %s", ns.Path)
-		}
-		opts.JoinNs = append(opts.JoinNs, &criurpc.JoinNamespace{Ns: proto.String(configs.NsName(ns.Type)), NsFile: proto.String(ns.Path)})
-	}
-	return nil
-}
-
-// enterCgroup makes the container's cgroup and puts CRIU into it, and so all that
-// it restores. It returns the paths by controller, as in /proc/PID/cgroup, and the
-// directories.
-func (r *criuRestore) enterCgroup(pid int) (paths, dirs map[string]string, err error) {
-	cg, err := manager.New(r.c.config.Cgroups)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := cg.Apply(pid); err != nil {
-		return nil, nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
-	}
-	if err := cg.Set(r.c.config.Cgroups.Resources); err != nil {
-		return nil, nil, fmt.Errorf("cgroup of container %s: %w", r.c.cfg.ID, err)
-	}
-	paths, err = cgroups.ParseCgroupFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	return paths, cg.GetPaths(), err
 }
 
 // mounts says where the mounts come from that the dump marks as external. A dump

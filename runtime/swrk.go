@@ -33,6 +33,7 @@ const maxMessage = 16 << 10
 // not safe for concurrent use.
 type swrk struct {
 	cmd    *exec.Cmd
+	wait   func() error
 	socket *os.File
 	waited bool
 }
@@ -40,7 +41,7 @@ type swrk struct {
 // startSwrk starts CRIU from PATH. The stdio and extra files are what a restore
 // may hand on to processes: extra[i] is descriptor swrkExtra+i there. close must
 // be called.
-func startSwrk(stdio [3]*os.File, extra []*os.File) (*swrk, error) {
+func startSwrk(reaper *Subreaper, stdio [3]*os.File, extra []*os.File) (*swrk, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
@@ -56,11 +57,12 @@ func startSwrk(stdio [3]*os.File, extra []*os.File) (*swrk, error) {
 		}
 	}
 	cmd.ExtraFiles = append([]*os.File{theirs}, extra...)
-	if err := cmd.Start(); err != nil {
+	wait, err := reaper.Start(cmd)
+	if err != nil {
 		ours.Close()
 		return nil, fmt.Errorf("start CRIU: %w", err)
 	}
-	return &swrk{cmd: cmd, socket: ours}, nil
+	return &swrk{cmd: cmd, wait: wait, socket: ours}, nil
 }
 
 // swrkExtra is the descriptor of CRIU's first extra file.
@@ -155,7 +157,7 @@ func receivedFile(oob []byte) (*os.File, error) {
 func (s *swrk) end() error {
 	s.socket.Close()
 	s.waited = true
-	return s.cmd.Wait()
+	return s.wait()
 }
 
 // close ends CRIU. What it was doing fails.

@@ -157,8 +157,7 @@ func TestSwrk(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.Close()
-			defer reaper(t).Hold()()
-			s, err := startSwrk([3]*os.File{nil, out, os.Stderr}, []*os.File{r})
+			s, err := startSwrk(reaper(t), [3]*os.File{nil, out, os.Stderr}, []*os.File{r})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -197,7 +196,7 @@ func TestSwrk(t *testing.T) {
 
 func TestSwrkWithoutCRIU(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
-	if s, err := startSwrk([3]*os.File{}, nil); err == nil {
+	if s, err := startSwrk(reaper(t), [3]*os.File{}, nil); err == nil {
 		s.close()
 		t.Error("CRIU was started from nowhere")
 	}

@@ -163,7 +163,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			runtime.Prefetch(append([]string{w.dir}, w.parents...)...)
 		}(c.warm)
 		defer steps.Step("make the namespaces")()
-		c.init.pid, err = c.rt.PrepareRestore(ctx)
+		c.init.pid, err = c.rt.PrepareRestore(ctx, io.child)
 		return c, err
 	}
 	return c, s.createInit(ctx, c)
