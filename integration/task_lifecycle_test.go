@@ -300,6 +300,39 @@ func TestDeleteCreated(tb *testing.T) {
 	}
 }
 
+// TestDeleteCreatedClone: what waits to restore a clone is not the clone's, and goes with it.
+func TestDeleteCreatedClone(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	script := sh("sleep 1000")
+	original := newContainer(t, script).start()
+	dir, err := t.Path(original.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.CtrOK("tasks", "checkpoint", "--image-path", dir, original.ID())
+
+	script.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(dir)}
+	for name, end := range map[string]func(*ctn){
+		"deleted": func(*ctn) {},
+		"killed":  func(n *ctn) { n.kill(syscall.SIGKILL); exitCode(t, n.exit) },
+	} {
+		n := newContainer(t, script).create()
+		t.Eventually("CRIU waits in the cgroup", func() bool {
+			procs, err := t.CgroupProcs(n.ID())
+			return err == nil && len(procs) > 0
+		})
+		if pids, err := n.task.Pids(t.Ctx); err != nil || len(pids) > 0 {
+			t.Errorf("%s: the task has the processes %v, %v; want none", name, pids, err)
+		}
+		end(n)
+		if _, err := n.task.Delete(t.Ctx, containerd.WithProcessKill); err != nil {
+			t.Errorf("%s: delete a clone that was never started: %v", name, err)
+		}
+		n.remove() // sees what is left
+	}
+}
+
 // TestCreateFails: an error that names the cause, nothing left, and the id can be used again.
 func TestCreateFails(tb *testing.T) {
 	t := setup(tb)
