@@ -64,6 +64,7 @@ func (Manager) Name() string { return Name }
 // Start implements shim.Shim: it starts the shim process for the bundle in the
 // working directory, or finds the one of its group, and returns its address.
 func (Manager) Start(ctx context.Context, p *bootapi.BootstrapParams) (_ *bootapi.BootstrapResult, err error) {
+	dontCollect()
 	group, err := groupOf("config.json", p.GetInstanceID())
 	if err != nil {
 		return nil, err
@@ -261,6 +262,7 @@ func joinCgroup(path string, pid int) error {
 // Stop implements shim.Shim: containerd calls it when a shim has died, to kill
 // and clean up what it left.
 func (Manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
+	dontCollect()
 	cwd, err := os.Getwd()
 	if err != nil {
 		return shim.StopStatus{}, err
