@@ -89,7 +89,7 @@ soak: tools build ## N=100 rounds of killing who brings a clone its memory: it h
 # What differs in the guest: cgroup v2, systemd, AppArmor, another CRIU, kernel
 # and CPU. All of the tests (CRAC_VM_RUN=.) take an hour where it is emulated.
 # The host and the guest also take images from each other: Test(Leave|Take)….
-CRAC_VM_RUN ?= ^(TestExitCode|TestStats|TestUpdate|TestOOM|TestCgroupPath|TestSystemdCgroup|TestSystemdCgroupOfAClone|TestAppArmor|TestCloneIsUnderTheRequestsProfile|TestUserNamespace|TestTasksCheckpoint|TestCheckpointImage|TestTwoClonesAtOnce|TestApplications|TestTakeFromAnotherHost|TestLeaveForAnotherHost)$$/^(leave-running-image|exit-path|goserver|postgres)$$
+CRAC_VM_RUN ?= ^(TestExitCode|TestStats|TestUpdate|TestOOM|TestCgroupPath|TestSystemdCgroup|TestSystemdCgroupOfAClone|TestAppArmor|TestCloneIsUnderTheRequestsProfile|TestUserNamespace|TestTasksCheckpoint|TestCheckpointImage|TestTwoClonesAtOnce|TestApplications|TestTakeFromAnotherHost|TestLeaveForAnotherHost|TestPreDump)$$/^(leave-running-image|exit-path|goserver|postgres)$$
 
 .PHONY: test-vm
 test-vm: tools build images ## the core of the end-to-end tests in a QEMU guest with cgroup v2 and another kernel

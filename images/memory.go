@@ -225,6 +225,8 @@ type area struct {
 	// own, MADV_WIPEONFORK or MAP_DROPPABLE, as random generators mark their state.
 	// A clone is one as well, and finds it empty.
 	wiped bool
+	// locked memory is there before the process runs, also in a restore on demand.
+	locked bool
 }
 
 // areas are sorted and do not overlap.
@@ -311,7 +313,8 @@ func anonymousMemory(dir string, pid uint32) (areas, error) {
 		}
 		all = append(all, area{
 			start: number(vmaStart), end: number(vmaEnd),
-			wiped: number(vmaMadvise)&vmaWipeOnFork != 0 || flags&mapTypeMask == mapDroppable,
+			wiped:  number(vmaMadvise)&vmaWipeOnFork != 0 || flags&mapTypeMask == mapDroppable,
+			locked: flags&unix.MAP_LOCKED != 0,
 		})
 	}
 	slices.SortFunc(all, func(a, b area) int { return cmp.Compare(a.start, b.start) })

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -281,6 +283,69 @@ func TestFindParents(t *testing.T) {
 	}
 }
 
+// Where a dump continues a pre-dump, its link to it goes, and what is shared between processes is
+// put together like what is not.
+func TestContinuesPreDump(t *testing.T) {
+	const a = 0x10000
+	for _, tt := range []struct {
+		name, link, preDump string // below the directory of both
+		want                bool
+		wantErr             string
+	}{
+		{name: "without", want: false},
+		{name: "after one that could not be used", preDump: "pre", want: false},
+		{name: "after one", preDump: "pre", link: "../pre", want: true},
+		{name: "after another", preDump: "pre", link: "../other", wantErr: "../other"},
+		{name: "after one that nobody knows", link: "../pre", wantErr: "continues an earlier dump"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			top := t.TempDir()
+			dir, pre := filepath.Join(top, "dump"), ""
+			if err := os.Rename(dump(t), dir); err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(dir, "pagemap-shmem-7.img"), runs(true, Run{a, 1, 1}, Run{a + page, 1, 4}))
+			write(t, filepath.Join(dir, "pages-3.img"), pagesFile("X"))
+			if tt.preDump != "" {
+				pre = filepath.Join(top, tt.preDump)
+				if err := os.Mkdir(pre, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				write(t, filepath.Join(pre, "pagemap-shmem-7.img"), runs(true, Run{a, 2, 4}))
+				write(t, filepath.Join(pre, "pages-3.img"), pagesFile("ab"))
+			}
+			if tt.link != "" {
+				if err := os.Symlink(tt.link, filepath.Join(dir, "parent")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, err := ContinuesPreDump(dir, pre)
+			if tt.wantErr != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.wantErr) {
+					t.Errorf("got %v, want an error with %q", err, tt.wantErr)
+				}
+				return
+			}
+			if err != nil || got != tt.want {
+				t.Fatalf("got %v, %v; want %v", got, err, tt.want)
+			}
+			if !got {
+				return
+			}
+			if n, err := Merge([]string{dir, pre}, page); err != nil || n != 1 {
+				t.Fatalf("%d pages came from the pre-dump, want 1; %v", n, err)
+			}
+			pages, err := os.ReadFile(filepath.Join(dir, "pages-3.img"))
+			if err != nil || string(pages) != pagesFile("aX") {
+				t.Errorf("%d bytes of pages, %v", len(pages), err)
+			}
+			if _, err := DumpFiles(dir); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // What is left out for a parent comes back.
 func TestMerge(t *testing.T) {
 	const a = 0x10000
@@ -289,6 +354,7 @@ func TestMerge(t *testing.T) {
 		if maps != "" {
 			write(t, filepath.Join(dir, "pagemap-7.img"), maps)
 			write(t, filepath.Join(dir, "pages-3.img"), pagesFile(letters))
+			write(t, filepath.Join(dir, "mm-7.img"), mappings([4]uint64{a, 8, anonymous, private}, [4]uint64{a + 8*page, 8, anonymous, private | unix.MAP_LOCKED}))
 		}
 		return dir
 	}
@@ -304,6 +370,8 @@ func TestMerge(t *testing.T) {
 			level(runs(true, at(0, 4, 1)), ""), level(runs(true, at(0, 1, 4), at(1, 3, 1)), "X"), level(runs(true, at(1, 3, 4)), "bcd"),
 		}, "10000+4:4 Xbcd"},
 		{"lazy pages stay so", []string{level(runs(true, at(0, 1, 6), at(1, 1, 1)), "X"), level(runs(true, at(1, 1, 4)), "b")}, "10000+1:6 11000+1:4 Xb"},
+		{"lazy ones of a parent, too", []string{level(runs(true, at(0, 1, 1), at(1, 1, 6)), "X"), level(runs(true, at(0, 2, 6)), "ab")}, "10000+2:6 aX"},
+		{"unless they were locked since", []string{level(runs(true, at(7, 2, 1)), ""), level(runs(true, at(7, 2, 6)), "ab")}, "17000+1:6 18000+1:4 ab"},
 		{"a hole", []string{level(runs(true, at(0, 1, 1), at(3, 1, 4)), "X"), level(runs(true, at(0, 1, 4)), "a")}, "10000+1:4 13000+1:4 aX"},
 		{"no parent", []string{level(runs(true, at(0, 1, 1)), "")}, "!none of the dumps"},
 		{"not in the parent", []string{level(runs(true, at(0, 1, 1)), ""), level(runs(true, at(1, 1, 4)), "b")}, "!0x10000"},
@@ -311,7 +379,7 @@ func TestMerge(t *testing.T) {
 		{"parent cut off", []string{level(runs(true, at(1, 1, 1)), ""), level(runs(true, at(0, 2, 4)), "a")}, "!EOF"},
 		{"broken parent", []string{level(runs(true, at(0, 1, 1)), ""), level("x", "a")}, "!pagemap-7.img"},
 	} {
-		err := Merge(tt.dirs, page)
+		_, err := Merge(tt.dirs, page)
 		if want, bad := strings.CutPrefix(tt.want, "!"); bad {
 			if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, want ErrDamaged with %q", tt.name, err, want)

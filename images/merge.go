@@ -1,6 +1,7 @@
 package images
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -12,29 +13,50 @@ import (
 
 // Merge makes a whole dump of one that continues others: in dirs[0] the pages that
 // its page maps call the parent's become its own. dirs[1] and so on are those that
-// it continues, the nearest first. Nothing else is changed, and dirs[0] is a whole
-// dump or, after an error, to be thrown away. Errors wrap ErrDamaged.
-func Merge(dirs []string, pageSize uint64) error {
+// it continues, the nearest first. It tells how many pages came from those. Nothing
+// else is changed, and dirs[0] is a whole dump or, after an error, to be thrown away.
+// Errors wrap ErrDamaged.
+func Merge(dirs []string, pageSize uint64) (fromParents uint64, err error) {
 	files, err := DumpFiles(dirs[0])
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, f := range files {
-		rest, ok := strings.CutPrefix(f.Name, "pagemap-")
-		if !ok {
+		// Also of shared memory: CRIU writes all of that unless it is told otherwise.
+		if !strings.HasPrefix(f.Name, "pagemap-") {
 			continue
 		}
-		if _, err := strconv.ParseUint(strings.TrimSuffix(rest, ".img"), 10, 32); err != nil {
-			continue // of shared memory, which is whole in every dump
+		pages, err := mergeOne(dirs, f.Name, pageSize)
+		if err != nil {
+			return 0, fmt.Errorf("%w: %s: %w", ErrDamaged, filepath.Join(dirs[0], f.Name), err)
 		}
-		if err := mergeOne(dirs, f.Name, pageSize); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrDamaged, filepath.Join(dirs[0], f.Name), err)
-		}
+		fromParents += pages
 	}
-	return nil
+	return fromParents, nil
 }
 
-func mergeOne(dirs []string, name string, pageSize uint64) (err error) {
+// parentLink is CRIU's name for the dump that another one continues.
+const parentLink = "parent"
+
+// ContinuesPreDump tells whether a dump left out what its pre-dump has, so that Merge
+// must make one of the two. It removes the dump's link to the other, which nothing
+// shall follow. Without a pre-dump, or a link to it, the dump has to be whole.
+func ContinuesPreDump(dir, preDump string) (bool, error) {
+	link := filepath.Join(dir, parentLink)
+	to, err := os.Readlink(link)
+	if preDump != "" && err == nil {
+		if filepath.Join(dir, to) != filepath.Clean(preDump) {
+			return false, fmt.Errorf("%w: %s leads to %s and not to %s", ErrNotDump, link, to, preDump)
+		}
+		if err := os.Remove(link); err != nil {
+			return false, err
+		}
+	}
+	_, ferr := DumpFiles(dir)
+	return preDump != "" && err == nil, ferr
+}
+
+func mergeOne(dirs []string, name string, pageSize uint64) (fromParents uint64, err error) {
 	var levels []*level
 	defer func() {
 		for _, l := range levels {
@@ -47,49 +69,58 @@ func mergeOne(dirs []string, name string, pageSize uint64) (err error) {
 			break // an earlier dump did not have this process
 		}
 		if err != nil {
-			return err
+			return 0, err
 		}
 		levels = append(levels, l)
 	}
 	top := levels[0]
 	if !slices.ContainsFunc(top.runs, func(r Run) bool { return r.InParent() }) {
-		return nil
+		return 0, nil
+	}
+	anonymous, err := anonymousMemoryOf(dirs[0], name)
+	if err != nil {
+		return 0, err
 	}
 	out, err := os.CreateTemp(dirs[0], ".merge-")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer os.Remove(out.Name()) // once it has its name, this finds nothing
 	defer out.Close()
 
 	merged := &Pagemap{ID: top.id, wide: top.wide}
+	pages := bufio.NewWriterSize(out, 1<<20)
 	page := make([]byte, pageSize)
 	for _, r := range top.runs {
-		flags := r.flags
 		if r.InParent() {
-			flags = pagePresent
+			fromParents += r.Pages
 		} else if !r.Present() {
-			merged.append(r.Start, r.Pages, flags, pageSize)
+			merged.append(r.Start, r.Pages, r.flags, pageSize)
 			continue
 		}
 		for i := range r.Pages {
 			at := r.Start + i*pageSize
-			if err := readPage(levels, at, page); err != nil {
-				return err
+			flags, err := readPage(levels, at, page)
+			if err != nil {
+				return 0, err
 			}
-			if _, err := out.Write(page); err != nil {
-				return err
+			// Memory that was locked since then is none to bring on demand.
+			if own, ok := anonymous.find(at); r.InParent() && (!ok || own.locked) {
+				flags &^= pageLazy
+			}
+			if _, err := pages.Write(page); err != nil {
+				return 0, err
 			}
 			merged.append(at, 1, flags, pageSize)
 		}
 	}
-	if err := out.Close(); err != nil {
-		return err
+	if err := errors.Join(pages.Flush(), out.Close()); err != nil {
+		return 0, err
 	}
 	if err := os.Rename(out.Name(), filepath.Join(dirs[0], fmt.Sprintf("pages-%d.img", top.id))); err != nil {
-		return err
+		return 0, err
 	}
-	return os.WriteFile(filepath.Join(dirs[0], name), merged.encode(), 0o600)
+	return fromParents, os.WriteFile(filepath.Join(dirs[0], name), merged.encode(), 0o600)
 }
 
 // level is the memory of a process in one dump.
@@ -123,9 +154,19 @@ func openLevel(dir, name string, pageSize uint64) (*level, error) {
 	return l, err
 }
 
+// anonymousMemoryOf is that of the process which a page map is of, and none of memory
+// that is shared.
+func anonymousMemoryOf(dir, pagemap string) (areas, error) {
+	pid, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimPrefix(pagemap, "pagemap-"), ".img"), 10, 32)
+	if err != nil {
+		return nil, nil
+	}
+	return anonymousMemory(dir, uint32(pid))
+}
+
 // readPage reads a page where it is: in the first dump that does not call it its
-// parent's.
-func readPage(levels []*level, at uint64, page []byte) error {
+// parent's. It returns the flags that it has there.
+func readPage(levels []*level, at uint64, page []byte) (flags uint64, err error) {
 	for _, l := range levels {
 		i, _ := slices.BinarySearchFunc(l.runs, at, func(r Run, at uint64) int {
 			if r.End(l.size) <= at {
@@ -144,7 +185,7 @@ func readPage(levels []*level, at uint64, page []byte) error {
 			break
 		}
 		_, err := l.pages.ReadAt(page, l.offsets[i]+int64(at-r.Start))
-		return err
+		return r.flags, err
 	}
-	return fmt.Errorf("the page at %#x is in none of the dumps that it should be in", at)
+	return 0, fmt.Errorf("the page at %#x is in none of the dumps that it should be in", at)
 }

@@ -31,6 +31,7 @@ func (r Run) InParent() bool { return r.flags&pageInParent != 0 }
 // Flags of pagemap.proto.
 const (
 	pageInParent = 1
+	pageLazy     = 2 // a restore on demand may leave it out
 	pagePresent  = 4
 )
 

@@ -19,6 +19,9 @@ type BuildRequest struct {
 	// DumpDir is CRIU's directory, SpecPath the runtime spec of the dump.
 	DumpDir  string `json:"dumpDir"`
 	SpecPath string `json:"specPath"`
+	// PreDumpDir, if there is one, has the memory that the dump left out, being the
+	// same: then the dump has a link to it named parent. Both become one.
+	PreDumpDir string `json:"preDumpDir,omitempty"`
 	// Manifest is complete but for Files and Base.
 	Manifest oci.Manifest `json:"manifest"`
 	// Frozen is when the container was frozen for the dump. With it, the image's
@@ -74,6 +77,10 @@ type BuildEvent struct {
 	LayerSize   int64 `json:"layerSize,omitempty"`
 	DumpSize    int64 `json:"dumpSize,omitempty"`
 	ChangesSize int64 `json:"changesSize,omitempty"`
+	// MemorySize is how much memory was dumped, PreDumpedSize how much of it ahead of
+	// the freeze.
+	MemorySize    int64 `json:"memorySize,omitempty"`
+	PreDumpedSize int64 `json:"preDumpedSize,omitempty"`
 	// Done and Total are bytes: of the dump while it is packed, of the image as
 	// stored while it is pushed. Uploaded of Done were sent to the registry.
 	Done     int64  `json:"done,omitempty"`

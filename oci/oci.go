@@ -92,6 +92,9 @@ type CheckpointOptions struct {
 	// TCP says what happens to established connections; empty is the container's
 	// own option.
 	TCP TCPMode `json:"tcp,omitempty"`
+	// PreDump says when memory is copied ahead of the freeze; empty is the container's
+	// own option.
+	PreDump PreDumpMode `json:"preDump,omitempty"`
 	// EncryptTo are whom the new layers are encrypted for; empty is the container's
 	// own option. Keys decrypt the parent. Files have absolute names.
 	EncryptTo []string `json:"encryptTo,omitempty"`
@@ -118,6 +121,11 @@ func ParseCheckpointOptions(data []byte) (o CheckpointOptions, err error) {
 			return o, err
 		}
 	}
+	if o.PreDump != "" {
+		if err := CheckPreDumpMode(o.PreDump); err != nil {
+			return o, err
+		}
+	}
 	return o, CheckRecipients(o.EncryptTo)
 }
 
@@ -129,6 +137,11 @@ func CheckCompression(c Compression) error {
 // CheckTCPMode refuses what cannot be done about connections.
 func CheckTCPMode(m TCPMode) error {
 	return known("tcp", string(m), string(TCPClose), string(TCPEstablished), string(TCPError))
+}
+
+// CheckPreDumpMode refuses what is no answer to when memory is copied ahead.
+func CheckPreDumpMode(m PreDumpMode) error {
+	return known("pre-dump", string(m), string(PreDumpAuto), string(PreDumpRequire), string(PreDumpOff))
 }
 
 func known(what, value string, values ...string) error {

@@ -20,6 +20,8 @@ func TestParseCheckpointOptions(t *testing.T) {
 		{name: "of a newer cracctl", text: `{"sideways":true}`, wantErr: `unknown field "sideways"; the shim and cracctl must come from one release`},
 		{name: "no JSON", text: "x", wantErr: "checkpoint options"},
 		{name: "compression", text: `{"compression":"xz"}`, wantErr: `unknown compression "xz"; known are zstd, gzip`},
+		{name: "pre-dump", text: `{"preDump":"off"}`, want: CheckpointOptions{PreDump: PreDumpOff}},
+		{name: "bad pre-dump", text: `{"preDump":"always"}`, wantErr: "auto, require, off"},
 		{name: "recipients", text: `{"encryptTo":["jwe:/k"],"keys":["/p"]}`, want: CheckpointOptions{EncryptTo: []string{"jwe:/k"}, Keys: []string{"/p"}}},
 		{name: "no recipient", text: `{"encryptTo":["k"]}`, wantErr: `recipient "k" is none`},
 		{name: "connections", text: `{"tcp":"shut"}`, wantErr: `unknown tcp "shut"; known are close, established, error`},

@@ -21,6 +21,9 @@ type TCPMode string
 // Compression is how layers are stored.
 type Compression string
 
+// PreDumpMode says when memory is copied ahead of the freeze.
+type PreDumpMode string
+
 // HooksMode says whether participants are told, and whether there must be one.
 type HooksMode string
 
@@ -49,6 +52,10 @@ const (
 
 	CompressionZstd Compression = "zstd" // the default
 	CompressionGzip Compression = "gzip" // for readers that know no other
+
+	PreDumpAuto    PreDumpMode = "auto"    // when there is much, and the kernel can tell what changes; the default
+	PreDumpRequire PreDumpMode = "require" // or there is no checkpoint
+	PreDumpOff     PreDumpMode = "off"
 
 	HooksOptional HooksMode = "optional" // the default
 	HooksOff      HooksMode = "off"
@@ -80,6 +87,9 @@ type Options struct {
 	// CheckpointIndex puts a new checkpoint image into an index, beside the images
 	// of other platforms.
 	CheckpointIndex bool
+	// CheckpointPreDump is when memory is copied ahead of the freeze: see the PreDump
+	// constants.
+	CheckpointPreDump PreDumpMode
 	// CheckpointCompression of the layers of a checkpoint image; empty: zstd, or gzip
 	// for encrypted ones.
 	CheckpointCompression Compression
@@ -134,6 +144,7 @@ func knownOptions() []option {
 		// An image that chose to be pushed would send its memory where it likes.
 		annotationOnly(boolean("checkpoint.push", func(o *Options) *bool { return &o.CheckpointPush })),
 		boolean("checkpoint.index", func(o *Options) *bool { return &o.CheckpointIndex }),
+		enum("checkpoint.pre-dump", func(o *Options) *PreDumpMode { return &o.CheckpointPreDump }, PreDumpAuto, PreDumpRequire, PreDumpOff),
 		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, CompressionZstd, CompressionGzip),
 		// Names of files on the host.
 		{key: "checkpoint.encrypt-to", values: recipientForms + "; several with commas between", annotationOnly: true, set: func(o *Options, v string) (err error) {
@@ -225,7 +236,7 @@ func envName(key string) string {
 // of checkpoints are annotations only.
 func ParseOptions(annotations map[string]string, env []string) (Options, error) {
 	o := Options{
-		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose,
+		Restore: RestoreAuto, Memory: MemoryAuto, TCP: TCPClose, CheckpointPreDump: PreDumpAuto,
 		Hooks: HooksOptional, HookTimeout: DefaultHookTimeout,
 		CheckpointAllow: CheckpointAllowNone, CheckpointWhen: CheckpointWhenAsked, Java: JavaOff,
 	}

@@ -11,7 +11,7 @@ import (
 func TestParseOptions(t *testing.T) {
 	defaults := Options{
 		Restore: "auto", Memory: "auto", TCP: "close", Hooks: "optional", HookTimeout: 10 * time.Second,
-		CheckpointAllow: "none", CheckpointWhen: "asked", Java: "off",
+		CheckpointAllow: "none", CheckpointPreDump: "auto", CheckpointWhen: "asked", Java: "off",
 	}
 	with := func(change func(*Options)) Options {
 		o := defaults
@@ -46,9 +46,9 @@ func TestParseOptions(t *testing.T) {
 			env:  []string{"CRAC_CHECKPOINT_IMAGE=docker.io/library/nginx:latest", "CRAC_CHECKPOINT_ALLOW=workload", "CRAC_CHECKPOINT_PUSH=true", "CRAC_CHECKPOINT_WHEN=ready"}, want: defaults,
 		},
 		{
-			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip", p("checkpoint.index"): "true"},
+			name: "where an image goes, and how", annotations: map[string]string{p("checkpoint.push"): "true", p("checkpoint.compression"): "gzip", p("checkpoint.index"): "true", p("checkpoint.pre-dump"): "off"},
 			want: with(func(o *Options) {
-				o.CheckpointPush, o.CheckpointIndex, o.CheckpointCompression = true, true, CompressionGzip
+				o.CheckpointPush, o.CheckpointIndex, o.CheckpointCompression, o.CheckpointPreDump = true, true, CompressionGzip, PreDumpOff
 			}),
 		},
 		{name: "java", env: []string{"CRAC_JAVA=env"}, annotations: map[string]string{p("java"): "auto"}, want: with(func(o *Options) { o.Java = JavaAuto })},
@@ -102,6 +102,7 @@ func TestParseOptions(t *testing.T) {
 		{name: "no recipient", annotations: map[string]string{p("checkpoint.encrypt-to"): "jwe:/k.pem,"}, wantErr: "PUBLIC-KEY-FILE"},
 		{name: "nobody and somebody", annotations: map[string]string{p("checkpoint.encrypt-to"): "none,jwe:/k.pem"}, wantErr: "goes with no other"},
 		{name: "unknown compression", annotations: map[string]string{p("checkpoint.compression"): "lz4"}, wantErr: "zstd, gzip"},
+		{name: "bad pre-dump", annotations: map[string]string{p("checkpoint.pre-dump"): "always"}, wantErr: "auto, require, off"},
 		{name: "bad push", annotations: map[string]string{p("checkpoint.push"): "later"}, wantErr: "true, false"},
 		{name: "bad bool", annotations: map[string]string{p("checkpoint.exit"): "yes"}, wantErr: "true, false"},
 		{name: "bad duration", annotations: map[string]string{p("hook.timeout"): "10"}, wantErr: "a duration"},

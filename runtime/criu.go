@@ -51,7 +51,7 @@ type CRIUOptions struct {
 	// WorkingSet and Record are files for a lazy restore's pager: see pager.Config.
 	// Empty: none.
 	WorkingSet, Record string
-	// Warn, unless nil, is told what a restore has gone on without.
+	// Warn, unless nil, is told what a dump or a restore has gone on without.
 	Warn func(error)
 	// Parents are the directories of the dumps that the one to restore continues,
 	// the nearest first.
@@ -229,6 +229,11 @@ type DumpOptions struct {
 	// Exit ends the workload after a dump that went well, Pause leaves it
 	// paused; otherwise it is as it came.
 	Exit, Pause bool
+	// PreDump is the directory of a PreDump of this workload, or empty. The dump then
+	// leaves out what it has, and continues it: dir has a link named parent. If that
+	// goes wrong, the dump is a whole one, without that link, and the pre-dump is
+	// removed.
+	PreDump string
 	// BeforeDump, unless nil, runs when the workload is frozen and before it is
 	// dumped, with the ids of its processes. It must not call the Container.
 	BeforeDump func(pids []int) error
@@ -304,13 +309,40 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	// Established connections outlive a killed process only if CRIU kills it
 	// while they are locked.
 	opts.LeaveRunning = !d.Exit || o.TCP != TCPEstablished
-	if err := c.criuDump(opts); err != nil {
+	if err := c.dumpSince(d.PreDump, opts, o.Warn); err != nil {
 		return err
 	}
 	if d.WhileFrozen == nil {
 		return nil
 	}
 	return d.WhileFrozen()
+}
+
+// dumpSince dumps what a pre-dump lacks, if there is one, and otherwise all.
+func (c *Container) dumpSince(preDump string, opts *libcontainer.CriuOpts, warn func(error)) error {
+	if preDump == "" {
+		return c.criuDump(opts)
+	}
+	dir := opts.ImagesDirectory
+	link, err := filepath.Rel(dir, preDump)
+	if err != nil {
+		return fmt.Errorf("pre-dump %s: %w", preDump, err)
+	}
+	opts.ParentImage = link // as CRIU sees it from its images
+	since := c.criuDump(opts)
+	if since == nil || c.stopped() {
+		return since
+	}
+	// It was to be faster, and must not be the reason that there is no checkpoint:
+	// not by the room that it takes, either.
+	if err := errors.Join(os.RemoveAll(preDump), os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
+		return errors.Join(since, err)
+	}
+	if warn != nil {
+		warn(fmt.Errorf("all of the memory is dumped, and not only what has changed since the pre-dump: %w", since))
+	}
+	opts.ParentImage = ""
+	return c.criuDump(opts)
 }
 
 func (c *Container) stopped() bool {

@@ -53,6 +53,8 @@ type checkpointRequest struct {
 	encryptTo   []string // whom they are encrypted for
 	parent      string   // an image that this one continues
 	keys        []string // that decrypt the parent
+	preDump     oci.PreDumpMode
+	preDumped   string // the directory of a pre-dump; empty: there was none
 	criu        runtime.CRIUOptions
 }
 
@@ -66,6 +68,7 @@ func (c *container) ownCheckpoint() *checkpointRequest {
 		index:       c.options.CheckpointIndex,
 		compression: c.options.CheckpointCompression,
 		encryptTo:   c.options.CheckpointEncryptTo,
+		preDump:     c.options.CheckpointPreDump,
 		criu: runtime.CRIUOptions{
 			WorkDir:    c.criu.work,
 			TCP:        tcpMode(c.options.TCP),
@@ -101,6 +104,9 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		}
 		if len(o.EncryptTo) > 0 {
 			r.encryptTo = o.EncryptTo
+		}
+		if o.PreDump != "" {
+			r.preDump = o.PreDump
 		}
 		r.parent, r.keys = o.Parent, o.Keys
 		r.exit = r.exit || o.Exit
@@ -169,6 +175,21 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if r.ref == "" && r.dir == "" {
 		return fmt.Errorf("neither a directory nor an image to put it in; set the annotation %scheckpoint.image: %w", oci.AnnotationPrefix, errdefs.ErrInvalidArgument)
 	}
+	r.criu.Warn = func(err error) { log.G(ctx).WithError(err).WithField("id", c.id).Warn("checkpoint") }
+	if err := os.MkdirAll(r.criu.WorkDir, 0o700); err != nil {
+		return err
+	}
+	// Before the workload is told: what it closes for the checkpoint stays so until
+	// that is over.
+	if r.preDumped, err = c.preDump(ctx, r); err != nil {
+		return err
+	}
+	if r.preDumped != "" {
+		defer os.RemoveAll(r.preDumped)
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("nobody waits for the checkpoint any more: %w", err)
+	}
 	if r.dir == "" {
 		// On disk, not in the bundle: that is in memory on most hosts.
 		if r.dir, err = os.MkdirTemp(c.work, "dump-"); err != nil {
@@ -178,7 +199,7 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	} else if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return err
 	}
-	if err := errors.Join(os.MkdirAll(r.criu.WorkDir, 0o700), clearDump(r.dir)); err != nil {
+	if err := clearDump(r.dir); err != nil {
 		return err
 	}
 	var build *imageBuild
@@ -209,6 +230,8 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 			"digest":       done.Digest,
 			"size":         done.Size,
 			"frozen_ms":    frozen.Milliseconds(),
+			"dumped":       done.MemorySize - done.PreDumpedSize,
+			"pre_dumped":   done.PreDumpedSize,
 		}
 		if r.push {
 			facts["pushed"] = notPushed == nil
@@ -263,8 +286,9 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	manifest := c.manifest(version, r)
 	began := time.Now()
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
-		Exit:  r.exit,
-		Pause: paused,
+		Exit:    r.exit,
+		Pause:   paused,
+		PreDump: r.preDumped,
 		BeforeDump: func(pids []int) error {
 			return c.enforceFDPolicy(policy, pids)
 		},
@@ -414,6 +438,7 @@ func (s *service) buildRequest(c *container, r *checkpointRequest, m *oci.Manife
 		Container:   c.id,
 		Ref:         r.ref,
 		DumpDir:     r.dir,
+		PreDumpDir:  r.preDumped,
 		SpecPath:    filepath.Join(c.bundle, "config.json"),
 		Manifest:    *m,
 		Frozen:      frozen,

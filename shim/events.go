@@ -22,8 +22,9 @@ import (
 const ColdStartTopic = "/crac/cold-start"
 
 // CheckpointImageTopic is the topic of the event that tells of a checkpoint
-// image that was built. The facts are container_id, image, digest, size (bytes)
-// frozen_ms and, if it was to be pushed, pushed.
+// image that was built. The facts are container_id, image, digest, size (bytes),
+// frozen_ms, dumped and pre_dumped (bytes of memory, copied during the freeze and
+// ahead of it) and, if it was to be pushed, pushed.
 const CheckpointImageTopic = "/crac/checkpoint-image"
 
 // MemoryFailedTopic is the topic of the event that tells why a restored workload

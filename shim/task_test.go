@@ -381,7 +381,12 @@ func TestCheckpointOptions(t *testing.T) {
 			})},
 			"",
 		},
-		"ours":         {"", &anypb.Any{TypeUrl: oci.CheckpointOptionsType, Value: []byte(`{"ref":"asked","exit":true}`)}, checkpointRequest{ref: "asked", exit: true, criu: base}, ""},
+		"ours": {"", &anypb.Any{TypeUrl: oci.CheckpointOptionsType, Value: []byte(`{"ref":"asked","exit":true}`)}, checkpointRequest{ref: "asked", exit: true, criu: base}, ""},
+		"ours, pre-dump": {
+			"", &anypb.Any{TypeUrl: oci.CheckpointOptionsType, Value: []byte(`{"ref":"asked","preDump":"require"}`)},
+			checkpointRequest{ref: "asked", preDump: oci.PreDumpRequire, criu: base},
+			"",
+		},
 		"ours, torn":   {"", &anypb.Any{TypeUrl: oci.CheckpointOptionsType, Value: []byte(`{"ref":`)}, checkpointRequest{}, "checkpoint options"},
 		"a parent":     {"", pack(&runcoptions.CheckpointOptions{ParentPath: "/x"}), checkpointRequest{}, "ParentPath"},
 		"another type": {"", other, checkpointRequest{}, "google.protobuf.Duration"},

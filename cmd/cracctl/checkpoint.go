@@ -35,6 +35,7 @@ type checkpointFlags struct {
 	parent      string
 	keys        []string
 	tcp         string
+	preDump     string
 	dryRun      bool
 	state       string
 	quiet       bool
@@ -77,6 +78,8 @@ container as cracctl check does, with its exit statuses.`,
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
 	completions(cmd, "tcp", string(oci.TCPClose), string(oci.TCPEstablished), string(oci.TCPError))
+	cmd.Flags().StringVar(&f.preDump, "pre-dump", "", "when to copy memory before the container stands still, on kernels that can tell what changes: auto (much memory), require (or no checkpoint), off (default: the container's option, else auto)")
+	completions(cmd, "pre-dump", string(oci.PreDumpAuto), string(oci.PreDumpRequire), string(oci.PreDumpOff))
 	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "tell what would stop the checkpoint, as cracctl check does, and make none")
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "print the image's digest only")
@@ -101,6 +104,12 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	tcp := oci.TCPMode(f.tcp)
 	if tcp != "" {
 		if err := oci.CheckTCPMode(tcp); err != nil {
+			return err
+		}
+	}
+	preDump := oci.PreDumpMode(f.preDump)
+	if preDump != "" {
+		if err := oci.CheckPreDumpMode(preDump); err != nil {
 			return err
 		}
 	}
@@ -162,7 +171,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
 	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{
-		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp, Index: f.index,
+		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp, PreDump: preDump, Index: f.index,
 	})
 	took := time.Since(start)
 	done()
@@ -237,6 +246,9 @@ func report(ctx context.Context, client *containerd.Client, ref string, took tim
 	fmt.Fprintf(out, "Took        %s\n", took.Round(time.Millisecond))
 	if frozen := img.Labels[build.LabelFrozen]; frozen != "" {
 		fmt.Fprintf(out, "Stood still %s\n", frozen)
+	}
+	if ahead, _ := strconv.ParseInt(img.Labels[build.LabelPreDumped], 10, 64); ahead > 0 {
+		fmt.Fprintf(out, "Pre-dumped  %s of the memory\n", size(ahead))
 	}
 	return nil
 }

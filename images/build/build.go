@@ -13,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -43,6 +45,9 @@ type (
 // LabelFrozen is a label of the image's record in containerd, which is not
 // published with the image: how long the container stood still.
 const LabelFrozen = oci.ImagePrefix + "frozen"
+
+// LabelPreDumped is another: how many bytes of the memory were copied before that.
+const LabelPreDumped = oci.ImagePrefix + "pre-dumped"
 
 // IngestRef is the name under which the checkpoint layer of a container is
 // written to the content store. It is also the lock: two builds of one
@@ -100,13 +105,9 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if err != nil {
 		return none, err
 	}
-	total := int64(0)
-	files, err := images.DumpFiles(r.DumpDir)
+	continues, err := images.ContinuesPreDump(r.DumpDir, r.PreDumpDir)
 	if err != nil {
 		return none, err
-	}
-	for _, f := range files {
-		total += f.Size
 	}
 
 	ctx, release, err := s.hold(ctx, emit)
@@ -135,6 +136,17 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	labels := make(map[string]string)
 	if !r.Frozen.IsZero() {
 		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
+	}
+	preDumped, err := mergePreDump(r, continues)
+	if err != nil {
+		return none, fmt.Errorf("put the dump of container %s together: %w", c.ID, err)
+	}
+	if preDumped > 0 {
+		labels[LabelPreDumped] = strconv.FormatInt(preDumped, 10)
+	}
+	total, memory, err := dumpSize(r.DumpDir)
+	if err != nil {
+		return none, err
 	}
 
 	// Only now: the container has stood still until here.
@@ -189,11 +201,39 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	emit(Event{
 		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: stored, ChangesSize: changes.size(),
+		MemorySize: memory, PreDumpedSize: preDumped,
 	})
 	if r.Push {
 		return push(ctx, s, r, target, emit)
 	}
 	return target, nil
+}
+
+// mergePreDump makes a whole dump of one that continues a pre-dump, and tells how many
+// bytes of its memory were copied ahead.
+func mergePreDump(r Request, continues bool) (int64, error) {
+	if !continues {
+		return 0, nil
+	}
+	page := uint64(r.Manifest.Host.PageSize)
+	pages, err := images.Merge([]string{r.DumpDir, r.PreDumpDir}, page)
+	if err != nil {
+		return 0, err
+	}
+	// Nobody needs it any more, and it is as large as the memory.
+	return int64(pages * page), os.RemoveAll(r.PreDumpDir)
+}
+
+// dumpSize adds up a dump's files, and those that hold its memory.
+func dumpSize(dir string) (total, memory int64, err error) {
+	files, err := images.DumpFiles(dir)
+	for _, f := range files {
+		total += f.Size
+		if strings.HasPrefix(f.Name, "pages-") {
+			memory += f.Size
+		}
+	}
+	return total, memory, err
 }
 
 // push sends the finished image to its registry, with the settings of the host
@@ -294,7 +334,7 @@ func name(ctx context.Context, store coreimages.Store, img coreimages.Image) err
 		if err == nil || !errdefs.IsAlreadyExists(err) {
 			return err
 		}
-		_, err = store.Update(ctx, img, "target", "labels."+LabelFrozen)
+		_, err = store.Update(ctx, img, "target", "labels."+LabelFrozen, "labels."+LabelPreDumped)
 		if err == nil || !errdefs.IsNotFound(err) {
 			return err
 		}

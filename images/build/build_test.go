@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -1075,5 +1076,89 @@ func TestBuildWithParent(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("on %s: %v, want %q", parent, err, want)
 		}
+	}
+}
+
+// A dump that continues a pre-dump becomes an image like any other, also on top of a parent.
+func TestBuildAfterPreDump(t *testing.T) {
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	const (
+		pages            = 64
+		inParent, inDump = 1, 4 // flags of a page map
+	)
+	memory := func(pages int, first byte) string {
+		b := make([]byte, pages*4096)
+		for i := range b {
+			b[i] = first + byte(i/4096)
+		}
+		return string(b)
+	}
+	// pagemap is of runs of pages from 0x10000 on, as CRIU 4.2 writes it.
+	pagemap := func(runs ...[2]uint64) string {
+		image, at := []byte("\x19\x43\x56\x54\x25\x40\x08\x56\x02\x00\x00\x00\x08\x01"), uint64(0x10000)
+		for _, r := range runs {
+			var m []byte
+			for i, v := range []uint64{at, 0, r[1], r[0]} {
+				m = binary.AppendUvarint(append(m, "\x08\x10\x20\x28"[i]), v)
+			}
+			image = append(binary.LittleEndian.AppendUint32(image, uint32(len(m))), m...)
+			at += r[0] * 4096
+		}
+		return string(image)
+	}
+	request := func(ref string, continues bool) Request {
+		r := w.request("c", ref)
+		r.Manifest.Host.PageSize = 4096
+		files := map[string]string{"pages-1.img": memory(pages, 1), "pagemap-1.img": pagemap([2]uint64{pages, inDump})}
+		if continues {
+			r.PreDumpDir = filepath.Join(filepath.Dir(r.DumpDir), "pre-dump")
+			w.must(os.Mkdir(r.PreDumpDir, 0o700))
+			for name, data := range files {
+				w.must(os.WriteFile(filepath.Join(r.PreDumpDir, name), []byte(data), 0o600))
+			}
+			files = map[string]string{"pages-1.img": memory(2, 200), "pagemap-1.img": pagemap([2]uint64{pages - 2, inParent}, [2]uint64{2, inDump})}
+			w.must(os.Symlink("../pre-dump", filepath.Join(r.DumpDir, "parent")))
+		}
+		for name, data := range files {
+			w.must(os.WriteFile(filepath.Join(r.DumpDir, name), []byte(data), 0o600))
+		}
+		return r
+	}
+	_, events, err := w.build(request("first:1", false))
+	w.must(err)
+	if done := events[len(events)-1]; done.MemorySize != pages*4096 || done.PreDumpedSize != 0 {
+		t.Errorf("without a pre-dump: %+v", done)
+	}
+	want := memory(pages-2, 1) + memory(2, 200)
+	for parent, stored := range map[string]string{"": want, "first:1": memory(2, 200)} {
+		r := request("warm:1", true)
+		r.Parent = parent
+		_, events, err := w.build(r)
+		w.must(err)
+		if done := events[len(events)-1]; done.MemorySize != pages*4096 || done.PreDumpedSize != (pages-2)*4096 {
+			t.Errorf("on %q: %+v", parent, done)
+		}
+		l := w.load("warm:1")
+		img, err := w.images.Get(w.ctx, "warm:1")
+		w.must(err)
+		if got := img.Labels[LabelPreDumped]; got != strconv.Itoa((pages-2)*4096) {
+			t.Errorf("on %q: the label says %q", parent, got)
+		}
+		for _, e := range w.entries(l.manifest.Layers[len(l.manifest.Layers)-1]) {
+			if strings.HasSuffix(e.Name, "pages-1.img") && string(e.data) != stored {
+				t.Errorf("on %q: %d bytes of memory are stored, want %d, or others", parent, len(e.data), len(stored))
+			}
+		}
+		if _, err := os.Stat(r.PreDumpDir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("on %q: the pre-dump is still there: %v", parent, err)
+		}
+	}
+	// A page that is in neither.
+	r := request("bad:1", true)
+	w.must(os.WriteFile(filepath.Join(r.PreDumpDir, "pagemap-1.img"), []byte(pagemap([2]uint64{pages - 3, inDump})), 0o600))
+	if _, _, err := w.build(r); !errors.Is(err, images.ErrDamaged) {
+		t.Errorf("a page is missing: %v", err)
 	}
 }

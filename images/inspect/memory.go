@@ -81,7 +81,7 @@ func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir strin
 		}
 		dirs[n] = filepath.Join(dir, strconv.Itoa(n))
 	}
-	if err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
+	if _, err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
 		return nil, "", fmt.Errorf("%s: %w", i.Name, err)
 	}
 	return chain, dirs[0], nil
