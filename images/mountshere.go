@@ -2,7 +2,6 @@ package images
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"path"
 	"slices"
@@ -29,23 +28,20 @@ func MountsHere(dir string) (map[string][]byte, error) {
 // mountsHere is MountsHere for a host of which has tells what files it has, and shared
 // whether it shares mounts.
 func mountsHere(dir string, has func(path string) bool, shared bool) (map[string][]byte, error) {
-	d, names, err := listDump(dir)
+	d, err := openMountTables(dir)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+		return nil, err
 	}
 	defer d.close()
 	changed := make(map[string][]byte)
-	for _, name := range names {
-		if !strings.HasPrefix(name, "mountpoints-") || !isImage(name) {
-			continue
-		}
-		messages, err := d.read(name, magicMountpoints)
+	for _, name := range d.names {
+		messages, err := d.table(name, nil)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %s/%s: %w", ErrDamaged, dir, name, err)
+			return nil, err
 		}
 		kept, err := tableHere(slices.Clone(messages), has, shared)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %s/%s: %w", ErrDamaged, dir, name, err)
+			return nil, d.damaged(name, err)
 		}
 		if !slices.EqualFunc(kept, messages, bytes.Equal) {
 			changed[name] = encodeImage(magicMountpoints, kept...)

@@ -63,6 +63,8 @@ type Container struct {
 	held    *heldNetwork // a restore's, until the container is deleted
 	criu    *readyCRIU   // from PrepareRestore to the end of Restore
 
+	tmpfs readyTmpfs // for a restore
+
 	// memory is the pager of a restored container, also when it has ended; nil
 	// if the memory came before it ran.
 	memory atomic.Pointer[pager.Process]
@@ -347,6 +349,7 @@ func (c *Container) Delete() error {
 		}
 	}
 	c.endCRIU() // nothing but it could be in the cgroup
+	c.tmpfs.release()
 	err := c.destroy()
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)
@@ -359,6 +362,7 @@ func (c *Container) Delete() error {
 
 // destroy removes libcontainer's part. c.mu is held.
 func (c *Container) destroy() error {
+	c.tmpfs.detached.Wait()     // they are mounted in the directory that goes
 	defer c.cfg.Reaper.Hold()() // for the poststop hooks
 	if err := c.lc.Destroy(); err != nil {
 		return fmt.Errorf("delete container %s: %w", c.cfg.ID, err)

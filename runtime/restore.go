@@ -82,6 +82,7 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	p, err := c.restore(dir, o, mounts, io)
 	c.endCRIU()
 	if p == nil {
+		c.tmpfs.release()
 		return nil, errors.Join(err, c.undoRestore())
 	}
 	if err != nil {

@@ -97,6 +97,11 @@ func (r *criuRestore) run() (pid int, err error) {
 	if err := r.mounts(opts, criu.cgroups); err != nil {
 		return 0, err
 	}
+	detach, err := r.c.tmpfs.attach(filepath.Join(r.c.cfg.Root, r.c.cfg.ID, "criu-tmpfs"), opts)
+	defer detach()
+	if err != nil {
+		return 0, err
+	}
 	if r.o.Lazy {
 		if err := r.beginPager(criu.cgroupDirs); err != nil {
 			return 0, err

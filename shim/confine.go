@@ -10,6 +10,7 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
+	"github.com/crac-shim/crac/runtime/trace"
 )
 
 // confine makes the image files with which a dump is restored under the
@@ -48,6 +49,21 @@ func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, erro
 	}
 	maps.Copy(all, mounts)
 	return all, nil
+}
+
+// makeTmpfs makes small tmpfs mounts of the dump in dir before CRIU is there, and
+// changes the images that it reads accordingly.
+func (c *container) makeTmpfs(dir string, own map[string][]byte) error {
+	defer c.trace.On(trace.Background, "make the small tmpfs mounts")()
+	small, err := images.SmallTmpfs(dir, own)
+	if err != nil {
+		return err
+	}
+	all := make([]runtime.Tmpfs, len(small))
+	for i, t := range small {
+		all[i] = runtime.Tmpfs(t)
+	}
+	return images.MadeBefore(dir, own, c.rt.MakeTmpfs(all))
 }
 
 // profileOf is the request's AppArmor profile or SELinux context, whichever the

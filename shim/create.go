@@ -155,7 +155,11 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	if c.warm = found.warm; c.warm != nil {
 		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) {
 			defer steps.On(trace.Background, "write the dump's images anew")()
-			return s.confine(found.warm, spec)
+			own, err := s.confine(found.warm, spec)
+			if err != nil {
+				return nil, err
+			}
+			return own, c.makeTmpfs(found.warm.dir, own)
 		})
 		go func(w *restore) {
 			_, _ = w.images() // Start asks for the error

@@ -1,0 +1,109 @@
+package images
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// ofTmpfs is the mnt_entry of a tmpfs that has a superblock of its own.
+func ofTmpfs(id, device uint64, root, at, options string) message {
+	return message{}.num(1, fsTmpfs).num(2, id).num(3, device).num(4, 1).num(5, unix.MS_NOSUID).str(6, root).str(7, at).str(8, "src").str(9, options)
+}
+
+func TestSmallTmpfs(t *testing.T) {
+	plain := slices.Clip(ofTmpfs(9, 50, "/", "/data", "size=64k,mode=755"))
+	for name, tt := range map[string]struct {
+		mounts []message
+		keys   []string
+	}{
+		"as most are":               {[]message{plain.num(17, 0)}, []string{"crac-tmpfs-9"}},
+		"read-only":                 {[]message{plain.num(17, unix.MS_RDONLY)}, []string{"crac-tmpfs-9"}},
+		"no options":                {[]message{ofTmpfs(9, 50, "/", "/data", "").num(17, 0)}, []string{"crac-tmpfs-9"}},
+		"at two places":             {[]message{plain.num(17, 0), ofTmpfs(10, 50, "/", "/more", "size=64k,mode=755").num(17, 0)}, []string{"crac-tmpfs-9"}},
+		"two":                       {[]message{plain.num(17, 0), ofTmpfs(10, 51, "/", "/more", "").num(17, 0)}, []string{"crac-tmpfs-9", "crac-tmpfs-10"}},
+		"no archive":                {[]message{ofTmpfs(9, 52, "/", "/data", "").num(17, 0)}, nil},
+		"a large archive":           {[]message{ofTmpfs(9, 53, "/", "/data", "").num(17, 0)}, nil},
+		"an empty archive":          {[]message{ofTmpfs(9, 54, "/", "/data", "").num(17, 0)}, nil},
+		"an archive that is a link": {[]message{ofTmpfs(9, 55, "/", "/data", "").num(17, 0)}, nil},
+		"a part":                    {[]message{ofTmpfs(9, 50, "/sub", "/data", "").num(17, 0)}, nil},
+		"from outside":              {[]message{plain.num(17, 0).str(18, "/data")}, nil},
+		"from outside, long ago":    {[]message{plain.num(17, 0).num(13, 1)}, nil},
+		"under one of our keys":     {[]message{plain.num(17, 0), ofTmpfs(10, 51, "/", "/more", "").num(17, 0).str(18, "crac-tmpfs-9")}, nil},
+		"other options":             {[]message{ofTmpfs(9, 50, "/", "/data", "size=64k,mpol=bind:0").num(17, 0)}, nil},
+		"an empty option":           {[]message{ofTmpfs(9, 50, "/", "/data", "size=64k,").num(17, 0)}, nil},
+		"other flags":               {[]message{plain.num(17, unix.MS_SYNCHRONOUS)}, nil},
+		"flags of both in one":      {[]message{plain}, nil},
+		"shared":                    {[]message{plain.num(17, 0).num(10, 3)}, nil},
+		"of a master":               {[]message{plain.num(17, 0).num(11, 3)}, nil},
+		"of a plugin":               {[]message{plain.num(17, 0).num(12, 1)}, nil},
+		"deleted":                   {[]message{plain.num(17, 0).num(16, 1)}, nil},
+		"another file system":       {[]message{mounted(fsProc, 9, 1, "/", "/data").num(17, 0)}, nil},
+		"by another name":           {[]message{plain.num(17, 0).str(14, "tmpfs")}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for device, data := range map[int]string{50: "of 50", 51: "of 51", 53: strings.Repeat("x", maxTmpfsArchive+1), 54: ""} {
+				write(t, filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", device)), data)
+			}
+			if err := os.Symlink("tmpfs-dev-50.tar.gz.img", filepath.Join(dir, "tmpfs-dev-55.tar.gz.img")); err != nil {
+				t.Fatal(err)
+			}
+			root := mounted(fsOverlay, 1, 0, "/", "/")
+			write(t, filepath.Join(dir, "mountpoints-7.img"), mountImage(append([]message{root}, tt.mounts...)...))
+			found, err := SmallTmpfs(dir, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var keys []string
+			for _, f := range found {
+				keys = append(keys, f.Key)
+			}
+			if !slices.Equal(keys, tt.keys) {
+				t.Fatalf("%q, want %q", keys, tt.keys)
+			}
+			if len(found) > 0 && (string(found[0].Archive) != "of 50" || found[0].Source != "src" || found[0].ReadOnly != (name == "read-only")) {
+				t.Errorf("%+v", found[0])
+			}
+
+			changed := map[string][]byte{}
+			if err := MadeBefore(dir, changed, keys); err != nil {
+				t.Fatal(err)
+			}
+			if len(keys) == 0 {
+				if len(changed) > 0 {
+					t.Errorf("changed %q", changed)
+				}
+				return
+			}
+			want := slices.Clone(tt.mounts)
+			for i, m := range want[:len(keys)] {
+				want[i] = slices.Clip(m).str(18, keys[i])
+			}
+			if got := string(changed["mountpoints-7.img"]); got != mountImage(append([]message{root}, want...)...) {
+				t.Errorf("changed to %q", got)
+			}
+			// They are no longer to be made before, once that has been said.
+			if again, err := SmallTmpfs(dir, changed); err != nil || len(again) > 0 {
+				t.Errorf("%+v, %v", again, err)
+			}
+		})
+	}
+}
+
+// A process with mounts of its own may have the same tmpfs.
+func TestSmallTmpfsOfTwoTables(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "tmpfs-dev-50.tar.gz.img"), "of 50")
+	for _, name := range []string{"mountpoints-7.img", "mountpoints-8.img"} {
+		write(t, filepath.Join(dir, name), mountImage(mounted(fsOverlay, 1, 0, "/", "/"), ofTmpfs(9, 50, "/", "/data", "").num(17, 0)))
+	}
+	if found, err := SmallTmpfs(dir, nil); err != nil || len(found) > 0 {
+		t.Errorf("%+v, %v", found, err)
+	}
+}
