@@ -75,6 +75,16 @@ func TestTmpfsAsItWas(tb *testing.T) {
 			t.Eventually("the workload runs", func() bool { return strings.Contains(b.log(), "ready") })
 			want := b.seesTmpfs()
 			b.checkpoint("--exit")
+			log, err := os.ReadFile(filepath.Join(t.Dir, "root/io.containerd.runtime.v2.task", t.Namespace, b.id, "criu/dump.log"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for place, want := range map[string]bool{"/dev": true, "/dev/shm": false, "/run": true, "/small": true, "/large": false} {
+				packed := regexp.MustCompile(`Found crac-packed-\d+ mapping for \.` + place + ` mountpoint`).Match(log)
+				if want = want && flags == nil; packed != want {
+					t.Errorf("%s was packed before: %v, want %v", place, packed, want)
+				}
+			}
 			b.remove()
 
 			clone := start(t, how{image: image, args: []string{"sh", "-c", script}, flags: slices.Concat([]string{option("restore", "require")}, mounts, flags)})
@@ -94,7 +104,7 @@ func TestTmpfsAsItWas(tb *testing.T) {
 				mounted, err := os.ReadFile("/proc/self/mountinfo")
 				return err == nil && !strings.Contains(string(mounted), "criu-tmpfs")
 			})
-			log, err := os.ReadFile(filepath.Join(t.Dir, "root/io.containerd.runtime.v2.task", t.Namespace, clone.id, "criu/restore.log"))
+			log, err = os.ReadFile(filepath.Join(t.Dir, "root/io.containerd.runtime.v2.task", t.Namespace, clone.id, "criu/restore.log"))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -59,6 +59,8 @@ type CRIUOptions struct {
 	// Images are image files, by name, that a restore reads instead of the
 	// dump's.
 	Images map[string][]byte
+
+	packed []packedTmpfs // that a dump need not
 }
 
 // CRIUError is a dump or restore that CRIU gave up.
@@ -203,6 +205,9 @@ func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
 		}
 		fmt.Fprintf(&b, "external net[%d]:extRootNetNS\n", st.Ino)
 	}
+	for _, p := range o.packed {
+		fmt.Fprintf(&b, "external mnt[%s]:%s\n", p.mountpoint, p.key())
+	}
 	if o.ConfigFile != "" {
 		user, err := os.ReadFile(o.ConfigFile)
 		if err != nil {
@@ -302,6 +307,7 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 			return err
 		}
 	}
+	o.packed = c.packTmpfs(c.init.Pid())
 	opts, err := c.criuOptions(dir, o, c.init.Pid())
 	if err != nil {
 		return err
@@ -310,6 +316,9 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	// while they are locked.
 	opts.LeaveRunning = !d.Exit || o.TCP != TCPEstablished
 	if err := c.dumpSince(d.PreDump, opts, o.Warn); err != nil {
+		return err
+	}
+	if err := completeDump(dir, o.packed); err != nil {
 		return err
 	}
 	if d.WhileFrozen == nil {

@@ -168,6 +168,55 @@ func TestUnpackWhatTarPacks(t *testing.T) {
 	}
 }
 
+// What Pack packs, tar unpacks as it was, and so does Unpack.
+func TestPack(t *testing.T) {
+	needRoot(t)
+	from := onTmpfs(t)
+	cmd := exec.Command("bash", "-c", strings.ReplaceAll(strings.ReplaceAll(makeTree, "truncate -s 200000 sparse", "rm sparse"), "truncate -s 5000 hole;", ""))
+	cmd.Dir = from
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	d, err := os.OpenFile(from, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	data, err := Pack(int(d.Fd()), most)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := Pack(int(d.Fd()), most); err != nil || !bytes.Equal(again, data) {
+		t.Errorf("packed again it is another archive: %v", err)
+	}
+	want := tree(t, from)
+	to := onTmpfs(t)
+	if _, err := unpack(t, data, to); err != nil {
+		t.Fatal(err)
+	}
+	if got := tree(t, to); !slices.Equal(got, want) {
+		t.Errorf("unpacked\n%s\npacked\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	other := onTmpfs(t)
+	cmd = exec.Command("tar", "--extract", "--gzip", "--no-unquote", "--no-wildcards", "--directory", other)
+	cmd.Stdin = bytes.NewReader(data)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if got := tree(t, other); !slices.Equal(got, want) {
+		t.Errorf("by tar\n%s\npacked\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+	if _, err := Pack(int(d.Fd()), 100); err == nil {
+		t.Error("more than may be was packed")
+	}
+	if err := os.Truncate(filepath.Join(from, "empty"), 5000); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Pack(int(d.Fd()), most); err == nil {
+		t.Error("a hole was packed")
+	}
+}
+
 func TestUnpackRefuses(t *testing.T) {
 	needRoot(t)
 	dir := entry{Name: "./d/", Typeflag: tar.TypeDir, Mode: 0o755}

@@ -1,0 +1,231 @@
+package runtime
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/runtime/tmpfs"
+)
+
+// packedTmpfs is a small tmpfs of a frozen container, and its archive. CRIU is told
+// that it comes from outside, so that it does not execute tar for it while the
+// workload stands still; afterwards the dump is made to be as if CRIU had.
+type packedTmpfs struct {
+	mountpoint string
+	device     uint64 // as CRIU writes it
+	archive    []byte
+}
+
+// packedKey begins the keys of such mounts.
+const packedKey = "crac-packed-"
+
+func (p packedTmpfs) key() string { return fmt.Sprint(packedKey, p.device) }
+
+// plainPath has nothing that means something to CRIU's configuration file.
+var plainPath = regexp.MustCompile(`^[A-Za-z0-9/._-]+$`)
+
+// packTmpfs packs those that the container was given when it was created. Whatever
+// stands in the way of one leaves it to CRIU.
+func (c *Container) packTmpfs(pid int) (packed []packedTmpfs) {
+	if _, mapped := namespace(c.spec, "user"); mapped || !private(c.spec, "mount") {
+		return nil
+	}
+	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return nil
+	}
+	mounts := ownTmpfs(string(table), c.ownTmpfsPlaces(), c.bindPlaces())
+	trees := make([]int, 0, len(mounts))
+	_ = inMountNamespace(pid, func() error {
+		for _, m := range mounts {
+			if fd, err := m.clone(); err == nil {
+				trees = append(trees, fd)
+				packed = append(packed, packedTmpfs{mountpoint: m.mountpoint, device: m.device})
+			}
+		}
+		return nil
+	})
+	left := int64(maxTmpfs)
+	for i, fd := range trees {
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(fd, &st); err != nil {
+			continue
+		}
+		used := int64(st.Blocks-st.Bfree) * st.Bsize
+		if st.Blocks == 0 { // it has no bound
+			used = 0
+		}
+		if used > left {
+			continue
+		}
+		if packed[i].archive, err = tmpfs.Pack(fd, left); err == nil {
+			left -= used
+		}
+	}
+	go func() { // the kernel waits for others when a mount goes
+		for _, fd := range trees {
+			unix.Close(fd)
+		}
+	}()
+	return slices.DeleteFunc(packed, func(p packedTmpfs) bool { return p.archive == nil })
+}
+
+// ownTmpfsPlaces are where the container got a tmpfs when it was created.
+func (c *Container) ownTmpfsPlaces() []string {
+	places := slices.Clone(c.config.MaskPaths)
+	for _, m := range c.config.Mounts {
+		if m.Device == "tmpfs" {
+			places = append(places, path.Clean(m.Destination))
+		}
+	}
+	return places
+}
+
+// bindPlaces are where it got something from outside.
+func (c *Container) bindPlaces() (places []string) {
+	for _, m := range c.config.Mounts {
+		if m.Device == "bind" {
+			places = append(places, path.Clean(m.Destination))
+		}
+	}
+	return places
+}
+
+// tmpfsMount is a line of a mount table (proc(5), /proc/pid/mountinfo).
+type tmpfsMount struct {
+	id, device uint64
+	mountpoint string
+}
+
+// ownTmpfs finds whole, unshared tmpfs mounts at some places, one for each
+// superblock, that are nowhere bound from outside.
+func ownTmpfs(table string, places, binds []string) (found []tmpfsMount) {
+	at := map[string]int{}
+	outside := map[uint64]bool{}
+	for line := range strings.Lines(table) {
+		// id, parent, device, root, mount point, options, optional fields, -, type
+		f := strings.Fields(line)
+		if len(f) < 9 {
+			return nil
+		}
+		at[f[4]]++
+		var major, minor uint64
+		if _, err := fmt.Sscanf(f[2], "%d:%d", &major, &minor); err != nil {
+			return nil
+		}
+		m := tmpfsMount{device: major<<20 | minor, mountpoint: f[4]}
+		if slices.Contains(binds, m.mountpoint) {
+			outside[m.device] = true
+		}
+		var err error
+		if m.id, err = strconv.ParseUint(f[0], 10, 64); err != nil {
+			return nil
+		}
+		if f[6] == "-" && f[7] == "tmpfs" && f[3] == "/" && slices.Contains(places, m.mountpoint) && plainPath.MatchString(m.mountpoint) {
+			found = append(found, m)
+		}
+	}
+	seen := map[uint64]bool{}
+	return slices.DeleteFunc(found, func(m tmpfsMount) bool {
+		other := outside[m.device] || at[m.mountpoint] > 1 || seen[m.device]
+		seen[m.device] = true
+		return other
+	})
+}
+
+// clone copies the mount alone, without those on it, in its mount namespace.
+func (m tmpfsMount) clone() (int, error) {
+	fd, err := unix.Open(m.mountpoint, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(fd)
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err != nil {
+		return -1, err
+	}
+	if st.Mask&unix.STATX_MNT_ID == 0 || st.Mnt_id != m.id {
+		return -1, errors.New("is another mount") // or hidden by one
+	}
+	return unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+}
+
+// completeDump puts the archives into the dump in dir, and takes the mounts' keys out
+// of it.
+func completeDump(dir string, packed []packedTmpfs) error {
+	if len(packed) == 0 {
+		return nil
+	}
+	for _, p := range packed {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", p.device)), p.archive, 0o644); err != nil {
+			return err
+		}
+	}
+	tables, err := filepath.Glob(filepath.Join(dir, "mountpoints-*.img"))
+	if err != nil {
+		return err
+	}
+	for _, name := range tables {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if data, err = withoutKeys(data); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := os.WriteFile(name, data, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mountKey is the field of mnt_entry that says where an external mount comes from.
+const mountKey = 18
+
+// withoutKeys takes our keys out of a mount table.
+func withoutKeys(table []byte) (out []byte, err error) {
+	const magics = 8
+	if len(table) < magics {
+		return nil, errors.New("is cut off")
+	}
+	out = append(out, table[:magics]...)
+	for rest := table[magics:]; len(rest) > 0; {
+		if len(rest) < 4 || uint64(binary.LittleEndian.Uint32(rest)) > uint64(len(rest)-4) {
+			return nil, errors.New("is cut off")
+		}
+		size := binary.LittleEndian.Uint32(rest)
+		message := rest[4 : 4+size]
+		rest = rest[4+size:]
+		var kept []byte
+		for len(message) > 0 {
+			num, kind, n := protowire.ConsumeField(message)
+			if n < 0 {
+				return nil, protowire.ParseError(n)
+			}
+			ours := false
+			if num == mountKey && kind == protowire.BytesType {
+				_, _, tag := protowire.ConsumeTag(message)
+				value, _ := protowire.ConsumeBytes(message[tag:])
+				ours = strings.HasPrefix(string(value), packedKey)
+			}
+			if !ours {
+				kept = append(kept, message[:n]...)
+			}
+			message = message[n:]
+		}
+		out = append(binary.LittleEndian.AppendUint32(out, uint32(len(kept))), kept...)
+	}
+	return out, nil
+}
