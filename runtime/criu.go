@@ -307,7 +307,9 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 			return err
 		}
 	}
-	o.packed = c.packTmpfs(c.init.Pid())
+	if o.ConfigFile == "" { // the user's may have a word for the same mounts
+		o.packed = c.packTmpfs(c.init.Pid())
+	}
 	opts, err := c.criuOptions(dir, o, c.init.Pid())
 	if err != nil {
 		return err

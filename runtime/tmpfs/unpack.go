@@ -1,5 +1,5 @@
-// Package tmpfs fills a small tmpfs from the archive that a dump has of it, as
-// `tar` would, which CRIU executes once per mount.
+// Package tmpfs fills a small tmpfs from the archive that a dump has of it, and
+// makes that archive, as `tar` would, which CRIU executes once per mount.
 package tmpfs
 
 import (
