@@ -61,6 +61,7 @@ type hooks struct {
 	mu         sync.Mutex
 	generation string
 	warm       bool
+	whole      chan struct{} // unless it starts cold; closed when the restore is over
 	image      string
 	cold       *coldReason
 	attempts   []*attempt    // the last few checkpoints, the newest last
@@ -203,17 +204,19 @@ func (h *hooks) startedCold(why *coldReason) {
 }
 
 // restoring notes that the workload is about to be restored: it may ask before
-// it is told.
-func (h *hooks) restoring(m *oci.Manifest) {
+// it is told. restored must be called when the restore is over, whatever came of it.
+func (h *hooks) restoring(m *oci.Manifest) (restored func()) {
 	if h == nil {
-		return
+		return func() {}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.warm = true
+	whole := make(chan struct{})
+	h.warm, h.whole = true, whole
 	if m != nil {
 		h.image = m.Name
 	}
+	return func() { close(whole) }
 }
 
 // anybody tells whether there is somebody to tell: a paused workload without
@@ -444,7 +447,7 @@ func (h *hooks) Checkpoint(context.Context) (string, error) {
 func (h *hooks) Outcome(ctx context.Context, id string) (outcome hook.Outcome, reason string) {
 	h.mu.Lock()
 	at := slices.IndexFunc(h.attempts, func(a *attempt) bool { return a.id == id })
-	warm := h.warm
+	warm, whole := h.warm, h.whole
 	var a *attempt
 	if at >= 0 {
 		a = h.attempts[at]
@@ -458,8 +461,19 @@ func (h *hooks) Outcome(ctx context.Context, id string) (outcome hook.Outcome, r
 		}
 		return a.outcome()
 	case warm:
-		// The original asked, and the answer went into the dump with it.
-		return hook.OutcomeRestored, ""
+		// The original asked, and the answer went into the dump with it. Threads of
+		// the clone run one after the other; if one ends the process before the last
+		// does, CRIU finds something to be missing and gives up.
+		select {
+		case <-whole:
+		case <-ctx.Done():
+		}
+		select {
+		case <-whole:
+			return hook.OutcomeRestored, ""
+		default:
+			return hook.OutcomePending, ""
+		}
 	}
 	return "", ""
 }

@@ -66,7 +66,11 @@ func TestCheckpointOutcomes(t *testing.T) {
 		t.Errorf("of one long ago: %q, %d attempts", got, len(h.attempts))
 	}
 	// In a clone the original's checkpoint is what it was restored from.
-	h.restoring(&oci.Manifest{Name: "app:warm"})
+	whole := h.restoring(&oci.Manifest{Name: "app:warm"})
+	if got := ask("b"); got != "pending" {
+		t.Errorf("in a clone of which not all runs yet: %q", got)
+	}
+	whole()
 	if got := ask("b"); got != "restored" {
 		t.Errorf("in a clone: %q", got)
 	}
@@ -127,7 +131,7 @@ func TestNoHooks(t *testing.T) {
 	var h *hooks
 	h.begin("x")(nil)
 	h.startedCold(nil)
-	h.restoring(nil)
+	h.restoring(nil)()
 	h.onResume(resumedMessage("x", nil))
 	h.clientResumed(t.Context())
 	h.afterResume(t.Context(), resumedMessage("x", errors.New("no")))

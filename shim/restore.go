@@ -306,7 +306,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	if err != nil {
 		return err
 	}
-	c.hooks.restoring(r.manifest)
+	whole := c.hooks.restoring(r.manifest)
 	io := c.init.io
 	memory := memoryOf(r.dir)
 	lazy := s.lazy(c, memory)
@@ -334,6 +334,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		ConfigFile:          c.criu.config,
 		Images:              own,
 	}, r.mounts, io.child)
+	whole()
 	restore()
 	if proc != nil {
 		io.afterStart()
