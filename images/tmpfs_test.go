@@ -1,6 +1,7 @@
 package images
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -106,4 +107,66 @@ func TestSmallTmpfsOfTwoTables(t *testing.T) {
 	if found, err := SmallTmpfs(dir, nil); err != nil || len(found) > 0 {
 		t.Errorf("%+v, %v", found, err)
 	}
+}
+
+// FuzzMountTables: whatever a table says, it is damaged, or what takes its place can be read, and
+// has our keys at tmpfs mounts and nowhere else.
+func FuzzMountTables(f *testing.F) {
+	f.Add([]byte(mountImage(mounted(fsOverlay, 1, 0, "/", "/"), ofTmpfs(9, 50, "/", "/data", "size=64k").num(17, 0))), true)
+	names, err := filepath.Glob(filepath.Join("testdata", "dumps", "*", "mountpoints-*.img"))
+	if err != nil || len(names) == 0 {
+		f.Fatalf("no tables: %v", err)
+	}
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data, false)
+	}
+	f.Fuzz(func(t *testing.T, data []byte, shared bool) {
+		dir := t.TempDir()
+		write(t, filepath.Join(dir, "mountpoints-1.img"), string(data))
+		// Any device has an archive: the table says which.
+		if messages, err := parseImage(data, magicMountpoints); err == nil {
+			for _, message := range messages {
+				if m, err := parseMount(message); err == nil {
+					write(t, filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", m.device)), "an archive")
+				}
+			}
+		}
+		tables, err := mountsHere(dir, func(path string) bool { return len(path)%2 == 0 }, shared)
+		if err != nil {
+			if !errors.Is(err, ErrDamaged) {
+				t.Errorf("%v is not ErrDamaged", err)
+			}
+			return
+		}
+		found, err := SmallTmpfs(dir, tables)
+		if err != nil {
+			t.Fatalf("what could be read cannot: %v", err)
+		}
+		var keys []string
+		for _, tmpfs := range found {
+			keys = append(keys, tmpfs.Key)
+		}
+		if err := MadeBefore(dir, tables, keys); err != nil {
+			t.Fatal(err)
+		}
+		for name, table := range tables {
+			messages, err := parseImage(table, magicMountpoints)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			for _, message := range messages {
+				m, err := parseMount(message)
+				if err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				if slices.Contains(keys, m.by) && m.fstype != fsTmpfs {
+					t.Errorf("%+v has one of our keys", m)
+				}
+			}
+		}
+	})
 }
