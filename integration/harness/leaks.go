@@ -144,7 +144,8 @@ func unmountBelow(dir string) error {
 	var errs []error
 	found, err := Mounts(dir)
 	for i := len(found) - 1; i >= 0; i-- {
-		if err := unix.Unmount(found[i], unix.MNT_DETACH); err != nil {
+		// What is no mount any more was unmounted by its owner meanwhile.
+		if err := unix.Unmount(found[i], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", found[i], err))
 		}
 	}

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 )
 
 // PodmanHome is a podman with storage and configuration of its own, on the daemon's runc and CRIU.
@@ -86,12 +84,5 @@ func (p *PodmanHome) Load(ctx context.Context, image string) error {
 // still run.
 func (p *PodmanHome) Remove(ctx context.Context) error {
 	_, err := p.Run(ctx, "rm", "--force", "--all", "--time", "0")
-	mounts, merr := Mounts(p.dir)
-	err = errors.Join(err, merr)
-	for i := len(mounts) - 1; i >= 0; i-- {
-		if uerr := unix.Unmount(mounts[i], unix.MNT_DETACH); uerr != nil {
-			err = errors.Join(err, fmt.Errorf("unmount %s: %w", mounts[i], uerr))
-		}
-	}
-	return errors.Join(err, os.RemoveAll(p.dir))
+	return errors.Join(err, unmountBelow(p.dir), os.RemoveAll(p.dir))
 }
