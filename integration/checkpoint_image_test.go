@@ -411,6 +411,15 @@ func startsCold(t *harness.T, h how, code, reason string) {
 	if got := b.exec("echo", "alive"); got != "alive" {
 		t.Errorf("exec says %q", got)
 	}
+	procs, err := t.CgroupProcs(b.id)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, pid := range procs {
+		if p, err := harness.ReadProcess(pid); err == nil && strings.HasPrefix(p.Cmdline, "criu") {
+			t.Errorf("the CRIU that was to restore it is still there: %s", p)
+		}
+	}
 	if code == "criu" {
 		keptLog(t, fmt.Sprint(said["reason"]))
 	}
@@ -594,25 +603,30 @@ func TestDamagedCheckpoint(tb *testing.T) {
 			})
 		})
 	}
-	// What verification cannot find, CRIU does: its words must arrive. (Whoever
-	// can write a digest can write a core image too, but those are read before.)
-	tb.Run("nonsense with the right digest", func(tb *testing.T) {
-		t := setup(tb)
-		memory := strings.Replace(core, "core-", "mm-", 1)
-		nonsense := []byte("this is not an image file of CRIU")
-		damage(t, memory, func([]byte) []byte { return nonsense }, func() {
-			damage(t, manifest, edit(func(m *oci.Manifest) {
-				for i, f := range m.Files {
-					if f.Name == filepath.Base(memory) {
-						m.Files[i].Size, m.Files[i].Digest = int64(len(nonsense)), digest.FromBytes(nonsense).String()
+	// What verification cannot find is found at Start, when CRIU waits already: by us, or by
+	// CRIU, whose words must arrive. (Whoever can write a digest can write a core image too, but
+	// those are read before.)
+	for _, c := range []struct{ name, file, code, reason string }{
+		{"nonsense with the right digest", strings.Replace(core, "core-", "mm-", 1), "criu", "Error (criu/"},
+		{"no processes with the right digest", filepath.Join(filepath.Dir(core), "pstree.img"), "damaged", "pstree.img"},
+	} {
+		tb.Run(c.name, func(tb *testing.T) {
+			t := setup(tb)
+			nonsense := []byte("this is not an image file of CRIU")
+			damage(t, c.file, func([]byte) []byte { return nonsense }, func() {
+				damage(t, manifest, edit(func(m *oci.Manifest) {
+					for i, f := range m.Files {
+						if f.Name == filepath.Base(c.file) {
+							m.Files[i].Size, m.Files[i].Digest = int64(len(nonsense)), digest.FromBytes(nonsense).String()
+						}
 					}
-				}
-			}), func() {
-				startsCold(t, asBefore, "criu", "Error (criu/")
-				refuses(t, asBefore, "Error (criu/")
+				}), func() {
+					startsCold(t, asBefore, c.code, c.reason)
+					refuses(t, asBefore, c.reason)
+				})
 			})
 		})
-	})
+	}
 	start(t, warm(image)).goesOnFrom(last)
 }
 

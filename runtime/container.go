@@ -152,6 +152,8 @@ func (c *Container) SharesPIDs() bool {
 func (c *Container) Create(io Stdio) (*Process, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	// A CRIU that nobody asks any more would keep the streams open, and be in the cgroup.
+	c.giveUpRestore()
 	return c.create(io)
 }
 
@@ -348,8 +350,7 @@ func (c *Container) Delete() error {
 			<-c.init.Done()
 		}
 	}
-	c.endCRIU() // nothing but it could be in the cgroup
-	c.tmpfs.release()
+	c.giveUpRestore() // nothing but CRIU could be in the cgroup
 	err := c.destroy()
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)

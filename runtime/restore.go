@@ -82,7 +82,7 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	p, err := c.restore(dir, o, mounts, io)
 	c.endCRIU()
 	if p == nil {
-		c.tmpfs.release()
+		c.giveUpRestore()
 		return nil, errors.Join(err, c.undoRestore())
 	}
 	if err != nil {
@@ -128,6 +128,13 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 func (c *Container) endCRIU() {
 	c.criu.close()
 	c.criu = nil
+}
+
+// giveUpRestore lets go of what waits for a restore that will not be. It may be
+// called again. c.mu is held.
+func (c *Container) giveUpRestore() {
+	c.endCRIU()
+	c.tmpfs.release()
 }
 
 // complete is what is left to do for a workload that runs.
