@@ -92,6 +92,8 @@ func FuzzParseProc(f *testing.F) {
 	f.Add([]byte("Name:\ta\nState:\tS\nPid:\t1\nPPid:\t0\nNSpid:\t1\t2\n"))
 	f.Add([]byte("0040-0045 r-xp 00000000 08:02 173521      /usr/bin (deleted)\n"))
 	f.Add([]byte("pos:\t0\nflags:\t0100002\nmnt_id:\t15\n"))
+	// An attribute that is not padded: 10 bytes, of which 6 are its value.
+	f.Add([]byte("\x01\x01\x01\x00\x07\x00\x00\x00aaaaaaaa\x0a\x00\x02\x00bbbbbb"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if p, err := parseStatus(data); (p == nil) == (err == nil) {
 			t.Errorf("process %v beside error %v", p, err)

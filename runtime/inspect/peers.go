@@ -162,7 +162,9 @@ func parseUnixDiag(msg []byte) (s unixSocket, ok bool) {
 		return s, false
 	}
 	s.state, s.inode = msg[2], uint64(binary.NativeEndian.Uint32(msg[4:]))
-	attrs, err := nl.ParseRouteAttr(msg[header:])
+	// The kernel pads every attribute to four bytes. The library counts on it
+	// and panics where the last one is not.
+	attrs, err := nl.ParseRouteAttr(msg[header : len(msg)&^(unix.RTA_ALIGNTO-1)])
 	if err != nil {
 		return s, false
 	}
