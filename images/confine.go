@@ -1,7 +1,6 @@
 package images
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -10,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // Confinement is what a restored workload is held to whatever its dump says. CRIU
@@ -48,12 +49,6 @@ type Limit struct {
 	// only bounds what they had.
 	Asked bool
 }
-
-// magic numbers of the images that are looked at here only.
-const (
-	magicPstree  = 0x50273030
-	magicSeccomp = 0x64413049
-)
 
 // Images makes the image files that a restore of the dump in dir must read
 // instead of those of the same names; none if the dump says all this already. The
@@ -116,7 +111,7 @@ func (r *confiner) run() error {
 			return fmt.Errorf("seccomp.img: %w", err)
 		}
 	}
-	tree, err := r.read("pstree.img", magicPstree)
+	tree, err := r.read("pstree.img", criuimage.Pstree)
 	if err != nil {
 		return fmt.Errorf("pstree.img: %w", err)
 	}
@@ -189,7 +184,7 @@ func (r *confiner) core(tid uint32) (*threadImage, error) {
 		return nil, errors.New("is there twice")
 	}
 	name := coreName(tid)
-	data, err := r.one(name, magicCore)
+	data, err := r.one(name, criuimage.Core)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -227,7 +222,7 @@ const (
 )
 
 func (r *confiner) readFilters() error {
-	messages, err := r.read("seccomp.img", magicSeccomp)
+	messages, err := r.read("seccomp.img", criuimage.Seccomp)
 	if errors.Is(err, os.ErrNotExist) || (err == nil && len(messages) == 0) {
 		return nil // the dump has no filter
 	}
@@ -566,7 +561,7 @@ func (r *confiner) images() map[string][]byte {
 	changed := make(map[string][]byte)
 	for tid, c := range r.cores {
 		if c.changed {
-			changed[coreName(tid)] = encodeImage(magicCore, c.message)
+			changed[coreName(tid)] = criuimage.New(criuimage.Core, c.message)
 		}
 	}
 	if len(r.added) == 0 && !r.replaced {
@@ -582,16 +577,6 @@ func (r *confiner) images() map[string][]byte {
 		entry = protowire.AppendVarint(protowire.AppendTag(entry, 3, protowire.VarintType), uint64(f.flags))
 		all = protowire.AppendBytes(protowire.AppendTag(all, 1, protowire.BytesType), entry)
 	}
-	changed["seccomp.img"] = encodeImage(magicSeccomp, all)
+	changed["seccomp.img"] = criuimage.New(criuimage.Seccomp, all)
 	return changed
-}
-
-// encodeImage is parseImage's other half.
-func encodeImage(magic uint32, messages ...[]byte) []byte {
-	data := binary.LittleEndian.AppendUint32(nil, magicCommon)
-	data = binary.LittleEndian.AppendUint32(data, magic)
-	for _, m := range messages {
-		data = append(binary.LittleEndian.AppendUint32(data, uint32(len(m))), m...)
-	}
-	return data
 }

@@ -16,6 +16,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/seccomp"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // Programs: one instruction each, which is all that tells them apart here.
@@ -55,7 +57,7 @@ func (d tree) write(t testing.TB) string {
 		}
 		all = all.msg(1, entry.num(3, uint64(f.flags)))
 	}
-	files := map[string]string{"seccomp.img": image([]uint32{magicCommon, magicSeccomp}, all)}
+	files := map[string]string{"seccomp.img": image(criuimage.Seccomp, all)}
 	var entries []message
 	for _, p := range d.processes {
 		entry := message{}.num(1, uint64(p.pid)).num(2, 0).num(3, 0).num(4, 0)
@@ -93,7 +95,7 @@ func (d tree) write(t testing.TB) string {
 		}
 		entries = append(entries, entry)
 	}
-	files["pstree.img"] = image([]uint32{magicCommon, magicPstree}, entries...)
+	files["pstree.img"] = image(criuimage.Pstree, entries...)
 	for name, data := range files {
 		write(t, filepath.Join(dir, name), data)
 	}
@@ -324,7 +326,7 @@ func TestConfineNewPrivileges(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, data := range own {
-		messages, err := parseImage(data, magicCore)
+		messages, err := criuimage.Split(data, criuimage.Core, maxMessages)
 		if err != nil {
 			t.Fatal(err)
 		}

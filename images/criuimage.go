@@ -1,7 +1,6 @@
 package images
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -10,17 +9,13 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
-// Magic numbers and limits of image files. CRIU's largest of the files read here
-// are a few kilobytes per process and mount.
+// Limits of image files. CRIU's largest of the files read here are a few kilobytes
+// per process and mount.
 const (
-	magicCommon      = 0x54564319
-	magicCore        = 0x55053847
-	magicMountpoints = 0x55563928
-	magicIDs         = 0x54432030
-	magicInventory   = 0x58313116
-
 	maxImage    = 16 << 20
 	maxImages   = 1 << 20
 	maxMessages = 1 << 16
@@ -55,18 +50,23 @@ func listDump(dir string) (d dumpDir, names []string, err error) {
 func (d dumpDir) close() { _ = d.dir.Close() }
 
 // one reads an image that holds one message.
-func (d dumpDir) one(name string, magic uint32) ([]byte, error) {
-	messages, err := d.read(name, magic)
+func (d dumpDir) one(name string, kind criuimage.Kind) ([]byte, error) {
+	data, err := d.file(name)
 	if err != nil {
 		return nil, err
 	}
-	if len(messages) != 1 {
-		return nil, fmt.Errorf("holds %d messages instead of one", len(messages))
-	}
-	return messages[0], nil
+	return criuimage.One(data, kind)
 }
 
-func (d dumpDir) read(name string, magic uint32) ([][]byte, error) {
+func (d dumpDir) read(name string, kind criuimage.Kind) ([][]byte, error) {
+	data, err := d.file(name)
+	if err != nil {
+		return nil, err
+	}
+	return criuimage.Split(data, kind, maxMessages)
+}
+
+func (d dumpDir) file(name string) ([]byte, error) {
 	f, err := openBeneath(int(d.dir.Fd()), name)
 	if err != nil {
 		var p *os.PathError
@@ -83,44 +83,7 @@ func (d dumpDir) read(name string, magic uint32) ([][]byte, error) {
 	if len(data) > maxImage {
 		return nil, fmt.Errorf("has more than %d bytes", maxImage)
 	}
-	return parseImage(data, magic)
-}
-
-// parseImage takes an image file apart: two magic numbers (the inventory, which
-// tells the form of the others, has only its own), and messages with their sizes
-// before them.
-func parseImage(data []byte, magic uint32) (messages [][]byte, err error) {
-	magics := []uint32{magicCommon, magic}
-	if magic == magicInventory {
-		magics = magics[1:]
-	}
-	for _, want := range magics {
-		if len(data) < 4 || binary.LittleEndian.Uint32(data) != want {
-			return nil, errors.New("is not what its name says")
-		}
-		data = data[4:]
-	}
-	return SplitMessages(data, maxMessages)
-}
-
-// SplitMessages takes apart what follows the magic numbers of an image file:
-// messages with their sizes before them, at most so many.
-func SplitMessages(data []byte, most int) (messages [][]byte, err error) {
-	for len(data) > 0 {
-		if len(data) < 4 {
-			return nil, errors.New("is cut off")
-		}
-		size := uint64(binary.LittleEndian.Uint32(data))
-		data = data[4:]
-		if size > uint64(len(data)) {
-			return nil, errors.New("is cut off")
-		}
-		if messages = append(messages, data[:size]); len(messages) > most {
-			return nil, fmt.Errorf("holds more than %d messages", most)
-		}
-		data = data[size:]
-	}
-	return messages, nil
+	return data, nil
 }
 
 // fields are a protobuf message's, by their numbers. Readers differ about a

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -248,7 +249,6 @@ func (a areas) find(at uint64) (area, bool) {
 // Flags of a vma_entry: which mappings a restore makes anew as memory of its own,
 // which is zero (CRIU's image.h).
 const (
-	magicMm       = 0x57492820
 	vmaRegular    = 1 << 0
 	vmaStack      = 1 << 1
 	vmaHeap       = 1 << 5
@@ -281,14 +281,11 @@ func anonymousMemory(dir string, pid uint32) (areas, error) {
 	if err != nil {
 		return nil, err
 	}
-	messages, err := parseImage(data, magicMm)
-	if err == nil && len(messages) != 1 {
-		err = fmt.Errorf("holds %d messages instead of one", len(messages))
-	}
+	message, err := criuimage.One(data, criuimage.MM)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	mm, err := parse(messages[0])
+	mm, err := parse(message)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -44,7 +45,7 @@ func advisedMappings(all ...[5]uint64) string {
 	for _, m := range all {
 		mm = mm.msg(mmMappings, message{}.num(vmaStart, m[0]).num(vmaEnd, m[0]+m[1]*page).num(vmaFlagsField, m[3]).num(vmaStatus, m[2]).num(vmaMadvise, m[4]))
 	}
-	return image([]uint32{magicCommon, magicMm}, mm)
+	return image(criuimage.MM, mm)
 }
 
 func runs(wide bool, all ...Run) string {

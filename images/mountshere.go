@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // MountsHere makes the mount tables of a dump, by the names of their files, without
@@ -44,7 +46,7 @@ func mountsHere(dir string, has func(path string) bool, shared bool) (map[string
 			return nil, d.damaged(name, err)
 		}
 		if !slices.EqualFunc(kept, messages, bytes.Equal) {
-			changed[name] = encodeImage(magicMountpoints, kept...)
+			changed[name] = criuimage.New(criuimage.Mountpoints, kept...)
 		}
 	}
 	return changed, nil

@@ -9,12 +9,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
 )
 
 const (
-	magicFiles = 0x56303138
-
 	// lsmtype of inventory.proto, types of fdinfo.proto.
 	lsmSELinux  = 1
 	lsmAppArmor = 2
@@ -78,7 +77,7 @@ func (n *needs) file(name string) error {
 }
 
 func (n *needs) core(name string) error {
-	data, err := n.one(name, magicCore)
+	data, err := n.one(name, criuimage.Core)
 	if err != nil {
 		return err
 	}
@@ -99,7 +98,7 @@ func (n *needs) core(name string) error {
 }
 
 func (n *needs) inventory(name string) error {
-	data, err := n.one(name, magicInventory)
+	data, err := n.one(name, criuimage.Inventory)
 	if err != nil {
 		return err
 	}
@@ -118,7 +117,7 @@ func (n *needs) inventory(name string) error {
 }
 
 func (n *needs) files(name string) error {
-	entries, err := n.read(name, magicFiles)
+	entries, err := n.read(name, criuimage.Files)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -17,7 +18,7 @@ import (
 func oneCore() string { return coreImage(alive(thread(capable()))) }
 
 func inventoryImage(lsm uint64) string {
-	return image([]uint32{magicInventory}, message{}.num(1, 2).num(6, lsm))
+	return image(criuimage.Inventory, message{}.num(1, 2).num(6, lsm))
 }
 
 func socketImage(families ...uint64) string {
@@ -25,7 +26,7 @@ func socketImage(families ...uint64) string {
 	for _, f := range families {
 		entries = append(entries, message{}.num(1, inetSocket).num(2, 2).msg(4, message{}.num(3, f)))
 	}
-	return image([]uint32{magicCommon, magicFiles}, entries...)
+	return image(criuimage.Files, entries...)
 }
 
 func TestNeeds(t *testing.T) {
@@ -51,7 +52,7 @@ func TestNeeds(t *testing.T) {
 
 		{"cut", map[string]string{"core-1.img": oneCore()[:10]}, "", "core-1.img"},
 		{"sockets cut", map[string]string{"files.img": socketImage(2)[:len(socketImage(2))-1]}, "", "files.img"},
-		{"socket without words", map[string]string{"files.img": image([]uint32{magicCommon, magicFiles}, message{}.num(1, inetSocket))}, "", "without its description"},
+		{"socket without words", map[string]string{"files.img": image(criuimage.Files, message{}.num(1, inetSocket))}, "", "without its description"},
 		{"other inventory", map[string]string{"inventory.img": "x"}, "", "inventory.img"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -1,15 +1,13 @@
 package images
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"math"
 
 	"google.golang.org/protobuf/encoding/protowire"
-)
 
-const magicPagemap = 0x56084025
+	"github.com/crac-shim/crac/criuimage"
+)
 
 // Run is a run of pages in a process's memory.
 type Run struct {
@@ -51,33 +49,29 @@ func (p *Pagemap) Wide() bool { return p.wide }
 // ParsePagemap reads one. Runs go up the addresses, do not overlap and are of
 // whole pages; anything else is an error.
 func ParsePagemap(data []byte, pageSize uint64) (*Pagemap, error) {
-	for _, want := range []uint32{magicCommon, magicPagemap} {
-		if len(data) < 4 || binary.LittleEndian.Uint32(data) != want {
-			return nil, errors.New("is not what its name says")
-		}
-		data = data[4:]
-	}
 	p := new(Pagemap)
-	for first := true; len(data) > 0 || first; first = false {
-		if len(data) < 4 || uint64(binary.LittleEndian.Uint32(data)) > uint64(len(data)-4) {
-			return nil, errors.New("is cut off")
-		}
-		size := int(binary.LittleEndian.Uint32(data))
-		f, err := pagemapEntry(data[4 : 4+size])
+	first := true
+	for message, err := range criuimage.Messages(data, criuimage.Pagemap) {
 		if err != nil {
 			return nil, err
 		}
-		data = data[4+size:]
+		f, err := pagemapEntry(message)
+		if err != nil {
+			return nil, err
+		}
 		if first {
 			if f[1] > math.MaxUint32 {
 				return nil, fmt.Errorf("belongs to pages %d", f[1])
 			}
-			p.ID = uint32(f[1])
+			p.ID, first = uint32(f[1]), false
 			continue
 		}
 		if err := p.add(f, pageSize); err != nil {
 			return nil, err
 		}
+	}
+	if first {
+		return nil, criuimage.ErrCutOff
 	}
 	return p, nil
 }
@@ -136,15 +130,14 @@ func pagemapEntry(data []byte) (f [6]uint64, err error) {
 
 // encode writes the page map as the CRIU does that wrote it.
 func (p *Pagemap) encode() []byte {
-	out := binary.LittleEndian.AppendUint32(nil, magicCommon)
-	out = binary.LittleEndian.AppendUint32(out, magicPagemap)
+	out := criuimage.New(criuimage.Pagemap)
 	add := func(fields ...uint64) {
 		var m []byte
 		for i := 0; i < len(fields); i += 2 {
 			m = protowire.AppendTag(m, protowire.Number(fields[i]), protowire.VarintType)
 			m = protowire.AppendVarint(m, fields[i+1])
 		}
-		out = append(binary.LittleEndian.AppendUint32(out, uint32(len(m))), m...)
+		out = criuimage.Append(out, m)
 	}
 	add(1, uint64(p.ID))
 	for _, r := range p.Runs {

@@ -12,6 +12,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // CodePrivileges: the dump's processes may do more than the request allows.
@@ -196,7 +198,7 @@ func (c *checker) core(name string) error {
 	if _, err := strconv.ParseUint(pid, 10, 32); err != nil {
 		return errors.New("is not named after a process")
 	}
-	data, err := c.one(name, magicCore)
+	data, err := c.one(name, criuimage.Core)
 	if err != nil {
 		return err
 	}
@@ -235,7 +237,7 @@ var idsField = map[specs.LinuxNamespaceType]protowire.Number{
 // CRIU puts a process that had the host's into the host's.
 func (c *checker) ids(pid, who string) error {
 	name := "ids-" + pid + ".img"
-	data, err := c.one(name, magicIDs)
+	data, err := c.one(name, criuimage.IDs)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -243,7 +245,7 @@ func (c *checker) ids(pid, who string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	data, err = c.one("inventory.img", magicInventory)
+	data, err = c.one("inventory.img", criuimage.Inventory)
 	if err != nil {
 		return fmt.Errorf("inventory.img: %w", err)
 	}

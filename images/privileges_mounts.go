@@ -12,6 +12,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // CRIU's numbers of file systems (fstype in mnt.proto) and their names.
@@ -104,7 +106,7 @@ func parseMount(data []byte) (m mountEntry, err error) {
 }
 
 func (c *checker) mountpoints(name string) error {
-	messages, err := c.read(name, magicMountpoints)
+	messages, err := c.read(name, criuimage.Mountpoints)
 	if err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package images
 
 import (
-	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -12,6 +11,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // defaultCapabilities are those that containerd gives a container.
@@ -128,19 +129,16 @@ func (m message) str(n protowire.Number, v string) message {
 
 func (m message) msg(n protowire.Number, v message) message { return m.str(n, string(v)) }
 
-func image(magics []uint32, messages ...message) string {
-	var b []byte
-	for _, m := range magics {
-		b = binary.LittleEndian.AppendUint32(b, m)
-	}
+func image(kind criuimage.Kind, messages ...message) string {
+	file := criuimage.New(kind)
 	for _, m := range messages {
-		b = append(binary.LittleEndian.AppendUint32(b, uint32(len(m))), m...)
+		file = criuimage.Append(file, m)
 	}
-	return string(b)
+	return string(file)
 }
 
-func coreImage(m message) string      { return image([]uint32{magicCommon, magicCore}, m) }
-func mountImage(m ...message) string  { return image([]uint32{magicCommon, magicMountpoints}, m...) }
+func coreImage(m message) string      { return image(criuimage.Core, m) }
+func mountImage(m ...message) string  { return image(criuimage.Mountpoints, m...) }
 func leader(state uint64) message     { return message{}.num(1, state).str(6, "app") }
 func thread(creds message) message    { return message{}.num(1, 0).msg(10, creds) }
 func alive(thread message) message    { return message{}.num(1, 1).msg(3, leader(1)).msg(5, thread) }
@@ -241,9 +239,9 @@ func TestPrivilegesOfNamespaces(t *testing.T) {
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "core-1.img"), coreImage(alive(thread(capable()))))
 		if !tt.missing {
-			write(t, filepath.Join(dir, "ids-1.img"), image([]uint32{magicCommon, magicIDs}, tt.ids))
+			write(t, filepath.Join(dir, "ids-1.img"), image(criuimage.IDs, tt.ids))
 		}
-		write(t, filepath.Join(dir, "inventory.img"), image([]uint32{magicInventory}, message{}.num(1, 2).msg(3, ids(host...))))
+		write(t, filepath.Join(dir, "inventory.img"), image(criuimage.Inventory, message{}.num(1, 2).msg(3, ids(host...))))
 		check(t, tt.name, dir, Privileges{Namespaces: tt.asked}, tt.want)
 	}
 }
@@ -504,7 +502,7 @@ func FuzzPrivileges(f *testing.F) {
 			t.Errorf("error %v", err)
 		}
 		if err == nil && core && len(reasons) == 0 {
-			messages, err := parseImage(data, magicCore)
+			messages, err := criuimage.Split(data, criuimage.Core, maxMessages)
 			if err != nil || len(messages) != 1 {
 				t.Fatalf("let through: %v, %d messages", err, len(messages))
 			}

@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // Tmpfs is a tmpfs of a dump that can be made, with its files, before CRIU makes
@@ -166,7 +168,7 @@ func MadeBefore(dir string, images map[string][]byte, keys []string) error {
 				messages[i] = protowire.AppendString(protowire.AppendTag(slices.Clone(data), mountKey, protowire.BytesType), key)
 			}
 		}
-		images[name] = encodeImage(magicMountpoints, messages...)
+		images[name] = criuimage.New(criuimage.Mountpoints, messages...)
 	}
 	return nil
 }
@@ -189,9 +191,9 @@ func openMountTables(dir string) (*mountTables, error) {
 // table reads one of the tables, or what takes its place.
 func (d *mountTables) table(name string, instead map[string][]byte) (messages [][]byte, err error) {
 	if data, ok := instead[name]; ok {
-		return parseImage(data, magicMountpoints)
+		return criuimage.Split(data, criuimage.Mountpoints, maxMessages)
 	}
-	if messages, err = d.read(name, magicMountpoints); err != nil {
+	if messages, err = d.read(name, criuimage.Mountpoints); err != nil {
 		return nil, d.damaged(name, err)
 	}
 	return messages, nil

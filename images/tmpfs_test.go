@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // ofTmpfs is the mnt_entry of a tmpfs that has a superblock of its own.
@@ -128,7 +130,7 @@ func FuzzMountTables(f *testing.F) {
 		dir := t.TempDir()
 		write(t, filepath.Join(dir, "mountpoints-1.img"), string(data))
 		// Any device has an archive: the table says which.
-		if messages, err := parseImage(data, magicMountpoints); err == nil {
+		if messages, err := criuimage.Split(data, criuimage.Mountpoints, maxMessages); err == nil {
 			for _, message := range messages {
 				if m, err := parseMount(message); err == nil {
 					write(t, filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", m.device)), "an archive")
@@ -154,7 +156,7 @@ func FuzzMountTables(f *testing.F) {
 			t.Fatal(err)
 		}
 		for name, table := range tables {
-			messages, err := parseImage(table, magicMountpoints)
+			messages, err := criuimage.Split(table, criuimage.Mountpoints, maxMessages)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}

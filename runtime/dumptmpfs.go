@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/runtime/tmpfs"
 )
 
@@ -196,18 +196,11 @@ const mountKey = 18
 
 // withoutKeys takes our keys out of a mount table.
 func withoutKeys(table []byte) (out []byte, err error) {
-	const magics = 8
-	if len(table) < magics {
-		return nil, errors.New("is cut off")
-	}
-	out = append(out, table[:magics]...)
-	for rest := table[magics:]; len(rest) > 0; {
-		if len(rest) < 4 || uint64(binary.LittleEndian.Uint32(rest)) > uint64(len(rest)-4) {
-			return nil, errors.New("is cut off")
+	out = criuimage.New(criuimage.Mountpoints)
+	for message, err := range criuimage.Messages(table, criuimage.Mountpoints) {
+		if err != nil {
+			return nil, err
 		}
-		size := binary.LittleEndian.Uint32(rest)
-		message := rest[4 : 4+size]
-		rest = rest[4+size:]
 		var kept []byte
 		for len(message) > 0 {
 			num, kind, n := protowire.ConsumeField(message)
@@ -225,7 +218,7 @@ func withoutKeys(table []byte) (out []byte, err error) {
 			}
 			message = message[n:]
 		}
-		out = append(binary.LittleEndian.AppendUint32(out, uint32(len(kept))), kept...)
+		out = criuimage.Append(out, kept)
 	}
 	return out, nil
 }

@@ -2,13 +2,14 @@ package runtime
 
 import (
 	"bytes"
-	"encoding/binary"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 func TestOwnTmpfs(t *testing.T) {
@@ -57,13 +58,7 @@ func TestCompleteDump(t *testing.T) {
 		}
 		return e
 	}
-	table := func(entries ...[]byte) []byte {
-		out := []byte("magic123")
-		for _, e := range entries {
-			out = append(binary.LittleEndian.AppendUint32(out, uint32(len(e))), e...)
-		}
-		return out
-	}
+	table := func(entries ...[]byte) []byte { return criuimage.New(criuimage.Mountpoints, entries...) }
 	dir := t.TempDir()
 	name := filepath.Join(dir, "mountpoints-7.img")
 	if err := os.WriteFile(name, table(entry(1, ""), entry(2, "/etc/hosts"), entry(3, "crac-packed-50")), 0o600); err != nil {

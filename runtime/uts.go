@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,12 +12,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
-)
 
-// CRIU's marks at the start of utsns-*.img (criu/include/magic.h).
-const (
-	criuCommonMagic = 0x54564319
-	criuUTSMagic    = 0x54473203
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // dumpView is a dump as one restore is to see it: the dump itself is not ours to
@@ -397,8 +392,7 @@ func nodeName(spec *specs.Spec) (host, domain string, err error) {
 	return host, domain, err
 }
 
-// utsImage is CRIU's image of a UTS namespace: the marks, the length of the one
-// entry, and the entry (images/utsns.proto in CRIU's sources).
+// utsImage is CRIU's image of a UTS namespace (images/utsns.proto in CRIU's sources).
 func utsImage(host, domain string) []byte {
 	if domain == "" {
 		domain = "(none)" // the kernel's own default; the field is required
@@ -408,9 +402,5 @@ func utsImage(host, domain string) []byte {
 	entry = protowire.AppendString(entry, host)
 	entry = protowire.AppendTag(entry, 2, protowire.BytesType)
 	entry = protowire.AppendString(entry, domain)
-	var image []byte
-	image = binary.LittleEndian.AppendUint32(image, criuCommonMagic)
-	image = binary.LittleEndian.AppendUint32(image, criuUTSMagic)
-	image = binary.LittleEndian.AppendUint32(image, uint32(len(entry)))
-	return append(image, entry...)
+	return criuimage.New(criuimage.UTSNS, entry)
 }

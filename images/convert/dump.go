@@ -3,7 +3,6 @@ package convert
 import (
 	"archive/tar"
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -20,7 +19,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // dump is the directory of an unpacked dump, ours to change: what it says of mounts
@@ -31,28 +30,32 @@ const (
 	// maxImage bounds an image file that is read into memory, maxMessages what it holds.
 	maxImage    = 64 << 20
 	maxMessages = 1 << 20
-
-	magicNetns = 0x55933752
 )
 
-// messages reads an image file: its two magic numbers, and its messages.
-func (d dump) messages(name string) (magic []byte, all [][]byte, err error) {
+func (d dump) read(name string) ([]byte, error) {
 	f, err := os.OpenFile(filepath.Join(d.dir, name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxImage+1))
+	if err == nil && len(data) > maxImage {
+		err = fmt.Errorf("%w: %s of the dump has more than %d bytes", ErrSource, name, maxImage)
+	}
+	return data, err
+}
+
+// messages reads an image file.
+func (d dump) messages(name string, kind criuimage.Kind) ([][]byte, error) {
+	data, err := d.read(name)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if len(data) < 8 || len(data) > maxImage {
-		return nil, nil, fmt.Errorf("%w: %s of the dump has %d bytes", ErrSource, name, len(data))
+	all, err := criuimage.Split(data, kind, maxMessages)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s of the dump %w", ErrSource, name, err)
 	}
-	if all, err = images.SplitMessages(data[8:], maxMessages); err != nil {
-		return nil, nil, fmt.Errorf("%w: %s of the dump %w", ErrSource, name, err)
-	}
-	return data[:8], all, nil
+	return all, nil
 }
 
 // unmarshal makes messages of an image file's parts.
@@ -88,15 +91,6 @@ func (d dump) remove(name string) error {
 	return err
 }
 
-func imageFile(magic []byte, messages ...[]byte) []byte {
-	out := slices.Clone(magic)
-	for _, m := range messages {
-		out = binary.LittleEndian.AppendUint32(out, uint32(len(m)))
-		out = append(out, m...)
-	}
-	return out
-}
-
 // glob lists the dump's files of a kind, sorted.
 func (d dump) glob(pattern string) []string {
 	found, _ := filepath.Glob(filepath.Join(d.dir, pattern)) // the patterns are right
@@ -110,7 +104,6 @@ func (d dump) glob(pattern string) []string {
 type mounts struct {
 	d       dump
 	name    string // of the image file
-	magic   []byte
 	entries []*mnt.MntEntry
 	held    map[uint32]bool // mounts that something is open in
 }
@@ -122,11 +115,10 @@ func (d dump) readMounts() (*mounts, error) {
 		return nil, fmt.Errorf("%w: it has %d mount namespaces; a container that makes more than its own cannot be converted", ErrSource, len(names))
 	}
 	m := &mounts{d: d, name: names[0], held: make(map[uint32]bool)}
-	magic, parts, err := d.messages(m.name)
+	parts, err := d.messages(m.name, criuimage.Mountpoints)
 	if err != nil {
 		return nil, err
 	}
-	m.magic = magic
 	if m.entries, err = unmarshal[mnt.MntEntry](m.name, parts); err != nil {
 		return nil, err
 	}
@@ -135,7 +127,7 @@ func (d dump) readMounts() (*mounts, error) {
 
 // findHeld notes the mounts that files, sockets and watches of the processes lie in.
 func (m *mounts) findHeld() error {
-	_, parts, err := m.d.messages("files.img")
+	parts, err := m.d.messages("files.img", criuimage.Files)
 	if err != nil {
 		return fmt.Errorf("%w: older dumps than CRIU 3.13's are not read: %w", ErrSource, err)
 	}
@@ -210,7 +202,7 @@ func (m *mounts) save() error {
 		}
 		parts[i] = data
 	}
-	return m.d.write(m.name, imageFile(m.magic, parts...))
+	return m.d.write(m.name, criuimage.New(criuimage.Mountpoints, parts...))
 }
 
 // external tells whether a mount's source comes from whoever restores it. Masked
@@ -253,8 +245,7 @@ func (d dump) network(external bool) (full bool, err error) {
 	}
 	entry := protowire.AppendTag(nil, netnsExternal, protowire.BytesType)
 	entry = protowire.AppendString(entry, externalNetwork)
-	magic := binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, 0x54564319), magicNetns)
-	return full, d.write(fmt.Sprintf("netns-%d.img", id), imageFile(magic, entry))
+	return full, d.write(fmt.Sprintf("netns-%d.img", id), criuimage.New(criuimage.Netns, entry))
 }
 
 // netnsExternal is the field ext_key of netns_entry.
@@ -268,7 +259,7 @@ func (d dump) networkID() (id uint32, own bool, err error) {
 		return 0, false, fmt.Errorf("%w: its dump says nothing of namespaces (ids-*.img)", ErrSource)
 	}
 	for _, name := range names {
-		_, parts, err := d.messages(name)
+		parts, err := d.messages(name, criuimage.IDs)
 		if err != nil {
 			return 0, false, err
 		}
@@ -295,7 +286,7 @@ func (d dump) networkID() (id uint32, own bool, err error) {
 // processes that have it open, as most have: CRIU refuses others, and each engine gives
 // it its own.
 func (d dump) forgetRootMode() error {
-	magic, parts, err := d.messages("files.img")
+	parts, err := d.messages("files.img", criuimage.Files)
 	if err != nil {
 		return err
 	}
@@ -316,5 +307,5 @@ func (d dump) forgetRootMode() error {
 	if !changed {
 		return nil
 	}
-	return d.write("files.img", imageFile(magic, parts...))
+	return d.write("files.img", criuimage.New(criuimage.Files, parts...))
 }

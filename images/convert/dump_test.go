@@ -16,6 +16,8 @@ import (
 	skinet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // openIn is an open file in a mount.
@@ -166,7 +168,7 @@ func TestExportAdapts(t *testing.T) {
 		if i.GetTcpClose() != established || i.GetRootCgSet() != 5 {
 			t.Errorf("with connections %v: %+v", established, i)
 		}
-		_, parts, err := d.messages("files.img")
+		parts, err := d.messages("files.img", criuimage.Files)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -197,7 +199,7 @@ func TestDumpRefuses(t *testing.T) {
 		"two mount namespaces": func(d dump) { put(t, d.dir, "mountpoints-14.img", nil) },
 		"no files":             func(d dump) { _ = d.remove("files.img") },
 		"cut off":              func(d dump) { put(t, d.dir, "mountpoints-13.img", []byte("12345678\xff\xff\xff\x00x")) },
-		"no message":           func(d dump) { put(t, d.dir, "files.img", imageFile(make([]byte, 8), []byte{0xff})) },
+		"no message":           func(d dump) { put(t, d.dir, "files.img", criuimage.New(criuimage.Files, []byte{0xff})) },
 		"no ids":               func(d dump) { _ = d.remove("ids-1.img") },
 		"no inventory":         func(d dump) { _ = d.remove(inventoryName) },
 		"a bad inventory":      func(d dump) { put(t, d.dir, inventoryName, []byte("xx")) },
@@ -235,7 +237,7 @@ func TestManifest(t *testing.T) {
 		t.Errorf("%+v", m)
 	}
 	other := dump{t.TempDir()}
-	put(t, other.dir, "core-1.img", imageFile(make([]byte, 8), []byte{0x08, 0x06})) // march 6
+	put(t, other.dir, "core-1.img", criuimage.New(criuimage.Core, []byte{0x08, 0x06})) // march 6
 	for name, s := range map[string]*source{
 		"architecture": {report: &Report{}, dump: other, spec: spec},
 		"no process":   {report: &Report{}, dump: dump{t.TempDir()}, spec: spec},

@@ -1,7 +1,6 @@
 package convert
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -15,26 +14,23 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 )
 
 // inventory reads what CRIU writes last.
 func (d dump) inventory() (*inventory.InventoryEntry, error) {
-	// Unlike the others it has one magic number.
-	data, err := os.ReadFile(filepath.Join(d.dir, inventoryName))
+	data, err := d.read(inventoryName)
 	if err != nil {
 		return nil, fmt.Errorf("%w: it has no whole dump: %w", ErrSource, err)
 	}
-	if len(data) < 4 || len(data) > maxImage {
-		return nil, fmt.Errorf("%w: inventory.img of the dump has %d bytes", ErrSource, len(data))
-	}
-	parts, err := images.SplitMessages(data[4:], 1)
-	if err != nil || len(parts) != 1 {
-		return nil, fmt.Errorf("%w: inventory.img of the dump is damaged", ErrSource)
+	message, err := criuimage.One(data, criuimage.Inventory)
+	if err != nil {
+		return nil, fmt.Errorf("%w: inventory.img of the dump is damaged: it %w", ErrSource, err)
 	}
 	i := new(inventory.InventoryEntry)
-	if err := proto.Unmarshal(parts[0], i); err != nil {
+	if err := proto.Unmarshal(message, i); err != nil {
 		return nil, fmt.Errorf("%w: inventory.img of the dump: %w", ErrSource, err)
 	}
 	return i, nil
@@ -45,7 +41,7 @@ func (d dump) inventory() (*inventory.InventoryEntry, error) {
 // that CRIU itself is in when it restores them, which a container's runtime has seen to.
 // It counts the connections.
 func (d dump) selfContained() (connections int, err error) {
-	_, parts, err := d.messages("files.img")
+	parts, err := d.messages("files.img", criuimage.Files)
 	if err != nil {
 		return 0, err
 	}
@@ -75,13 +71,13 @@ func (d dump) selfContained() (connections int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	return connections, d.write(inventoryName, imageFile(binary.LittleEndian.AppendUint32(nil, magicInventory), data))
+	return connections, d.write(inventoryName, criuimage.New(criuimage.Inventory, data))
 }
 
 // cgroupSet is the number of the cgroups of the first process.
 func (d dump) cgroupSet() (uint32, error) {
 	const first = "core-1.img"
-	_, parts, err := d.messages(first)
+	parts, err := d.messages(first, criuimage.Core)
 	if err != nil {
 		return 0, err
 	}
@@ -95,10 +91,7 @@ func (d dump) cgroupSet() (uint32, error) {
 	return cores[0].GetTc().GetCgSet(), nil
 }
 
-const (
-	inventoryName  = "inventory.img"
-	magicInventory = 0x58313116
-)
+const inventoryName = "inventory.img"
 
 // architectures are CRIU's names of those that we run on.
 var architectures = map[string]criucore.CoreEntryMarch{
@@ -112,7 +105,7 @@ func (d dump) checkArchitecture() error {
 	if len(names) == 0 {
 		return fmt.Errorf("%w: its dump holds no process (core-*.img)", ErrSource)
 	}
-	_, parts, err := d.messages(names[0])
+	parts, err := d.messages(names[0], criuimage.Core)
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@ package convert
 import (
 	"archive/tar"
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"io"
 	"os"
@@ -19,6 +18,7 @@ import (
 	skopts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -69,12 +69,8 @@ func listed(t testing.TB, data []byte) (all []string) {
 	}
 }
 
-func criuImage(t testing.TB, magics []uint32, messages ...proto.Message) []byte {
+func criuImage(t testing.TB, kind criuimage.Kind, messages ...proto.Message) []byte {
 	t.Helper()
-	var magic []byte
-	for _, m := range magics {
-		magic = binary.LittleEndian.AppendUint32(magic, m)
-	}
 	parts := make([][]byte, len(messages))
 	for i, m := range messages {
 		var err error
@@ -82,13 +78,12 @@ func criuImage(t testing.TB, magics []uint32, messages ...proto.Message) []byte 
 			t.Fatal(err)
 		}
 	}
-	return imageFile(magic, parts...)
+	return criuimage.New(kind, parts...)
 }
 
 // dumpOf writes what of a dump is looked at here.
 func dumpOf(t testing.TB, mounts []*mnt.MntEntry, files ...*fdinfo.FileEntry) dump {
 	t.Helper()
-	const common = 0x54564319
 	d := dump{t.TempDir()}
 	ids := func(net uint32) *criucore.TaskKobjIdsEntry {
 		n := proto.Uint32(1)
@@ -103,10 +98,10 @@ func dumpOf(t testing.TB, mounts []*mnt.MntEntry, files ...*fdinfo.FileEntry) du
 		fs[i] = f
 	}
 	for name, data := range map[string][]byte{
-		"mountpoints-13.img": criuImage(t, []uint32{common, 0x55563928}, ms...),
-		"files.img":          criuImage(t, []uint32{common, 0x56303138}, fs...),
-		"ids-1.img":          criuImage(t, []uint32{common, 0x54432030}, ids(10)),
-		inventoryName:        criuImage(t, []uint32{magicInventory}, &inventory.InventoryEntry{ImgVersion: proto.Uint32(2), RootIds: ids(2), RootCgSet: proto.Uint32(1), TcpClose: proto.Bool(true)}),
+		"mountpoints-13.img": criuImage(t, criuimage.Mountpoints, ms...),
+		"files.img":          criuImage(t, criuimage.Files, fs...),
+		"ids-1.img":          criuImage(t, criuimage.IDs, ids(10)),
+		inventoryName:        criuImage(t, criuimage.Inventory, &inventory.InventoryEntry{ImgVersion: proto.Uint32(2), RootIds: ids(2), RootCgSet: proto.Uint32(1), TcpClose: proto.Bool(true)}),
 	} {
 		put(t, d.dir, name, data)
 	}
@@ -163,5 +158,5 @@ func coreImage(t testing.TB, set uint32) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return imageFile(make([]byte, 8), data)
+	return criuimage.New(criuimage.Core, data)
 }

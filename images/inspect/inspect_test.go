@@ -23,6 +23,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 )
@@ -479,7 +480,7 @@ func TestDiff(t *testing.T) {
 	for k, v := range a.Images {
 		less.Images[k] = v
 	}
-	all, err := messages(tree)
+	all, err := criuimage.Split(tree, criuimage.Pstree, maxMessages)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
 )
 
@@ -81,14 +82,14 @@ type Socket struct {
 func (l *Layer) Processes() ([]Process, error) {
 	d := dump(l.Images)
 	pageSize := uint64(l.Manifest.Host.PageSize)
-	tree, err := each[pstree.PstreeEntry](d, "pstree.img")
+	tree, err := each[pstree.PstreeEntry](d, "pstree.img", criuimage.Pstree)
 	if err != nil {
 		return nil, err
 	}
 	if len(tree) == 0 {
 		return nil, damaged(fmt.Errorf("pstree.img lists no process"))
 	}
-	files, err := each[fdinfo.FileEntry](d, "files.img")
+	files, err := each[fdinfo.FileEntry](d, "files.img", criuimage.Files)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +119,7 @@ var taskStates = map[uint32]string{1: "running", 2: "dead", 3: "stopped", 6: "zo
 
 func (d dump) process(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize uint64) error {
 	var core criucore.CoreEntry
-	if err := d.must(fmt.Sprintf("core-%d.img", p.PID), &core); err != nil {
+	if err := d.must(fmt.Sprintf("core-%d.img", p.PID), criuimage.Core, &core); err != nil {
 		return err
 	}
 	p.Command = printable(core.GetTc().GetComm())
@@ -133,10 +134,10 @@ func (d dump) process(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize 
 		return err
 	}
 	var ids criucore.TaskKobjIdsEntry
-	if ok, err := d.one(fmt.Sprintf("ids-%d.img", p.PID), &ids); err != nil || !ok {
+	if ok, err := d.one(fmt.Sprintf("ids-%d.img", p.PID), criuimage.IDs, &ids); err != nil || !ok {
 		return err
 	}
-	open, err := each[fdinfo.FdinfoEntry](d, fmt.Sprintf("fdinfo-%d.img", ids.GetFilesId()))
+	open, err := each[fdinfo.FdinfoEntry](d, fmt.Sprintf("fdinfo-%d.img", ids.GetFilesId()), criuimage.Fdinfo)
 	if err != nil {
 		return err
 	}
@@ -145,7 +146,7 @@ func (d dump) process(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize 
 	}
 	slices.SortStableFunc(p.Descriptors, func(a, b Descriptor) int { return cmp.Compare(a.FD, b.FD) })
 	var dirs fs.FsEntry
-	ok, err := d.one(fmt.Sprintf("fs-%d.img", p.PID), &dirs)
+	ok, err := d.one(fmt.Sprintf("fs-%d.img", p.PID), criuimage.FS, &dirs)
 	if ok && err == nil {
 		p.Directory = pathOf(files, dirs.GetCwdId())
 	}
@@ -179,7 +180,7 @@ const maxMapped = 1 << 60
 
 func (d dump) memory(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize uint64) error {
 	var m mm.MmEntry
-	ok, err := d.one(fmt.Sprintf("mm-%d.img", p.PID), &m)
+	ok, err := d.one(fmt.Sprintf("mm-%d.img", p.PID), criuimage.MM, &m)
 	if err != nil || !ok {
 		return err // it shares its memory with another
 	}

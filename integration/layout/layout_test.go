@@ -27,20 +27,21 @@ var may = map[string][]string{
 	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "images/trust", "oci", "runtime", "runtime/pager", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
+	"criuimage":                   {},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/trace", "images", "oci"},
-	"runtime":                     {"oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread", "runtime/tmpfs", "runtime/trace"},
+	"runtime":                     {"criuimage", "oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread", "runtime/tmpfs", "runtime/trace"},
 	"runtime/fdpolicy":            {"oci", "runtime/inspect", "runtime/thread"},
 	"runtime/hook":                {"oci"},
 	"runtime/inspect":             {"oci", "runtime/thread"},
-	"runtime/pager":               {},
+	"runtime/pager":               {"criuimage"},
 	"runtime/thread":              {},
 	"runtime/tmpfs":               {},
 	"runtime/trace":               {},
-	"images":                      {"oci"},
+	"images":                      {"criuimage", "oci"},
 	"images/build":                {"images", "images/crypt", "images/inspect", "images/registry", "oci"},
-	"images/convert":              {"images", "images/build", "images/crypt", "images/inspect", "oci"},
+	"images/convert":              {"criuimage", "images", "images/build", "images/crypt", "images/inspect", "oci"},
 	"images/crypt":                {"oci"},
-	"images/inspect":              {"images", "images/crypt", "oci"},
+	"images/inspect":              {"criuimage", "images", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
 	"images/trust":                {"images", "images/build", "images/inspect", "oci"},
 	"oci":                         {},
@@ -56,7 +57,7 @@ var never = []struct {
 	why  string
 }{
 	{
-		[]string{"oci", "images"},
+		[]string{"criuimage", "oci", "images"},
 		[]string{
 			"github.com/containerd/", "github.com/opencontainers/runc", "github.com/opencontainers/image-spec", "net/http",
 			// Reading a message by hand (encoding/protowire) registers nothing; all else of protobuf does.

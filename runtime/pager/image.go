@@ -1,20 +1,14 @@
 package pager
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
-)
 
-// Marks at the start of CRIU's image files (criu/include/magic.h).
-const (
-	magicImage   = 0x54564319
-	magicPagemap = 0x56084025
-	magicMM      = 0x57492820
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // Flags of an entry of a page map (criu/include/pagemap.h).
@@ -73,24 +67,15 @@ func (a area) wiped() bool {
 	return a.madv&madvWipeOnFork != 0 || a.flags&mapTypeMask == mapDroppable
 }
 
-// messages cuts an image file into its messages: the marks, then each message
-// after its length.
-func messages(image []byte, magic uint32, each func(message []byte) error) error {
-	if len(image) < 8 || binary.LittleEndian.Uint32(image) != magicImage || binary.LittleEndian.Uint32(image[4:]) != magic {
-		return fmt.Errorf("%w: wrong marks at the start", errImage)
-	}
-	for rest := image[8:]; len(rest) > 0; {
-		if len(rest) < 4 {
-			return fmt.Errorf("%w: cut off", errImage)
+// messages calls each for every message of an image file.
+func messages(image []byte, kind criuimage.Kind, each func(message []byte) error) error {
+	for message, err := range criuimage.Messages(image, kind) {
+		if err != nil {
+			return fmt.Errorf("%w: %w", errImage, err)
 		}
-		n := uint64(binary.LittleEndian.Uint32(rest))
-		if rest = rest[4:]; n > uint64(len(rest)) {
-			return fmt.Errorf("%w: cut off", errImage)
-		}
-		if err := each(rest[:n]); err != nil {
+		if err := each(message); err != nil {
 			return err
 		}
-		rest = rest[n:]
 	}
 	return nil
 }
@@ -129,7 +114,7 @@ func fields(message []byte, each func(number protowire.Number, value uint64, byt
 // pages, sorted by address and without overlap.
 func parsePagemap(image []byte, pageSize uint64) (pagesID uint32, entries []entry, err error) {
 	head := true
-	err = messages(image, magicPagemap, func(message []byte) error {
+	err = messages(image, criuimage.Pagemap, func(message []byte) error {
 		if head {
 			head = false
 			return fields(message, func(number protowire.Number, value uint64, _ []byte) error {
@@ -201,7 +186,7 @@ func parseEntry(message []byte, pageSize uint64) (entry, error) {
 // overlap.
 func parseMM(image []byte, pageSize uint64) ([]area, error) {
 	var areas []area
-	err := messages(image, magicMM, func(message []byte) error {
+	err := messages(image, criuimage.MM, func(message []byte) error {
 		return fields(message, func(number protowire.Number, _ uint64, vma []byte) error {
 			if number != 14 {
 				return nil

@@ -1,7 +1,6 @@
 package pager
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/crac-shim/crac/criuimage"
 )
 
 // A message of numbers, field by field.
@@ -23,18 +24,8 @@ func numbers(pairs ...uint64) []byte {
 	return m
 }
 
-func imageOf(magic uint32, messages ...[]byte) []byte {
-	image := binary.LittleEndian.AppendUint32(nil, magicImage)
-	image = binary.LittleEndian.AppendUint32(image, magic)
-	for _, m := range messages {
-		image = binary.LittleEndian.AppendUint32(image, uint32(len(m)))
-		image = append(image, m...)
-	}
-	return image
-}
-
 func pagemapOfPages(id uint64, entries ...[]byte) []byte {
-	return imageOf(magicPagemap, append([][]byte{numbers(1, id)}, entries...)...)
+	return criuimage.New(criuimage.Pagemap, append([][]byte{numbers(1, id)}, entries...)...)
 }
 
 func pageEntry(page, n, flags uint64) []byte { return numbers(1, page*pageSize, 2, n, 4, flags) }
@@ -45,7 +36,7 @@ func mmOf(areas ...[]byte) []byte {
 		m = protowire.AppendTag(m, 14, protowire.BytesType)
 		m = protowire.AppendBytes(m, a)
 	}
-	return imageOf(magicMM, m)
+	return criuimage.New(criuimage.MM, m)
 }
 
 func vmaEntry(page, n, flags, madv uint64) []byte {
