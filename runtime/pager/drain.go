@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/load"
 )
 
 // The drain brings all memory in the background, in the order of the working set
@@ -15,8 +17,11 @@ import (
 // while there are any, since who serves a fault waits for a copy under way. And
 // the workload's CPU goes before it: while more threads want to run than there
 // are CPUs, each of the drain's sleeps for a multiple of the time that it has
-// worked; a large one at first, when the workload has somebody to answer.
-// (Priorities would not do: they mean nothing between cgroups, and a thread that
+// worked; a large one at first, when the workload has somebody to answer. While
+// many times as many threads want to run, as when a crowd of workloads is started
+// at once, it does not begin at all before some time has passed: what they all need
+// for their answers goes before what nobody has asked for. What is in the working
+// set comes without delay, since somebody will ask for it. (Priorities would not do: they mean nothing between cgroups, and a thread that
 // does not get to run must not hold a lock that a fault waits for.)
 const (
 	batchBytes  = 1 << 20
@@ -27,6 +32,9 @@ const (
 	earlyRest   = 9                      // times the work, to sleep while CPUs are short,
 	earlyTime   = 250 * time.Millisecond // for so long after the restore,
 	lateRest    = 1                      // and from then on
+	crowdFactor = 3                      // a crowd: more than so many times as many threads want to run as there are CPUs
+	crowdTime   = 2 * time.Second        // for so long after the restore nothing is brought then,
+	crowdLook   = 20 * time.Millisecond  // but to look again whether it is still there
 	maxThreads  = 4
 	drainPause  = 100 * time.Microsecond // to look again what other threads have left
 )
@@ -36,6 +44,7 @@ type pace struct {
 	threads int
 	cpus    int
 	loadavg *os.File
+	stopped <-chan struct{} // there is nothing more to do
 
 	hurried   atomic.Bool
 	began     atomic.Int64 // nanoseconds since epoch: the workload runs
@@ -44,12 +53,13 @@ type pace struct {
 
 var epoch = time.Now()
 
-func (p *pace) open(threads int) {
+func (p *pace) open(threads int, stopped <-chan struct{}) {
+	p.stopped = stopped
 	p.cpus = goruntime.NumCPU()
 	if p.threads = threads; threads <= 0 {
 		p.threads = min(p.cpus, maxThreads)
 	}
-	p.loadavg, _ = os.Open("/proc/loadavg") // without it, CPUs are never short
+	p.loadavg, _ = load.Open() // without it, CPUs are never short
 }
 
 func (p *pace) close() { p.loadavg.Close() }
@@ -72,14 +82,30 @@ func (p *pace) batch() uint64 {
 
 // rest lets others run, after some work.
 func (p *pace) rest(worked time.Duration) {
-	if p.hurried.Load() || !p.crowded() {
+	if p.hurried.Load() || p.wanting() <= p.cpus {
 		return
 	}
-	if time.Since(epoch)-time.Duration(p.began.Load()) < earlyTime {
+	if p.since() < earlyTime {
 		time.Sleep(earlyRest * worked)
 	} else {
 		time.Sleep(lateRest * worked)
 	}
+}
+
+// restOfCrowd waits while there is a crowd, for some time after the restore.
+func (p *pace) restOfCrowd() {
+	for p.since() < crowdTime && !p.hurried.Load() && p.wanting() > crowdFactor*p.cpus {
+		select {
+		case <-p.stopped:
+			return
+		case <-time.After(crowdLook):
+		}
+	}
+}
+
+// since is the time since the restore.
+func (p *pace) since() time.Duration {
+	return time.Since(epoch) - time.Duration(p.began.Load())
 }
 
 // threadTime is the CPU time of the calling thread.
@@ -89,32 +115,8 @@ func threadTime() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// crowded tells whether more threads want to run than there are CPUs.
-func (p *pace) crowded() bool {
-	if p.loadavg == nil {
-		return false
-	}
-	var line [64]byte
-	n, _ := p.loadavg.ReadAt(line[:], 0)
-	return runnable(line[:n]) > p.cpus
-}
-
-// runnable reads the number of threads that want to run from /proc/loadavg:
-// "0.20 0.18 0.12 1/80 11206" has one.
-func runnable(loadavg []byte) int {
-	spaces, n := 0, 0
-	for _, c := range loadavg {
-		switch {
-		case c == ' ':
-			spaces++
-		case spaces == 3 && c >= '0' && c <= '9':
-			n = 10*n + int(c-'0')
-		case spaces == 3:
-			return n
-		}
-	}
-	return 0
-}
+// wanting is how many threads want to run.
+func (p *pace) wanting() int { return load.Runnable(p.loadavg) }
 
 // drain is one thread of the drain.
 func (s *Server) drain() {
@@ -226,9 +228,13 @@ func (s *space) claimRun(run pageRun) claim {
 	}
 }
 
-// work copies what is claimed from a space, until that is all, and counts it.
+// work copies what is claimed from a space, until that is all. What somebody will
+// ask for is counted.
 func (s *Server) work(sp *space, next claim, count *atomic.Int64) {
 	for !s.ended() {
+		if count == nil {
+			s.pace.restOfCrowd()
+		}
 		start := threadTime()
 		more, err := s.workOnce(sp, next, count)
 		switch {

@@ -7,19 +7,6 @@ import (
 	"time"
 )
 
-func TestRunnable(t *testing.T) {
-	for line, want := range map[string]int{
-		"0.20 0.18 0.12 1/80 11206\n":   1,
-		"10.2 0.18 0.12 117/8000 112\n": 117,
-		"":                              0,
-		"0.1 0.2":                       0,
-	} {
-		if got := runnable([]byte(line)); got != want {
-			t.Errorf("%q: %d instead of %d", line, got, want)
-		}
-	}
-}
-
 // The drain rests while CPUs are short, unless somebody waits for its end.
 func TestRest(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -33,15 +20,7 @@ func TestRest(t *testing.T) {
 		"not crowded":         {"0 0 0 2/80 1", false, false, 0},
 		"crowded, in a hurry": {"0 0 0 9/80 1", false, true, 0},
 	} {
-		path := filepath.Join(t.TempDir(), "loadavg")
-		if err := os.WriteFile(path, []byte(c.line), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		p := pace{cpus: 2}
-		var err error
-		if p.loadavg, err = os.Open(path); err != nil {
-			t.Fatal(err)
-		}
+		p := pace{cpus: 2, loadavg: loadavg(t, c.line)}
 		defer p.close()
 		if p.begin(); c.late {
 			p.began.Add(-int64(earlyTime))
@@ -57,6 +36,52 @@ func TestRest(t *testing.T) {
 			t.Errorf("%s: it has rested for %v", name, rested)
 		}
 	}
+}
+
+// What nobody has asked for waits while there is a crowd; not for long, and not
+// when somebody waits for it, or nobody does any more.
+func TestRestOfCrowd(t *testing.T) {
+	stopped := make(chan struct{})
+	close(stopped)
+	for name, c := range map[string]struct {
+		line    string
+		since   time.Duration // the restore
+		hurried bool
+		stopped chan struct{}
+		want    time.Duration
+	}{
+		"crowd":                      {"0 0 0 9/80 1", crowdTime - crowdLook, false, nil, crowdLook},
+		"crowd for long":             {"0 0 0 9/80 1", crowdTime, false, nil, 0},
+		"crowd, in a hurry":          {"0 0 0 9/80 1", 0, true, nil, 0},
+		"crowd, after the end":       {"0 0 0 9/80 1", 0, false, stopped, 0},
+		"no crowd, but short of CPU": {"0 0 0 6/80 1", 0, false, nil, 0},
+	} {
+		p := pace{cpus: 2, loadavg: loadavg(t, c.line), stopped: c.stopped}
+		defer p.close()
+		p.begin()
+		p.began.Add(-int64(c.since))
+		if c.hurried {
+			p.hurry()
+		}
+		start := time.Now()
+		p.restOfCrowd()
+		if rested := time.Since(start); rested < c.want || c.want == 0 && rested > crowdLook {
+			t.Errorf("%s: it has rested for %v", name, rested)
+		}
+	}
+}
+
+func loadavg(t *testing.T, line string) *os.File {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "loadavg")
+	if err := os.WriteFile(path, []byte(line), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }
 
 // Batches are small while there are faults: they wait for one under way.

@@ -172,7 +172,7 @@ func (s *Server) open() (err error) {
 		unix.Close(s.epoll)
 		return os.NewSyscallError("eventfd", err)
 	}
-	s.pace.open(s.cfg.Threads)
+	s.pace.open(s.cfg.Threads, s.failing)
 	return s.watch(s.stop, stopID, unix.EPOLLIN)
 }
 
