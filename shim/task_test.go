@@ -470,12 +470,38 @@ func TestTrim(t *testing.T) {
 	}
 	tr := newTrimmer()
 	tr.timer.Stop()
+	tr.crowded = func() bool { return false }
 	for range 3 {
 		tr.trim()
 		if got := addressRange("1000-2000"); len(got) != 0x1000 {
 			t.Fatal("the program does not work any more")
 		}
 	}
+}
+
+// A trim waits while the machine is crowded, but not forever, and a call begins anew.
+func TestTrimInACrowd(t *testing.T) {
+	tr := newTrimmer()
+	tr.timer.Stop()
+	trimmed := 0
+	tr.text = func() [][]byte { trimmed++; return nil }
+	tr.crowded = func() bool { return true }
+	want := func(n int, when string) {
+		t.Helper()
+		tr.trim()
+		tr.timer.Stop()
+		if trimmed != n {
+			t.Fatalf("%s: it has trimmed %d times, want %d", when, trimmed, n)
+		}
+	}
+	want(0, "in a crowd")
+	tr.due = tr.due.Add(-trimPatience)
+	want(1, "in a crowd that does not end")
+	tr.busy()()
+	tr.timer.Stop()
+	want(1, "in a crowd, after a call")
+	tr.crowded = func() bool { return false }
+	want(2, "after the crowd")
 }
 
 // fakeBuilder puts a builder that runs a shell script where the shim finds it.

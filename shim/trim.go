@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"path"
+	goruntime "runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -17,11 +18,19 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/load"
 )
 
 // trimDelay is how long a shim is idle before it gives memory back. Shims do
 // nothing for nearly all of their lives, and a node has hundreds of them.
 const trimDelay = 150 * time.Millisecond
+
+// trimPatience is how long a trim waits, besides, while more threads want to run than
+// there are CPUs: others may be starting, and this shim has not finished if the client
+// or the workload has to wait for them. What a trim takes, and to get back what it gives
+// away, is a tenth of a start's CPU time.
+const trimPatience = 2 * time.Second
 
 // idleGC is how much garbage the heap of an idle shim may hold, in percent of what it needs: as
 // containerd's shim package has it. A busy one collects none until it takes busyLimit bytes: what a
@@ -36,15 +45,17 @@ func dontCollect() { debug.SetGCPercent(-1) }
 
 // trimmer gives memory back when the shim has been idle for a moment.
 type trimmer struct {
-	timer *time.Timer
-	text  func() [][]byte
+	timer   *time.Timer
+	text    func() [][]byte
+	crowded func() bool
 
 	mu    sync.Mutex
-	calls int // under way
+	calls int       // under way
+	due   time.Time // the trim is, but for others that want to run; zero: not yet
 }
 
 func newTrimmer() *trimmer {
-	t := &trimmer{text: sync.OnceValue(ownText)}
+	t := &trimmer{text: sync.OnceValue(ownText), crowded: crowded}
 	t.timer = time.AfterFunc(trimDelay, t.trim)
 	return t
 }
@@ -58,6 +69,7 @@ func (t *trimmer) busy() (done func()) {
 		debug.SetMemoryLimit(busyLimit)
 	}
 	t.timer.Stop()
+	t.due = time.Time{}
 	return func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -72,6 +84,11 @@ func (t *trimmer) busy() (done func()) {
 // they are needed.
 func (t *trimmer) trim() {
 	t.mu.Lock()
+	if t.calls == 0 && t.letOthersRun() {
+		t.timer.Reset(trimDelay)
+		t.mu.Unlock()
+		return
+	}
 	if t.calls == 0 {
 		debug.SetGCPercent(idleGC)
 		debug.SetMemoryLimit(math.MaxInt64)
@@ -96,6 +113,24 @@ func (s *service) UnaryServerInterceptor() ttrpc.UnaryServerInterceptor {
 		}
 		return method(ctx, unmarshal)
 	}
+}
+
+// letOthersRun tells whether to put the trim off once more. t.mu is held.
+func (t *trimmer) letOthersRun() bool {
+	if t.due.IsZero() {
+		t.due = time.Now()
+	}
+	return time.Since(t.due) < trimPatience && t.crowded()
+}
+
+// crowded tells whether more threads want to run than there are CPUs.
+func crowded() bool {
+	f, err := load.Open()
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return load.Runnable(f) > goruntime.NumCPU()
 }
 
 // ownText finds the mappings of this program's file that nobody can write and
