@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // SumSize is the unit in bytes that pages are compared by. It divides every size

@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // oneCore is a process's image that needs nothing of its host.

@@ -6,7 +6,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"github.com/crac-shim/crac/criuimage"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // Run is a run of pages in a process's memory.

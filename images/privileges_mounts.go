@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"github.com/crac-shim/crac/criuimage"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // CRIU's numbers of file systems (fstype in mnt.proto) and their names.

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"github.com/crac-shim/crac/criuimage"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // Tmpfs is a tmpfs of a dump that can be made, with its files, before CRIU makes

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/crac-shim/crac/criuimage"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // ofTmpfs is the mnt_entry of a tmpfs that has a superblock of its own.

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
-	"github.com/crac-shim/crac/criuimage"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // dumpView is a dump as one restore is to see it: the dump itself is not ours to

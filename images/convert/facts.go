@@ -14,9 +14,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // inventory reads what CRIU writes last.

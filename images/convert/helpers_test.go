@@ -18,8 +18,8 @@ import (
 	skopts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // entry is one of a tar; the zero type is a file's.

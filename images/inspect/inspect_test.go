@@ -23,9 +23,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")

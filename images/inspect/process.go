@@ -18,8 +18,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"golang.org/x/sys/unix"
 
-	"github.com/crac-shim/crac/criuimage"
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // Process is a process of the dump.

@@ -27,22 +27,22 @@ var may = map[string][]string{
 	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "images/trust", "oci", "runtime", "runtime/pager", "runtime/trace"},
 	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
-	"criuimage":                   {},
+	"oci/criuimage":               {},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/load", "runtime/trace", "images", "oci"},
-	"runtime":                     {"criuimage", "oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread", "runtime/tmpfs", "runtime/trace"},
+	"runtime":                     {"oci/criuimage", "oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread", "runtime/tmpfs", "runtime/trace"},
 	"runtime/fdpolicy":            {"oci", "runtime/inspect", "runtime/thread"},
 	"runtime/hook":                {"oci"},
 	"runtime/inspect":             {"oci", "runtime/thread"},
 	"runtime/load":                {},
-	"runtime/pager":               {"criuimage", "runtime/load"},
+	"runtime/pager":               {"oci/criuimage", "runtime/load"},
 	"runtime/thread":              {},
 	"runtime/tmpfs":               {},
 	"runtime/trace":               {},
-	"images":                      {"criuimage", "oci"},
+	"images":                      {"oci/criuimage", "oci"},
 	"images/build":                {"images", "images/crypt", "images/inspect", "images/registry", "oci"},
-	"images/convert":              {"criuimage", "images", "images/build", "images/crypt", "images/inspect", "oci"},
+	"images/convert":              {"oci/criuimage", "images", "images/build", "images/crypt", "images/inspect", "oci"},
 	"images/crypt":                {"oci"},
-	"images/inspect":              {"criuimage", "images", "images/crypt", "oci"},
+	"images/inspect":              {"oci/criuimage", "images", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
 	"images/trust":                {"images", "images/build", "images/inspect", "oci"},
 	"oci":                         {},
@@ -58,7 +58,7 @@ var never = []struct {
 	why  string
 }{
 	{
-		[]string{"criuimage", "oci", "images"},
+		[]string{"oci/criuimage", "oci", "images"},
 		[]string{
 			"github.com/containerd/", "github.com/opencontainers/runc", "github.com/opencontainers/image-spec", "net/http",
 			// Reading a message by hand (encoding/protowire) registers nothing; all else of protobuf does.

@@ -110,7 +110,7 @@ func TestMessagesAreParts(t *testing.T) {
 // What CRIU has written is written again as it was.
 func TestRealDumps(t *testing.T) {
 	for pattern, kind := range map[string]Kind{"core-*.img": Core, "ids-*.img": IDs, "inventory.img": Inventory, "mountpoints-*.img": Mountpoints} {
-		names, err := filepath.Glob(filepath.Join("..", "images", "testdata", "dumps", "*", pattern))
+		names, err := filepath.Glob(filepath.Join("..", "..", "images", "testdata", "dumps", "*", pattern))
 		if err != nil || len(names) == 0 {
 			t.Fatalf("%s: %q, %v", pattern, names, err)
 		}
