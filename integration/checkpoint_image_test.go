@@ -931,3 +931,27 @@ func TestNetworkNamespaceForms(tb *testing.T) {
 		})
 	}
 }
+
+// CRIU is in the workload's network namespace when it dumps, and can be so only where
+// there is no other.
+func TestNestedNetworkNamespace(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	nested := how{flags: []string{"--privileged", option("checkpoint.image", image)}, args: []string{"sh", "-c", "unshare -n sleep 1000 & exec sleep 1001"}}
+	// networks are those of the two processes.
+	networks := func(b *box) (init, child string) {
+		return b.exec("readlink", "/proc/1/ns/net"), b.exec("sh", "-c", "readlink /proc/$(pidof sleep | tr ' ' '\\n' | grep -vx 1)/ns/net")
+	}
+	b := start(t, nested)
+	t.Eventually("the second network namespace", func() bool {
+		init, child := networks(b)
+		return child != "" && child != init
+	})
+	b.checkpoint("--exit")
+	nested.image, nested.flags = image, []string{"--privileged", option("restore", "require")}
+	clone := start(setup(tb), nested)
+	if init, child := networks(clone); init == child || init == "" || child == "" {
+		clone.Errorf("the network namespaces %s and %s, want two", init, child)
+	}
+}

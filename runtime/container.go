@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -45,9 +44,6 @@ type Config struct {
 	// Trace, unless nil, gets the steps of the start.
 	Trace *trace.Recorder
 }
-
-// criuConfig is the file that CRIU is told to read.
-func (c Config) criuConfig() string { return filepath.Join(c.Bundle, "criu.conf") }
 
 // Container is one container. It is safe for concurrent use.
 type Container struct {

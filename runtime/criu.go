@@ -8,9 +8,12 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/opencontainers/runc/libcontainer"
+	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/crac-shim/crac/runtime/inspect"
 )
@@ -59,8 +62,6 @@ type CRIUOptions struct {
 	// Images are image files, by name, that a restore reads instead of the
 	// dump's.
 	Images map[string][]byte
-
-	packed []packedTmpfs // that a dump need not
 }
 
 // CRIUError is a dump or restore that CRIU gave up.
@@ -97,7 +98,7 @@ var criuHints = []struct{ says, means string }{
 	{"consider using --tcp-established", "the workload has established connections: close them, or set the annotation io.containerd.crac.tcp to close or established"},
 }
 
-// Unwrap returns libcontainer's error.
+// Unwrap returns what CRIU, or the way to it, has answered.
 func (e *CRIUError) Unwrap() error { return e.Err }
 
 // maxLogErrors is how many of the log's error lines go into an error message.
@@ -134,31 +135,36 @@ func lastErrors(path string) []string {
 	return last
 }
 
-// options translates for libcontainer and writes the configuration file with
-// what libcontainer cannot say. pid is the process whose namespaces are external
-// to a dump; 0 in a restore.
-func (c *Container) criuOptions(dir string, o CRIUOptions, pid int) (*libcontainer.CriuOpts, error) {
-	if o.WorkDir == "" {
-		o.WorkDir = dir
-	}
+// criuOptions are those that a dump and a restore have in common. log is the name of
+// CRIU's log in the work directory.
+func (c *Container) criuOptions(o CRIUOptions, log string) (*criurpc.CriuOpts, error) {
 	emptyNS, err := emptyNamespaces(o.EmptyNamespaces)
 	if err != nil {
 		return nil, err
 	}
-	if err := c.writeCRIUConfig(o, pid); err != nil {
-		return nil, err
+	opts := &criurpc.CriuOpts{
+		LogFile:           proto.String(log),
+		LogLevel:          proto.Int32(4),
+		NotifyScripts:     proto.Bool(true),
+		ManageCgroups:     proto.Bool(true),
+		ManageCgroupsMode: c.cgroupsMode().Enum(),
+		ShellJob:          proto.Bool(o.ShellJob),
+		OrphanPtsMaster:   proto.Bool(true),
+		ExtUnixSk:         proto.Bool(o.ExternalUnixSockets),
+		TcpEstablished:    proto.Bool(o.TCP == TCPEstablished),
+		TcpClose:          proto.Bool(o.TCP == TCPClose),
+		FileLocks:         proto.Bool(true),
+		GhostLimit:        proto.Uint32(inspect.GhostLimit),
+		EmptyNs:           proto.Uint32(emptyNS),
 	}
-	return &libcontainer.CriuOpts{
-		ImagesDirectory:         dir,
-		WorkDirectory:           o.WorkDir,
-		TcpEstablished:          o.TCP == TCPEstablished,
-		ExternalUnixConnections: o.ExternalUnixSockets,
-		ShellJob:                o.ShellJob,
-		FileLocks:               true,
-		EmptyNs:                 emptyNS,
-		ManageCgroupsMode:       c.cgroupsMode(),
-		StatusFd:                -1,
-	}, nil
+	if o.ConfigFile != "" {
+		// CRIU takes a file that it cannot read for an empty one.
+		if err := unix.Access(o.ConfigFile, unix.R_OK); err != nil {
+			return nil, fmt.Errorf("CRIU configuration file: %w", &os.PathError{Op: "read", Path: o.ConfigFile, Err: err})
+		}
+		opts.ConfigFile = proto.String(o.ConfigFile)
+	}
+	return opts, nil
 }
 
 // cgroupsMode keeps CRIU's hands off cgroups that are ours to manage. Without a
@@ -166,11 +172,11 @@ func (c *Container) criuOptions(dir string, o CRIUOptions, pid int) (*libcontain
 // is the container's cgroup, and nothing needs doing; left to itself CRIU makes
 // every hierarchy anew in which the container has no cgroup of its own. With a
 // cgroup namespace CRIU must manage, or the clone would see the host's tree.
-func (c *Container) cgroupsMode() string {
+func (c *Container) cgroupsMode() criurpc.CriuCgMode {
 	if private(c.spec, specs.CgroupNamespace) {
-		return "soft"
+		return criurpc.CriuCgMode_SOFT
 	}
-	return "ignore"
+	return criurpc.CriuCgMode_IGNORE
 }
 
 func emptyNamespaces(names []string) (mask uint32, err error) {
@@ -183,39 +189,42 @@ func emptyNamespaces(names []string) (mask uint32, err error) {
 	return mask, nil
 }
 
-// writeCRIUConfig writes the file that the container's label names.
-func (c *Container) writeCRIUConfig(o CRIUOptions, pid int) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "ghost-limit %d\n", inspect.GhostLimit)
-	if o.TCP == TCPClose {
-		b.WriteString("tcp-close\n")
-	}
-	if pid != 0 && o.TCP != TCPEstablished && o.CanSkipNetworkLock {
-		// The lock is for connections that a clone goes on with. Without it no packet
-		// to the original is lost, and neither dump nor restore waits for a packet
-		// filter: 77 ms of 183 of a small dump.
-		b.WriteString("network-lock skip\n")
-	}
-	if pid != 0 && c.externalNetwork() {
-		// A clone brings its own network namespace: the dump only marks the
-		// place. The name is the one that libcontainer inherits it by.
-		var st unix.Stat_t
-		if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &st); err != nil {
-			return fmt.Errorf("network namespace of process %d: %w", pid, err)
-		}
-		fmt.Fprintf(&b, "external net[%d]:extRootNetNS\n", st.Ino)
-	}
-	for _, p := range o.packed {
-		fmt.Fprintf(&b, "external mnt[%s]:%s\n", p.mountpoint, p.key())
-	}
-	if o.ConfigFile != "" {
-		user, err := os.ReadFile(o.ConfigFile)
+// externalMounts are those that came from outside when the container was created,
+// by where they are in it. own is where the processes that CRIU is to see are in each
+// hierarchy of cgroups.
+func (c *Container) externalMounts(own map[string]string) (mounts []*criurpc.ExtMountMap, err error) {
+	add := func(destination, source string) error {
+		inside, err := securejoin.SecureJoin(c.config.Rootfs, destination)
 		if err != nil {
-			return fmt.Errorf("CRIU configuration file (annotation %s): %w", criuConfigLabel, err)
+			return fmt.Errorf("mount %s: %w", destination, err)
 		}
-		b.Write(user)
+		mounts = append(mounts, &criurpc.ExtMountMap{Key: proto.String(strings.TrimPrefix(inside, c.config.Rootfs)), Val: proto.String(source)})
+		return nil
 	}
-	return os.WriteFile(c.cfg.criuConfig(), []byte(b.String()), 0o600)
+	var errs []error
+	for _, m := range c.config.Mounts {
+		switch {
+		case m.Device == "bind":
+			errs = append(errs, add(m.Destination, m.Source))
+		case m.Device == "cgroup" && !cgroups.IsCgroup2UnifiedMode() && !private(c.spec, specs.CgroupNamespace):
+			// A bind mount for each hierarchy, of the container's place in it.
+			hierarchies, err := cgroups.GetCgroupMounts(false)
+			errs = append(errs, err)
+			for _, h := range hierarchies {
+				path, err := h.GetOwnCgroup(own)
+				if err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				below, err := filepath.Rel(h.Root, path)
+				errs = append(errs, err, add(filepath.Join(m.Destination, filepath.Base(h.Mountpoint)), filepath.Join(h.Mountpoint, below)))
+			}
+		}
+	}
+	for _, d := range c.config.Devices {
+		errs = append(errs, add(d.Path, d.Path))
+	}
+	return mounts, errors.Join(errs...)
 }
 
 // externalNetwork tells whether the container has a network namespace that is
@@ -227,148 +236,4 @@ func (c *Container) externalNetwork() bool { return OwnNetwork(c.spec) }
 // that belongs to the host's user namespace.
 func OwnNetwork(spec *specs.Spec) bool {
 	return private(spec, specs.NetworkNamespace) && !private(spec, specs.UserNamespace)
-}
-
-// DumpOptions say what happens around a dump. The zero value works.
-type DumpOptions struct {
-	// Exit ends the workload after a dump that went well, Pause leaves it
-	// paused; otherwise it is as it came.
-	Exit, Pause bool
-	// PreDump is the directory of a PreDump of this workload, or empty. The dump then
-	// leaves out what it has, and continues it: dir has a link named parent. If that
-	// goes wrong, the dump is a whole one, without that link, and the pre-dump is
-	// removed.
-	PreDump string
-	// BeforeDump, unless nil, runs when the workload is frozen and before it is
-	// dumped, with the ids of its processes. It must not call the Container.
-	BeforeDump func(pids []int) error
-	// WhileFrozen, unless nil, runs after the dump and before the workload does:
-	// what it sees of the files agrees with the memory. It must not call the
-	// Container.
-	WhileFrozen func() error
-}
-
-// Dump writes the workload's memory and kernel state into dir, which it makes
-// if need be. From a Running or Paused container it goes to Quiesced and back,
-// or to what the options ask for.
-//
-// On any error the container is as it was, but for what BeforeDump has changed.
-func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.refresh()
-	came := c.machine.state
-	if came == Created {
-		return fmt.Errorf("checkpoint container %s: it was not started yet", c.cfg.ID)
-	}
-	if err := c.machine.can(Quiesced); err != nil {
-		return err
-	}
-	// It runs on meanwhile.
-	if err := c.finishMemory(); err != nil {
-		return err
-	}
-	if err := c.machine.to(Quiesced); err != nil {
-		return err
-	}
-	defer expectBreakpoints()()
-	// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
-	// nothing runs between the dump and WhileFrozen.
-	if came == Running {
-		if err := c.freeze(); err != nil {
-			_ = c.machine.to(Running)
-			return fmt.Errorf("freeze container %s: %w", c.cfg.ID, err)
-		}
-	}
-	defer func() {
-		next := came
-		if err == nil && d.Pause {
-			next = Paused
-		}
-		switch {
-		case c.stopped():
-			next = Stopped
-		case err == nil && d.Exit:
-			if err = c.lc.Signal(unix.SIGKILL); err == nil {
-				<-c.init.Done()
-				next = Stopped
-			}
-		case next == Running:
-			err = errors.Join(err, c.lc.Resume())
-		}
-		_ = c.machine.to(next)
-	}()
-	if d.BeforeDump != nil {
-		pids, err := c.lc.Processes()
-		if err != nil {
-			return err
-		}
-		if err := d.BeforeDump(pids); err != nil {
-			return err
-		}
-	}
-	if o.ConfigFile == "" { // the user's may have a word for the same mounts
-		o.packed = c.packTmpfs(c.init.Pid())
-	}
-	opts, err := c.criuOptions(dir, o, c.init.Pid())
-	if err != nil {
-		return err
-	}
-	// Established connections outlive a killed process only if CRIU kills it
-	// while they are locked.
-	opts.LeaveRunning = !d.Exit || o.TCP != TCPEstablished
-	if err := c.dumpSince(d.PreDump, opts, o.Warn); err != nil {
-		return err
-	}
-	if err := completeDump(dir, o.packed); err != nil {
-		return err
-	}
-	if d.WhileFrozen == nil {
-		return nil
-	}
-	return d.WhileFrozen()
-}
-
-// dumpSince dumps what a pre-dump lacks, if there is one, and otherwise all.
-func (c *Container) dumpSince(preDump string, opts *libcontainer.CriuOpts, warn func(error)) error {
-	if preDump == "" {
-		return c.criuDump(opts)
-	}
-	dir := opts.ImagesDirectory
-	link, err := filepath.Rel(dir, preDump)
-	if err != nil {
-		return fmt.Errorf("pre-dump %s: %w", preDump, err)
-	}
-	opts.ParentImage = link // as CRIU sees it from its images
-	since := c.criuDump(opts)
-	if since == nil || c.stopped() {
-		return since
-	}
-	// It was to be faster, and must not be the reason that there is no checkpoint:
-	// not by the room that it takes, either.
-	if err := errors.Join(os.RemoveAll(preDump), os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
-		return errors.Join(since, err)
-	}
-	if warn != nil {
-		warn(fmt.Errorf("all of the memory is dumped, and not only what has changed since the pre-dump: %w", since))
-	}
-	opts.ParentImage = ""
-	return c.criuDump(opts)
-}
-
-func (c *Container) stopped() bool {
-	select {
-	case <-c.init.Done():
-		return true
-	default:
-		return false
-	}
-}
-
-func (c *Container) criuDump(opts *libcontainer.CriuOpts) error {
-	defer c.cfg.Reaper.Hold()()
-	if err := c.lc.Checkpoint(opts); err != nil {
-		return newCRIUError("dump", filepath.Join(opts.WorkDirectory, "dump.log"), err)
-	}
-	return nil
 }

@@ -9,8 +9,12 @@ import (
 	"strings"
 	"testing"
 
+	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/inspect"
 )
 
 func writeLog(tb testing.TB, text string) string {
@@ -140,64 +144,83 @@ func TestCRIUOptions(t *testing.T) {
 	if err := os.WriteFile(user, []byte("log-level 2\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/net", &st); err != nil {
-		t.Fatal(err)
-	}
-	external := fmt.Sprintf("external net[%d]:extRootNetNS\n", st.Ino)
-	const ghost = "ghost-limit 1073741824\n"
+	cgroupNamespace := []specs.LinuxNamespace{{Type: specs.CgroupNamespace}}
 	for name, tt := range map[string]struct {
-		namespaces []specs.LinuxNamespace
-		pid        int
-		options    CRIUOptions
-		config     string
-		mode       string
-		work       string // beside the dump, unless empty
+		namespaces         []specs.LinuxNamespace
+		options            CRIUOptions
+		close, established bool
+		mode               criurpc.CriuCgMode
+		config             string
 	}{
-		"nothing asked":   {nil, 0, CRIUOptions{}, ghost + "tcp-close\n", "ignore", ""},
-		"own connections": {nil, 0, CRIUOptions{TCP: TCPEstablished}, ghost, "ignore", ""},
-		"no connections":  {nil, 0, CRIUOptions{TCP: TCPError, WorkDir: "/w"}, ghost, "ignore", "/w"},
-		"a dump of a network namespace": {
-			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPError, CanSkipNetworkLock: true}, ghost + "network-lock skip\n" + external, "ignore", "",
-		},
-		"an older CRIU": {
-			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPError}, ghost + external, "ignore", "",
-		},
-		"a dump with connections": {
-			[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, os.Getpid(), CRIUOptions{TCP: TCPEstablished, CanSkipNetworkLock: true}, ghost + external, "ignore", "",
-		},
-		"a restore of one":   {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, 0, CRIUOptions{TCP: TCPError}, ghost, "ignore", ""},
-		"a cgroup namespace": {[]specs.LinuxNamespace{{Type: specs.CgroupNamespace}}, 0, CRIUOptions{TCP: TCPError}, ghost, "soft", ""},
-		// Last, because the later line wins.
-		"the user's file": {nil, 0, CRIUOptions{ConfigFile: user}, ghost + "tcp-close\nlog-level 2\n", "ignore", ""},
+		"nothing asked":      {close: true},
+		"own connections":    {options: CRIUOptions{TCP: TCPEstablished}, established: true},
+		"no connections":     {options: CRIUOptions{TCP: TCPError}},
+		"a cgroup namespace": {namespaces: cgroupNamespace, close: true, mode: criurpc.CriuCgMode_SOFT},
+		"the user's file":    {options: CRIUOptions{ConfigFile: user}, close: true, config: user},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := &Container{cfg: Config{ID: "c", Bundle: t.TempDir()}, spec: specOf(tt.namespaces...)}
-			got, err := c.criuOptions("/dump", tt.options, tt.pid)
+			c := &Container{spec: specOf(tt.namespaces...)}
+			got, err := c.criuOptions(tt.options, "x.log")
 			if err != nil {
 				t.Fatal(err)
 			}
-			config, err := os.ReadFile(c.cfg.criuConfig())
-			if err != nil || string(config) != tt.config {
-				t.Errorf("configuration file: %q, %v; want %q", config, err, tt.config)
+			if got.GetTcpClose() != tt.close || got.GetTcpEstablished() != tt.established || got.GetManageCgroupsMode() != tt.mode || got.GetConfigFile() != tt.config {
+				t.Errorf("%v", got)
 			}
-			work := tt.work
-			if work == "" {
-				work = "/dump"
-			}
-			if got.ImagesDirectory != "/dump" || got.WorkDirectory != work {
-				t.Errorf("directories %s and %s, want /dump and %s", got.ImagesDirectory, got.WorkDirectory, work)
-			}
-			if got.ManageCgroupsMode != tt.mode {
-				t.Errorf("cgroup mode %s, want %s", got.ManageCgroupsMode, tt.mode)
-			}
-			if want := tt.options.TCP == TCPEstablished; got.TcpEstablished != want {
-				t.Errorf("tcp-established %v, want %v", got.TcpEstablished, want)
+			if got.GetLogFile() != "x.log" || got.GetGhostLimit() != inspect.GhostLimit {
+				t.Errorf("%v", got)
 			}
 		})
 	}
-	c := &Container{cfg: Config{ID: "c", Bundle: t.TempDir()}, spec: specOf()}
-	if _, err := c.criuOptions("/dump", CRIUOptions{ConfigFile: user + "x"}, 0); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), user+"x") {
+	c := &Container{spec: specOf()}
+	if _, err := c.criuOptions(CRIUOptions{ConfigFile: user + "x"}, "x.log"); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), user+"x") {
 		t.Errorf("a configuration file that is not there: %v", err)
+	}
+}
+
+func TestDumpNamespaces(t *testing.T) {
+	inode := func(kind string) uint64 {
+		var st unix.Stat_t
+		if err := unix.Stat("/proc/self/ns/"+kind, &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Ino
+	}
+	network := fmt.Sprintf("net[%d]:extRootNetNS", inode("net"))
+	pids := fmt.Sprintf("pid[%d]:extRootPidNS", inode("pid"))
+	for name, tt := range map[string]struct {
+		namespaces []specs.LinuxNamespace
+		want       []string
+	}{
+		"the host's":             {},
+		"a new network":          {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, []string{network}},
+		"somebody's network":     {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/proc/self/ns/net"}}, []string{network}},
+		"of a user namespace":    {[]specs.LinuxNamespace{{Type: specs.UserNamespace}, {Type: specs.NetworkNamespace}}, nil},
+		"new processes":          {[]specs.LinuxNamespace{{Type: specs.PIDNamespace}}, nil},
+		"somebody's processes":   {[]specs.LinuxNamespace{{Type: specs.PIDNamespace, Path: "/proc/self/ns/pid"}}, []string{pids}},
+		"somebody's host name":   {[]specs.LinuxNamespace{{Type: specs.UTSNamespace, Path: "/proc/self/ns/uts"}}, nil},
+		"a pod's and new others": {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/proc/self/ns/net"}, {Type: specs.PIDNamespace}}, []string{network}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := specOf(tt.namespaces...)
+			config := &configs.Config{}
+			for _, ns := range tt.namespaces {
+				config.Namespaces.Add(map[specs.LinuxNamespaceType]configs.NamespaceType{
+					specs.NetworkNamespace: configs.NEWNET, specs.PIDNamespace: configs.NEWPID,
+					specs.UTSNamespace: configs.NEWUTS, specs.UserNamespace: configs.NEWUSER,
+				}[ns.Type], ns.Path)
+			}
+			d := &criuDump{c: &Container{spec: spec, config: config}, opts: &criurpc.CriuOpts{}}
+			if err := d.namespaces(os.Getpid()); err != nil || !slices.Equal(d.opts.External, tt.want) {
+				t.Errorf("%q, %v; want %q", d.opts.External, err, tt.want)
+			}
+		})
+	}
+	gone := &criuDump{
+		c:    &Container{spec: specOf(), config: &configs.Config{Namespaces: configs.Namespaces{{Type: configs.NEWNET, Path: "/nonexistent/net"}}}},
+		opts: &criurpc.CriuOpts{},
+	}
+	if err := gone.namespaces(1); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "/nonexistent/net") {
+		t.Errorf("a namespace that is gone: %v", err)
 	}
 }

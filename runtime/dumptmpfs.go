@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -18,67 +19,124 @@ import (
 	"github.com/crac-shim/crac/runtime/tmpfs"
 )
 
-// packedTmpfs is a small tmpfs of a frozen container, and its archive. CRIU is told
-// that it comes from outside, so that it does not execute tar for it while the
-// workload stands still; afterwards the dump is made to be as if CRIU had.
+// tmpfsPack are small tmpfs mounts of a container, and their archives. CRIU is told
+// that they come from outside, so that it does not execute tar for them while the
+// workload stands still; afterwards the dump is made to be as if CRIU had. The
+// methods may be called on nil.
+type tmpfsPack struct {
+	pid    int
+	table  []byte // the mount table in which they were found
+	mounts []packedTmpfs
+}
+
 type packedTmpfs struct {
-	mountpoint string
-	device     uint64 // as CRIU writes it
-	archive    []byte
+	tmpfsMount
+	tree    int // a descriptor
+	archive []byte
 }
 
 // packedKey begins the keys of such mounts.
 const packedKey = "crac-packed-"
 
-func (p packedTmpfs) key() string { return fmt.Sprint(packedKey, p.device) }
+func (m packedTmpfs) key() string { return fmt.Sprint(packedKey, m.device) }
 
 // plainPath has nothing that means something to CRIU's configuration file.
 var plainPath = regexp.MustCompile(`^[A-Za-z0-9/._-]+$`)
 
-// packTmpfs packs those that the container was given when it was created. Whatever
-// stands in the way of one leaves it to CRIU.
-func (c *Container) packTmpfs(pid int) (packed []packedTmpfs) {
+// errTmpfsChanged is why a dump that leaves mounts out would not be right.
+var errTmpfsChanged = errors.New("tmpfs mounts have changed, or cannot be packed here")
+
+// findTmpfs finds those that the container was given when it was created and that
+// are small, while it may still run. Whatever stands in the way of one leaves it to
+// CRIU. close must be called.
+func (c *Container) findTmpfs(pid int) *tmpfsPack {
+	p := &tmpfsPack{pid: pid}
 	if _, mapped := namespace(c.spec, "user"); mapped || !private(c.spec, "mount") {
-		return nil
+		return p
 	}
-	table, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
-	if err != nil {
-		return nil
+	if p.readTable() != nil {
+		return p
 	}
-	mounts := ownTmpfs(string(table), c.ownTmpfsPlaces(), c.bindPlaces())
-	trees := make([]int, 0, len(mounts))
+	found := ownTmpfs(string(p.table), c.ownTmpfsPlaces(), c.bindPlaces())
 	_ = inMountNamespace(pid, func() error {
-		for _, m := range mounts {
-			if fd, err := m.clone(); err == nil {
-				trees = append(trees, fd)
-				packed = append(packed, packedTmpfs{mountpoint: m.mountpoint, device: m.device})
+		for _, m := range found {
+			if tree, err := m.clone(); err == nil {
+				p.mounts = append(p.mounts, packedTmpfs{tmpfsMount: m, tree: tree})
 			}
 		}
 		return nil
 	})
 	left := int64(maxTmpfs)
-	for i, fd := range trees {
-		var st unix.Statfs_t
-		if err := unix.Fstatfs(fd, &st); err != nil {
-			continue
+	p.mounts = slices.DeleteFunc(p.mounts, func(m packedTmpfs) bool {
+		used, err := usedBytes(m.tree)
+		if err == nil {
+			_, err = tmpfs.Pack(m.tree, left) // what cannot be packed now will hardly be later
 		}
-		used := int64(st.Blocks-st.Bfree) * st.Bsize
-		if st.Blocks == 0 { // it has no bound
-			used = 0
+		if err != nil || used > left {
+			unix.Close(m.tree)
+			return true
 		}
-		if used > left {
-			continue
-		}
-		if packed[i].archive, err = tmpfs.Pack(fd, left); err == nil {
-			left -= used
-		}
+		left -= used
+		return false
+	})
+	return p
+}
+
+func (p *tmpfsPack) readTable() (err error) {
+	p.table, err = os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", p.pid))
+	return err
+}
+
+// usedBytes is what a tmpfs holds; 0 if it has no bound, and so does not count.
+func usedBytes(tree int) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(tree, &st); err != nil {
+		return 0, err
 	}
-	go func() { // the kernel waits for others when a mount goes
-		for _, fd := range trees {
-			unix.Close(fd)
+	if st.Blocks == 0 {
+		return 0, nil
+	}
+	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
+}
+
+// pack packs them, of a container that is frozen now.
+func (p *tmpfsPack) pack() error {
+	if p == nil || len(p.mounts) == 0 {
+		return nil
+	}
+	before := p.table
+	if err := p.readTable(); err != nil || !bytes.Equal(before, p.table) {
+		return errTmpfsChanged
+	}
+	left := int64(maxTmpfs)
+	for i := range p.mounts {
+		m := &p.mounts[i]
+		var err error
+		if m.archive, err = tmpfs.Pack(m.tree, left); err != nil {
+			return fmt.Errorf("%w: %s: %w", errTmpfsChanged, m.mountpoint, err)
+		}
+		used, err := usedBytes(m.tree)
+		if err != nil {
+			return fmt.Errorf("%w: %s: %w", errTmpfsChanged, m.mountpoint, err)
+		}
+		left -= used
+	}
+	return nil
+}
+
+// close lets the mounts go. It returns at once: the kernel waits for others when a
+// mount goes.
+func (p *tmpfsPack) close() {
+	if p == nil {
+		return
+	}
+	mounts := p.mounts
+	p.mounts = nil
+	go func() {
+		for _, m := range mounts {
+			unix.Close(m.tree)
 		}
 	}()
-	return slices.DeleteFunc(packed, func(p packedTmpfs) bool { return p.archive == nil })
 }
 
 // ownTmpfsPlaces are where the container got a tmpfs when it was created.
@@ -161,14 +219,13 @@ func (m tmpfsMount) clone() (int, error) {
 	return unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
 }
 
-// completeDump puts the archives into the dump in dir, and takes the mounts' keys out
-// of it.
-func completeDump(dir string, packed []packedTmpfs) error {
-	if len(packed) == 0 {
+// addTo puts the archives into the dump in dir, and takes the mounts' keys out of it.
+func (p *tmpfsPack) addTo(dir string) error {
+	if p == nil || len(p.mounts) == 0 {
 		return nil
 	}
-	for _, p := range packed {
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", p.device)), p.archive, 0o644); err != nil {
+	for _, m := range p.mounts {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("tmpfs-dev-%d.tar.gz.img", m.device)), m.archive, 0o644); err != nil {
 			return err
 		}
 	}

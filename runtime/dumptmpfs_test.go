@@ -2,11 +2,15 @@ package runtime
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/crac-shim/crac/oci/criuimage"
@@ -64,7 +68,7 @@ func TestCompleteDump(t *testing.T) {
 	if err := os.WriteFile(name, table(entry(1, ""), entry(2, "/etc/hosts"), entry(3, "crac-packed-50")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := completeDump(dir, []packedTmpfs{{device: 50, archive: []byte("archive")}}); err != nil {
+	if err := (&tmpfsPack{mounts: []packedTmpfs{{tmpfsMount: tmpfsMount{device: 50}, archive: []byte("archive")}}}).addTo(dir); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, table(entry(1, ""), entry(2, "/etc/hosts"), entry(3, ""))) {
@@ -77,5 +81,44 @@ func TestCompleteDump(t *testing.T) {
 		if _, err := withoutKeys(damaged); err == nil {
 			t.Errorf("%q is a table", damaged)
 		}
+	}
+}
+
+func TestPackTmpfs(t *testing.T) {
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pack := func(t *testing.T, table []byte) *tmpfsPack {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "file"), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		tree, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := &tmpfsPack{pid: os.Getpid(), table: table, mounts: []packedTmpfs{{tmpfsMount: tmpfsMount{device: 50, mountpoint: "/x"}, tree: tree}}}
+		t.Cleanup(p.close)
+		return p
+	}
+	p := pack(t, table)
+	if err := p.pack(); err != nil || len(p.mounts[0].archive) == 0 {
+		t.Errorf("%d bytes, %v", len(p.mounts[0].archive), err)
+	}
+	if err := pack(t, append([]byte("1 1 0:1 / /new rw - tmpfs tmpfs rw\n"), table...)).pack(); !errors.Is(err, errTmpfsChanged) {
+		t.Errorf("another mount table: %v", err)
+	}
+	p = pack(t, table)
+	if err := os.Truncate(fmt.Sprintf("/proc/self/fd/%d/file", p.mounts[0].tree), 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.pack(); !errors.Is(err, errTmpfsChanged) || !strings.Contains(err.Error(), "/x") {
+		t.Errorf("a file with a hole: %v", err)
+	}
+	var none *tmpfsPack
+	none.close()
+	if err := errors.Join(none.pack(), none.addTo("/nonexistent"), (&tmpfsPack{}).pack()); err != nil {
+		t.Errorf("nothing to pack: %v", err)
 	}
 }

@@ -10,8 +10,10 @@ import (
 	"sync"
 	"unsafe"
 
+	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/opencontainers/runc/libcontainer"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 )
 
 // PreDump copies the workload's memory into dir, which it makes, while the workload
@@ -31,13 +33,14 @@ func (c *Container) PreDump(dir string, o CRIUOptions) error {
 	if err := c.finishMemory(); err != nil {
 		return err
 	}
-	opts, err := c.criuOptions(dir, o, c.init.Pid())
+	defer expectBreakpoints()()
+	call, err := c.newDump(dir, o)
 	if err != nil {
 		return err
 	}
-	opts.PreDump, opts.LeaveRunning = true, true
-	defer expectBreakpoints()()
-	err = c.criuDump(opts)
+	defer call.close()
+	call.opts.LeaveRunning, call.inside = proto.Bool(true), false
+	err = call.call(criurpc.CriuReqType_PRE_DUMP)
 	if err != nil && !c.stopped() {
 		// A CRIU that was killed leaves frozen what it had frozen.
 		if thaw := c.lc.Resume(); !errors.Is(thaw, libcontainer.ErrNotPaused) {

@@ -73,16 +73,17 @@ func (r *readyCRIU) start(c *Container, config *configs.Config, stdio Stdio) (er
 	return nil
 }
 
-// namespaces names those that exist already. Dumps mark the places of network
-// and pid namespaces under the names that libcontainer gives them; the others
-// CRIU joins.
+// externalNamespaces are those whose places alone a dump has, under the names that
+// libcontainer gives them.
+var externalNamespaces = map[configs.NamespaceType]string{configs.NEWNET: "extRootNetNS", configs.NEWPID: "extRootPidNS"}
+
+// namespaces names those that exist already. Those that are not external CRIU joins.
 func (r *readyCRIU) namespaces(config *configs.Config) error {
-	external := map[configs.NamespaceType]string{configs.NEWNET: "extRootNetNS", configs.NEWPID: "extRootPidNS"}
 	for _, ns := range config.Namespaces {
 		if ns.Path == "" {
 			continue
 		}
-		if key := external[ns.Type]; key != "" {
+		if key := externalNamespaces[ns.Type]; key != "" {
 			f, err := os.Open(ns.Path)
 			if err != nil {
 				return fmt.Errorf("namespace of the request: %w", err)

@@ -12,8 +12,6 @@ import (
 	"time"
 
 	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
-	securejoin "github.com/cyphar/filepath-securejoin"
-	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/system"
@@ -169,40 +167,23 @@ func (r *criuRestore) root() (dir string, unmount func(), err error) {
 
 // options are those that say how, and not what.
 func (r *criuRestore) options() (*criurpc.CriuOpts, error) {
-	emptyNS, err := emptyNamespaces(r.o.EmptyNamespaces)
+	opts, err := r.c.criuOptions(r.o, restoreLog)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.c.writeCRIUConfig(r.o, 0); err != nil {
-		return nil, err
-	}
-	mode := criurpc.CriuCgMode_IGNORE
-	if r.c.cgroupsMode() == "soft" {
-		mode = criurpc.CriuCgMode_SOFT
-	}
-	opts := &criurpc.CriuOpts{
-		LogFile:           proto.String(restoreLog),
-		LogLevel:          proto.Int32(4),
-		ConfigFile:        proto.String(r.c.cfg.criuConfig()),
-		NotifyScripts:     proto.Bool(true),
-		RstSibling:        proto.Bool(true), // the workload is our child, not CRIU's
-		EvasiveDevices:    proto.Bool(true),
-		OrphanPtsMaster:   proto.Bool(true),
-		ManageCgroups:     proto.Bool(true),
-		ManageCgroupsMode: &mode,
-		ShellJob:          proto.Bool(r.o.ShellJob),
-		ExtUnixSk:         proto.Bool(r.o.ExternalUnixSockets),
-		TcpEstablished:    proto.Bool(r.o.TCP == TCPEstablished),
-		FileLocks:         proto.Bool(true),
-		EmptyNs:           proto.Uint32(emptyNS),
-	}
+	opts.RstSibling = proto.Bool(true) // the workload is our child, not CRIU's
+	opts.EvasiveDevices = proto.Bool(true)
 	return opts, r.inheritStdio(opts)
 }
+
+// descriptorsName is a file of the dump that is not CRIU's: what the first three
+// descriptors of the init were, by the names that /proc gives them. runc has it, too.
+const descriptorsName = "descriptors.json"
 
 // inheritStdio hands our ends of the standard streams to the processes that had
 // theirs when they were dumped. The dump names its pipes in a file of its own.
 func (r *criuRestore) inheritStdio(opts *criurpc.CriuOpts) error {
-	f, err := os.Open(filepath.Join(r.dir, "descriptors.json"))
+	f, err := os.Open(filepath.Join(r.dir, descriptorsName))
 	if err != nil {
 		return err
 	}
@@ -222,42 +203,12 @@ func (r *criuRestore) inheritStdio(opts *criurpc.CriuOpts) error {
 
 // mounts says where the mounts come from that the dump marks as external. A dump
 // may lack some of them: see mountTrees.
-func (r *criuRestore) mounts(opts *criurpc.CriuOpts, own map[string]string) error {
-	add := func(destination, source string) error {
-		inside, err := securejoin.SecureJoin(r.c.config.Rootfs, destination)
-		if err != nil {
-			return fmt.Errorf("mount %s: %w", destination, err)
-		}
-		opts.ExtMnt = append(opts.ExtMnt, &criurpc.ExtMountMap{Key: proto.String(strings.TrimPrefix(inside, r.c.config.Rootfs)), Val: proto.String(source)})
-		return nil
-	}
-	var errs []error
-	for _, m := range r.c.config.Mounts {
-		switch {
-		case m.Device == "bind":
-			errs = append(errs, add(m.Destination, m.Source))
-		case m.Device == "cgroup" && !cgroups.IsCgroup2UnifiedMode() && !private(r.c.spec, specs.CgroupNamespace):
-			// A bind mount for each hierarchy, of the container's place in it.
-			hierarchies, err := cgroups.GetCgroupMounts(false)
-			errs = append(errs, err)
-			for _, h := range hierarchies {
-				path, err := h.GetOwnCgroup(own)
-				if err != nil {
-					errs = append(errs, err)
-					continue
-				}
-				below, err := filepath.Rel(h.Root, path)
-				errs = append(errs, err, add(filepath.Join(m.Destination, filepath.Base(h.Mountpoint)), filepath.Join(h.Mountpoint, below)))
-			}
-		}
-	}
+func (r *criuRestore) mounts(opts *criurpc.CriuOpts, own map[string]string) (err error) {
+	opts.ExtMnt, err = r.c.externalMounts(own)
 	if len(r.c.config.MaskPaths) > 0 {
-		errs = append(errs, add(os.DevNull, os.DevNull))
+		opts.ExtMnt = append(opts.ExtMnt, &criurpc.ExtMountMap{Key: proto.String(os.DevNull), Val: proto.String(os.DevNull)})
 	}
-	for _, d := range r.c.config.Devices {
-		errs = append(errs, add(d.Path, d.Path))
-	}
-	return errors.Join(errs...)
+	return err
 }
 
 // stage does what is due at a stage of the restore.

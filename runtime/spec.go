@@ -15,11 +15,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// criuConfigLabel names, among a container's labels, the file that CRIU reads
-// its configuration from. It is how options get in that libcontainer has no
-// field for; see writeCRIUConfig.
-const criuConfigLabel = "org.criu.config"
-
 // LoadSpec reads the OCI spec of a bundle.
 func LoadSpec(bundle string) (*specs.Spec, error) {
 	path := filepath.Join(bundle, "config.json")
@@ -78,9 +73,9 @@ func newConfig(spec *specs.Spec, cfg Config) (*configs.Config, error) {
 	// The working directory is not the bundle (see anchor), and hooks are told
 	// of the bundle by this label.
 	config.Labels = slices.DeleteFunc(config.Labels, func(l string) bool {
-		return strings.HasPrefix(l, "bundle=") || strings.HasPrefix(l, criuConfigLabel+"=")
+		return strings.HasPrefix(l, "bundle=")
 	})
-	config.Labels = append(config.Labels, "bundle="+cfg.Bundle, criuConfigLabel+"="+cfg.criuConfig())
+	config.Labels = append(config.Labels, "bundle="+cfg.Bundle)
 	return config, nil
 }
 

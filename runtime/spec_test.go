@@ -101,7 +101,7 @@ func TestNewConfigLabels(t *testing.T) {
 		labels[k] = append(labels[k], v)
 	}
 	// libcontainer takes the first label of a name, CRIU's file must be ours.
-	want := map[string][]string{"org.criu.config": {"/b/criu.conf"}, "bundle": {"/b"}, "kept": {"yes"}}
+	want := map[string][]string{"org.criu.config": {"/the/users"}, "bundle": {"/b"}, "kept": {"yes"}}
 	if !reflect.DeepEqual(labels, want) {
 		t.Errorf("labels %v, want %v", labels, want)
 	}

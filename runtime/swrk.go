@@ -93,7 +93,10 @@ func (s *swrk) call(req *criurpc.CriuReq, notify func(stage string, pid int, fil
 			case resp.GetType() != req.GetType():
 				return fmt.Errorf("criu answers %s to %s", resp.GetType(), req.GetType())
 			}
-			return s.end()
+			if err := s.end(); resp.GetType() != criurpc.CriuReqType_PRE_DUMP {
+				return err
+			}
+			return nil // it was ready for more, and calls the end of that an error
 		}
 		if refused == nil {
 			refused = notify(resp.GetNotify().GetScript(), int(resp.GetNotify().GetPid()), file)

@@ -284,12 +284,13 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		}
 	}
 	manifest := c.manifest(version, r)
-	began := time.Now()
+	var began time.Time // the freeze
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
 		Exit:    r.exit,
 		Pause:   paused,
 		PreDump: r.preDumped,
 		BeforeDump: func(pids []int) error {
+			began = time.Now()
 			return c.enforceFDPolicy(policy, pids)
 		},
 		WhileFrozen: func() error {

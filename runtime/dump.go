@@ -1,0 +1,123 @@
+package runtime
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// DumpOptions say what happens around a dump. The zero value works.
+type DumpOptions struct {
+	// Exit ends the workload after a dump that went well, Pause leaves it
+	// paused; otherwise it is as it came.
+	Exit, Pause bool
+	// PreDump is the directory of a PreDump of this workload, or empty. The dump then
+	// leaves out what it has, and continues it: dir has a link named parent. If that
+	// goes wrong, the dump is a whole one, without that link, and the pre-dump is
+	// removed.
+	PreDump string
+	// BeforeDump, unless nil, runs when the workload is frozen and before it is
+	// dumped, with the ids of its processes. It must not call the Container.
+	BeforeDump func(pids []int) error
+	// WhileFrozen, unless nil, runs after the dump and before the workload does:
+	// what it sees of the files agrees with the memory. It must not call the
+	// Container.
+	WhileFrozen func() error
+}
+
+// Dump writes the workload's memory and kernel state into dir, which it makes
+// if need be. From a Running or Paused container it goes to Quiesced and back,
+// or to what the options ask for.
+//
+// On any error the container is as it was, but for what BeforeDump has changed.
+func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.refresh()
+	came := c.machine.state
+	if came == Created {
+		return fmt.Errorf("checkpoint container %s: it was not started yet", c.cfg.ID)
+	}
+	if err := c.machine.can(Quiesced); err != nil {
+		return err
+	}
+	// It runs on meanwhile.
+	if err := c.finishMemory(); err != nil {
+		return err
+	}
+	defer expectBreakpoints()()
+	dump, err := c.newDump(dir, o)
+	if err != nil {
+		return err
+	}
+	defer dump.close()
+	if o.ConfigFile == "" { // which may have a word for the same mounts
+		dump.leaveOutTmpfs()
+	}
+	// Established connections outlive a killed process only if CRIU kills it
+	// while they are locked.
+	dump.opts.LeaveRunning = proto.Bool(!d.Exit || o.TCP != TCPEstablished)
+	if err := c.machine.to(Quiesced); err != nil {
+		return err
+	}
+	frozen := came == Paused
+	defer func() {
+		next := came
+		if err == nil && d.Pause {
+			next = Paused
+		}
+		switch {
+		case c.stopped():
+			next = Stopped
+		case err == nil && d.Exit:
+			if err = c.lc.Signal(unix.SIGKILL); err == nil {
+				<-c.init.Done()
+				next = Stopped
+			}
+		case next == Running && frozen:
+			err = errors.Join(err, c.lc.Resume())
+		}
+		_ = c.machine.to(next)
+	}()
+	// CRIU has much to do before it looks at the workload, which runs on meanwhile.
+	dump.begin = sync.OnceValue(func() error {
+		// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
+		// nothing runs between the dump and WhileFrozen.
+		if !frozen {
+			if err := c.freeze(); err != nil {
+				return fmt.Errorf("freeze container %s: %w", c.cfg.ID, err)
+			}
+			frozen = true
+		}
+		if d.BeforeDump == nil {
+			return nil
+		}
+		pids, err := c.lc.Processes()
+		if err != nil {
+			return err
+		}
+		return d.BeforeDump(pids)
+	})
+	if err := dump.since(d.PreDump); err != nil {
+		return err
+	}
+	if err := dump.complete(); err != nil {
+		return err
+	}
+	if d.WhileFrozen == nil {
+		return nil
+	}
+	return d.WhileFrozen()
+}
+
+func (c *Container) stopped() bool {
+	select {
+	case <-c.init.Done():
+		return true
+	default:
+		return false
+	}
+}
