@@ -369,17 +369,37 @@ func checkHolder(pid int) (answer string, err error) {
 	return answer, err
 }
 
-// In a user namespace, where the kernel offers nothing to be lazy by, the memory comes first.
+// In a user namespace memory comes lazily where the kernel offers what that takes to everybody, and first where it
+// does not.
 func TestLazyMemoryInUserNamespace(tb *testing.T) {
 	onlyCrac(tb)
 	t := setup(tb)
+	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
+	was, err := os.ReadFile(sysctl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(sysctl, was, 0o644); err != nil { //nolint:gosec // it exists
+			t.Error(err)
+		}
+	})
 	image := ref(t)
-	b := start(t, ticker(append([]string{option("checkpoint.image", image)}, ownMaps...)...))
-	b.waitTicks(3)
+	b := held(t, "", 16, append([]string{option("checkpoint.image", image)}, ownMaps...)...)
+	want := b.askHolder("check")
 	b.checkpoint("--exit")
-	last := b.lastTick()
 	b.remove()
-	clone := start(t, warm(image, append([]string{option("memory", "lazy")}, ownMaps...)...))
-	clone.goesOnFrom(last)
-	clone.remove()
+	for _, value := range []string{"0", "1"} {
+		if err := os.WriteFile(sysctl, []byte(value), 0o644); err != nil { //nolint:gosec // it exists
+			t.Fatal(err)
+		}
+		clone := held(t, image, 16, append([]string{option("memory", "lazy"), option("restore", "require")}, ownMaps...)...)
+		if lazy := clone.wasLazy(); lazy != (value == "1") {
+			t.Errorf("%s is %s, and the memory came lazily: %v", sysctl, value, lazy)
+		}
+		if got := clone.askHolder("check"); got != want {
+			t.Errorf("%s is %s: the holder says %q, the original %q", sysctl, value, got, want)
+		}
+		clone.remove()
+	}
 }

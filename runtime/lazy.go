@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -23,8 +24,17 @@ const pagerStart = 30 * time.Second
 
 // CanBeLazy tells whether a container of this spec can get its memory while it
 // runs: the descriptor through which it comes is made by the process itself, and
-// the kernel gives root of a user namespace none (userfaultfd(2)).
-func CanBeLazy(spec *specs.Spec) bool { return !private(spec, specs.UserNamespace) }
+// the kernel gives root of a user namespace one only where the administrator lets
+// everybody have it (userfaultfd(2), vm.unprivileged_userfaultfd).
+func CanBeLazy(spec *specs.Spec) bool {
+	if !private(spec, specs.UserNamespace) {
+		return true
+	}
+	value, err := os.ReadFile(userfaultfdSysctl)
+	return err == nil && strings.TrimSpace(string(value)) == "1"
+}
+
+const userfaultfdSysctl = "/proc/sys/vm/unprivileged_userfaultfd"
 
 // beginPager begins to start what serves the memory to a restore, for the processes
 // in these cgroups. CRIU may be started meanwhile: it connects to a socket that is

@@ -391,7 +391,7 @@ func (s *service) lazy(c *container, memory int64) bool {
 	}
 	if !runtime.CanBeLazy(c.rt.Spec()) {
 		if c.options.Memory == oci.MemoryLazy {
-			log.G(s.ctx).WithField("id", c.id).Warn("memory=lazy is not possible in a user namespace: the memory comes first")
+			log.G(s.ctx).WithField("id", c.id).Warn("memory=lazy is not possible in a user namespace while the sysctl vm.unprivileged_userfaultfd is 0: the memory comes first")
 		}
 		return false
 	}
