@@ -19,7 +19,7 @@ export PATH := $(PATH):/usr/local/go/bin
 # user database are what a static binary can have.
 export GOTAGS := seccomp,netgo,osusergo
 LDFLAGS := -s -w -X main.version=$(VERSION)
-# The shim is executed three times on the way to a container's first instruction:
+# The shim is executed twice on the way to a container's first instruction:
 # without gRPC's servers, which nobody calls, and without a dynamic loader's work.
 SHIM_TAGS    := $(GOTAGS),no_grpc
 SHIM_LDFLAGS := $(LDFLAGS) -linkmode external -extldflags -static

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/runtime"
@@ -115,7 +117,7 @@ func FuzzGroupOf(f *testing.F) {
 	})
 }
 
-func TestIsBootstrap(t *testing.T) {
+func TestReadStart(t *testing.T) {
 	marshal := func(m proto.Message) []byte {
 		data, err := proto.Marshal(m)
 		if err != nil {
@@ -123,44 +125,100 @@ func TestIsBootstrap(t *testing.T) {
 		}
 		return data
 	}
-	message := marshal(&bootapi.BootstrapParams{InstanceID: "id", Namespace: "ns", ContainerdGrpcAddress: "/a"})
+	options := func(o proto.Message) []byte {
+		data, err := anypb.New(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return marshal(data)
+	}
+	message := marshal(&bootapi.BootstrapParams{InstanceID: "id", Namespace: "ns", ContainerdGrpcAddress: "/a", LogLevel: bootapi.LogLevel_LOG_LEVEL_DEBUG})
+	args := []string{"-namespace", "ns", "-address", "/b", "-publish-binary", "/c", "-id", "id"}
 	for name, tt := range map[string]struct {
-		input         []byte
-		id, namespace string
-		want          bool
+		args   []string
+		input  []byte
+		legacy bool
+		debug  bool
+		cgroup string
 	}{
-		"the message":       {message, "id", "ns", true},
-		"of another":        {message, "other", "ns", false},
-		"another namespace": {message, "id", "default", false},
-		"nothing":           {nil, "id", "ns", false},
-		"options":           {marshal(&runcoptions.Options{Root: "/r"}), "id", "ns", false},
-		"nonsense":          {[]byte("\xff\xff"), "id", "ns", false},
-		"cut short":         {message[:len(message)-3], "id", "ns", false},
+		"the message":                  {args, message, false, true, ""},
+		"of older containerd":          {args, nil, true, false, ""},
+		"of older containerd, debug":   {append([]string{"-debug"}, args...), nil, true, true, ""},
+		"of older containerd, options": {args, options(&runcoptions.Options{ShimCgroup: "/s"}), true, false, "/s"},
 	} {
-		if got := isBootstrap(tt.input, tt.id, tt.namespace); got != tt.want {
-			t.Errorf("%s: %v, want %v", name, got, tt.want)
+		c, err := readStart(tt.args, bytes.NewReader(tt.input))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		address := "/a"
+		if tt.legacy {
+			address = "/b"
+		}
+		if c.InstanceID != "id" || c.Namespace != "ns" || c.ContainerdGrpcAddress != address || c.legacy != tt.legacy || c.debug() != tt.debug {
+			t.Errorf("%s: %+v, legacy %v, debug %v", name, &c.BootstrapParams, c.legacy, c.debug())
+		}
+		if cgroup, err := shimCgroup(&c.BootstrapParams); err != nil || cgroup != tt.cgroup {
+			t.Errorf("%s: the shim's cgroup is %q, %v; want %q", name, cgroup, err, tt.cgroup)
+		}
+	}
+	for name, tt := range map[string]struct {
+		args  []string
+		input []byte
+	}{
+		"nothing":             {nil, nil},
+		"no id":               {[]string{"-namespace", "ns"}, nil},
+		"no namespace":        {[]string{"-id", "id"}, nil},
+		"an unknown flag":     {append([]string{"-no-such-flag"}, args...), nil},
+		"more than flags":     {append(args[:len(args):len(args)], "x"), nil},
+		"nonsense":            {args, []byte("\xff\xff")},
+		"cut short":           {args, message[:len(message)-3]},
+		"another's message":   {[]string{"-namespace", "ns", "-id", "other"}, message},
+		"another's namespace": {[]string{"-namespace", "default", "-id", "id"}, message},
+	} {
+		if c, err := readStart(tt.args, bytes.NewReader(tt.input)); err == nil {
+			t.Errorf("%s: %+v, want an error", name, &c.BootstrapParams)
 		}
 	}
 }
 
-func FuzzIsBootstrap(f *testing.F) {
+func FuzzReadStart(f *testing.F) {
 	data, err := proto.Marshal(&bootapi.BootstrapParams{InstanceID: "id", Namespace: "ns"})
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(data)
 	f.Fuzz(func(t *testing.T, input []byte) {
-		// No input says that it is two containers'.
-		if isBootstrap(input, "id", "ns") && isBootstrap(input, "id2", "ns") {
-			t.Error("it is the message for two containers")
+		// Whatever it says, it is for the container that the flags name.
+		c, err := readStart([]string{"-namespace", "ns", "-id", "id"}, bytes.NewReader(input))
+		if err == nil && (c.InstanceID != "id" || c.Namespace != "ns") {
+			t.Errorf("it is the message for %s of %s", c.InstanceID, c.Namespace)
 		}
 	})
 }
 
-func TestLegacyStartLeavesOthersAlone(t *testing.T) {
-	for _, args := range [][]string{nil, {"-id", "x", "delete"}, {"-id", "start", "delete"}, {"-no-such-flag", "start"}, {"start"}, {"-info"}} {
-		if done, err := LegacyStart(context.Background(), args); done || err != nil {
-			t.Errorf("%q: %v, %v; want it left to containerd's package", args, done, err)
+func TestStartAnswer(t *testing.T) {
+	var out bytes.Buffer
+	if err := (&startCall{legacy: true}).answer(&out, "unix:///x"); err != nil || out.String() != `{"version":3,"address":"unix:///x","protocol":"ttrpc"}`+"\n" {
+		t.Errorf("older containerd gets %q, %v", out.String(), err)
+	}
+	out.Reset()
+	var result bootapi.BootstrapResult
+	if err := (&startCall{}).answer(&out, "unix:///x"); err != nil || proto.Unmarshal(out.Bytes(), &result) != nil ||
+		result.Address != "unix:///x" || result.Protocol != "ttrpc" || result.Version != protocolVersion {
+		t.Errorf("containerd gets %+v, %v", &result, err)
+	}
+}
+
+// The shim takes its socket away where containerd has asked for it.
+func TestSocketDir(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, dir := range []string{"/first", "/second"} { // again, after a start that failed
+		if got, err := socketDir(dir); err != nil || got != dir {
+			t.Errorf("%q, %v; want %q", got, err, dir)
+		}
+		if got, err := os.Readlink(socketDirLink); err != nil || got != dir {
+			t.Errorf("the link leads to %q, %v; want %q", got, err, dir)
 		}
 	}
 }

@@ -1,6 +1,6 @@
 // Command containerd-shim-crac-v2 is the containerd shim of the runtime
 // io.containerd.crac.v2. containerd starts it: `start` and `delete` are its
-// calls, -info tells what it can do, and without either it is the shim itself.
+// calls, and -info tells what it can do. What `start` leaves behind is the shim itself.
 package main
 
 import (
@@ -30,11 +30,15 @@ func main() {
 		return
 	}
 	ctx := context.Background()
-	if done, err := shim.LegacyStart(ctx, os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "%s: %v\n", shim.Name, err)
-		os.Exit(1)
-	} else if done {
-		return
+	if args, answer, ok := starts(); ok {
+		serve, err := shim.Begin(ctx, args, answer)
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", shim.Name, err)
+			os.Exit(1)
+		}
+		if !serve {
+			return
+		}
 	}
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
