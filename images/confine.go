@@ -50,21 +50,15 @@ type Limit struct {
 	Asked bool
 }
 
-// Images makes the image files that a restore of the dump in dir must read
-// instead of those of the same names; none if the dump says all this already. The
-// dump is hostile, and an error wraps ErrDamaged.
-func (c Confinement) Images(dir string) (map[string][]byte, error) {
+// Images makes the image files that a restore of the dump must read instead of those
+// of the same names; none if the dump says all this already. Errors wrap ErrDamaged.
+func (c Confinement) Images(d *Dump) (map[string][]byte, error) {
 	if c.Seccomp == nil && !c.ofThreads() && len(c.Limits) == 0 {
 		return nil, nil
 	}
-	d, err := openDump(dir)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	defer d.close()
-	r := confiner{dumpDir: d, want: c, cores: map[uint32]*threadImage{}, added: map[filterEntry]uint32{}}
+	r := confiner{Dump: d, want: c, cores: map[uint32]*threadImage{}, added: map[filterEntry]uint32{}}
 	if err := r.run(); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, dir, err)
+		return nil, d.damaged("", err)
 	}
 	return r.images(), nil
 }
@@ -74,7 +68,7 @@ func (c Confinement) ofThreads() bool { return c.Profile != "" || c.NoNewPrivile
 
 // confiner changes the images of a dump.
 type confiner struct {
-	dumpDir
+	*Dump
 	want  Confinement
 	cores map[uint32]*threadImage
 
@@ -184,18 +178,14 @@ func (r *confiner) core(tid uint32) (*threadImage, error) {
 		return nil, errors.New("is there twice")
 	}
 	name := coreName(tid)
-	data, err := r.one(name, criuimage.Core)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	t, err := parseCore(data)
+	t, err := r.Dump.core(name)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	if t.dead {
 		return nil, nil
 	}
-	c := &threadImage{message: data, mode: t.seccompMode, filter: t.seccompFilter, lsm: t.lsm, noNewPrivileges: t.noNewPrivileges}
+	c := &threadImage{message: t.message, mode: t.seccompMode, filter: t.seccompFilter, lsm: t.lsm, noNewPrivileges: t.noNewPrivileges}
 	r.cores[tid] = c
 	return c, nil
 }
@@ -236,7 +226,8 @@ func (r *confiner) readFilters() error {
 	if err != nil {
 		return err
 	}
-	for i, v := range f[1] {
+	i := 0
+	for v := range f.all(1) {
 		if v.kind != protowire.BytesType {
 			return fmt.Errorf("field 1 has the wire type %d", v.kind)
 		}
@@ -248,6 +239,7 @@ func (r *confiner) readFilters() error {
 			return fmt.Errorf("filter %d is followed by %d, which comes later", i, entry.next)
 		}
 		r.filters = append(r.filters, entry)
+		i++
 	}
 	return nil
 }
@@ -257,11 +249,11 @@ func parseFilter(data []byte) (e filterEntry, err error) {
 	if err != nil {
 		return e, err
 	}
-	program, err := f.single(1, protowire.BytesType)
+	program, _, err := f.single(1, protowire.BytesType)
 	if err != nil {
 		return e, err
 	}
-	if program == nil || len(program.bytes) == 0 || len(program.bytes)%8 != 0 {
+	if len(program.bytes) == 0 || len(program.bytes)%8 != 0 {
 		return e, errors.New("is no program")
 	}
 	e.program, e.next = string(program.bytes), -1
@@ -488,7 +480,7 @@ func limitsOf(core []byte) (limits []rlimit, err error) {
 	if list == nil {
 		return nil, errors.New("keeps its resource limits in a way that CRIU has not used for long")
 	}
-	for _, v := range list[1] {
+	for v := range list.all(1) {
 		if v.kind != protowire.BytesType {
 			return nil, fmt.Errorf("a limit has the wire type %d", v.kind)
 		}
@@ -496,15 +488,15 @@ func limitsOf(core []byte) (limits []rlimit, err error) {
 		if err != nil {
 			return nil, err
 		}
-		soft, err := entry.single(1, protowire.VarintType)
+		soft, hasSoft, err := entry.single(1, protowire.VarintType)
 		if err != nil {
 			return nil, err
 		}
-		hard, err := entry.single(2, protowire.VarintType)
+		hard, hasHard, err := entry.single(2, protowire.VarintType)
 		if err != nil {
 			return nil, err
 		}
-		if soft == nil || hard == nil {
+		if !hasSoft || !hasHard {
 			return nil, errors.New("has a limit without a value")
 		}
 		limits = append(limits, rlimit{soft.number, hard.number})
@@ -525,11 +517,11 @@ func edited(message []byte, field protowire.Number, change func([]byte) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	old, err := f.single(field, protowire.BytesType)
+	old, there, err := f.single(field, protowire.BytesType)
 	if err != nil {
 		return nil, err
 	}
-	if old == nil {
+	if !there {
 		return nil, fmt.Errorf("field %d is not there", field)
 	}
 	inner, err := change(old.bytes)

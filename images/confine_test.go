@@ -239,7 +239,7 @@ func TestConfineSeccomp(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := tt.dump.write(t)
-			own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours), Flags: log | tsync}, Replace: tt.replace}.Images(dir)
+			own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours), Flags: log | tsync}, Replace: tt.replace}.Images(openedDump(t, dir))
 			if tt.err != "" {
 				if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), tt.err) {
 					t.Errorf("error %v, want %q", err, tt.err)
@@ -270,7 +270,7 @@ func TestConfineSeccomp(t *testing.T) {
 // What a request's filter is besides its program goes with it.
 func TestConfineKeepsFlags(t *testing.T) {
 	dir := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
-	own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours), Flags: unix.SECCOMP_FILTER_FLAG_LOG}}.Images(dir)
+	own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours), Flags: unix.SECCOMP_FILTER_FLAG_LOG}}.Images(openedDump(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +299,7 @@ func TestConfineProfile(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := threadSpec{chain: -1, profile: tt.had}
 			dir := tree{nil, []process{{pid: 1, threads: []threadSpec{s, s}}, {pid: 5, threads: []threadSpec{s}}, {pid: 7, state: taskZombie, threads: []threadSpec{s}}}}.write(t)
-			own, err := Confinement{Profile: tt.asked}.Images(dir)
+			own, err := Confinement{Profile: tt.asked}.Images(openedDump(t, dir))
 			if err != nil || len(own) != tt.changed {
 				t.Fatalf("%d files, %v; want %d", len(own), err, tt.changed)
 			}
@@ -321,7 +321,7 @@ func TestConfineProfile(t *testing.T) {
 func TestConfineNewPrivileges(t *testing.T) {
 	dir := tree{nil, []process{{pid: 1, threads: []threadSpec{{chain: -1}, {chain: -1}}}}}.write(t)
 	write(t, filepath.Join(dir, "core-2.img"), coreImage(message{}.num(1, 1).msg(5, thread(message{}.num(12, 1).num(18, 1)))))
-	own, err := Confinement{NoNewPrivileges: true, Profile: "app"}.Images(dir)
+	own, err := Confinement{NoNewPrivileges: true, Profile: "app"}.Images(openedDump(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +337,7 @@ func TestConfineNewPrivileges(t *testing.T) {
 	if len(own) != 2 {
 		t.Errorf("changed %d files", len(own))
 	}
-	if own, err := (Confinement{NoNewPrivileges: true}).Images(dir); err != nil || len(own) != 1 {
+	if own, err := (Confinement{NoNewPrivileges: true}).Images(openedDump(t, dir)); err != nil || len(own) != 1 {
 		t.Errorf("changed %d files of one that needs it, %v", len(own), err)
 	}
 }
@@ -373,7 +373,7 @@ func TestConfineLimits(t *testing.T) {
 				{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}, limits: []rlimit{{7, 7}, tt.init}},
 				{pid: 9, threads: []threadSpec{{mode: 0, chain: -1}}, limits: []rlimit{{7, 7}, tt.child}},
 			}}.write(t)
-			own, err := Confinement{Limits: []Limit{bound(inf), tt.want}}.Images(dir)
+			own, err := Confinement{Limits: []Limit{bound(inf), tt.want}}.Images(openedDump(t, dir))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -397,32 +397,29 @@ func TestConfineLimits(t *testing.T) {
 	}
 
 	short := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
-	own, err := Confinement{Limits: []Limit{asked(1, 2)}}.Images(short)
+	own, err := Confinement{Limits: []Limit{asked(1, 2)}}.Images(openedDump(t, short))
 	if err != nil || len(own) != 1 {
 		t.Errorf("a dump without this limit: %v, %d files", err, len(own))
 	}
 	bare := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}, bare: true}}}.write(t)
-	if _, err := (Confinement{Limits: []Limit{asked(1, 2)}}).Images(bare); !errors.Is(err, ErrDamaged) {
+	if _, err := (Confinement{Limits: []Limit{asked(1, 2)}}).Images(openedDump(t, bare)); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a dump without any limit: %v", err)
 	}
 }
 
 func TestConfineNothing(t *testing.T) {
-	if own, err := (Confinement{}).Images("/no/such/dump"); err != nil || own != nil {
+	if own, err := (Confinement{}).Images(nil); err != nil || own != nil {
 		t.Errorf("%v, %v", own, err)
 	}
 	want := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours)}}
-	if _, err := want.Images(filepath.Join(t.TempDir(), "none")); !errors.Is(err, ErrDamaged) {
-		t.Errorf("no dump: %v", err)
-	}
-	if _, err := want.Images(t.TempDir()); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "pstree.img") {
+	if _, err := want.Images(openedDump(t, t.TempDir())); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "pstree.img") {
 		t.Errorf("an empty dump: %v", err)
 	}
 	cut := tree{nil, []process{{pid: 1, threads: []threadSpec{{mode: 0, chain: -1}}}}}.write(t)
 	if err := os.Remove(filepath.Join(cut, "core-1.img")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := want.Images(cut); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "core-1.img") {
+	if _, err := want.Images(openedDump(t, cut)); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "core-1.img") {
 		t.Errorf("a dump without a thread: %v", err)
 	}
 }
@@ -444,7 +441,7 @@ func FuzzConfine(f *testing.F) {
 		for name, data := range map[string][]byte{"seccomp.img": filters, "pstree.img": tree, "core-1.img": core1, "core-2.img": core2} {
 			write(t, filepath.Join(dir, name), string(data))
 		}
-		own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours)}, Replace: replace, Profile: "app", Limits: []Limit{{5, 10, true}}}.Images(dir)
+		own, err := Confinement{Seccomp: &SeccompFilter{Program: []byte(ours)}, Replace: replace, Profile: "app", Limits: []Limit{{5, 10, true}}}.Images(openedDump(t, dir))
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) {
 				t.Errorf("%v is not ErrDamaged", err)

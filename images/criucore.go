@@ -112,6 +112,6 @@ func registeredRseq(thread fields) (bool, error) {
 	if err != nil || entry == nil {
 		return false, err
 	}
-	address, err := entry.single(1, protowire.VarintType)
-	return address != nil && address.number != 0, err
+	address, _, err := entry.single(1, protowire.VarintType)
+	return address.number != 0, err
 }

@@ -250,18 +250,14 @@ func holdsOnly(dir, name string) (bool, error) {
 	return len(names) == 1 && names[0] == name, nil
 }
 
-// openBeneath opens a regular file for reading without leaving dirfd by any
-// trick of a path.
-func openBeneath(dirfd int, name string) (*os.File, error) {
+// openat2 opens what is there for reading, without leaving dirfd by any trick of a
+// path. flags are added to those of open(2).
+func openat2(dirfd int, name string, flags uint64) (fd int, err error) {
 	how := unix.OpenHow{
 		// O_NONBLOCK: opening a FIFO must not wait for its writer.
-		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK,
+		Flags:   unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK | flags,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
 	}
-	var (
-		fd  int
-		err error
-	)
 	for range 128 {
 		fd, err = unix.Openat2(dirfd, name, &how)
 		// EAGAIN: a rename went on meanwhile and the kernel could not be sure.
@@ -269,6 +265,12 @@ func openBeneath(dirfd int, name string) (*os.File, error) {
 			break
 		}
 	}
+	return fd, err
+}
+
+// openBeneath opens a regular file for reading, as openat2 does.
+func openBeneath(dirfd int, name string) (*os.File, error) {
+	fd, err := openat2(dirfd, name, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}

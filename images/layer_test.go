@@ -190,7 +190,7 @@ func TestVerify(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
-		{name: "a link instead of the directory", file: "core-1.img", change: func(t *testing.T, dir string) {
+		{name: "a link instead of the directory", file: "v1/criu", change: func(t *testing.T, dir string) {
 			good := filepath.Join(t.TempDir(), "criu")
 			if err := os.Rename(dir, good); err != nil {
 				t.Fatal(err)

@@ -290,7 +290,7 @@ func anonymousMemory(dir string, pid uint32) (areas, error) {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	var all areas
-	for _, v := range mm[mmMappings] {
+	for v := range mm.all(mmMappings) {
 		if v.kind != protowire.BytesType || len(all) > maxMappings {
 			return nil, fmt.Errorf("%s has mappings that are none", name)
 		}
@@ -299,10 +299,11 @@ func anonymousMemory(dir string, pid uint32) (areas, error) {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		number := func(n protowire.Number) uint64 {
-			if len(f[n]) != 1 {
+			v, _, err := f.single(n, protowire.VarintType)
+			if err != nil {
 				return 0
 			}
-			return f[n][0].number
+			return v.number
 		}
 		status, flags := number(vmaStatus), number(vmaFlagsField)
 		if status&vmaAnonymous == 0 || status&^vmaOnlyThese != 0 || flags&unix.MAP_HUGETLB != 0 || flags&unix.MAP_SHARED != 0 {

@@ -1,98 +1,98 @@
 package images
 
 import (
-	"bytes"
 	"os"
 	"path"
-	"slices"
 	"strings"
-
-	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/crac-shim/crac/oci/criuimage"
 )
 
-// MountsHere makes the mount tables of a dump, by the names of their files, without
-// the mounts at files of /proc and /sys that this host's kernel does not have. A
-// runtime hides some such files from a container and makes others read-only, those
-// that are there (/proc/sysrq-trigger, /proc/kcore); CRIU gives up where one is not,
-// though there is nothing to hide. And where the host shares no mounts, what came from
-// outside receives none: CRIU gives up there, too. Tables that stay as they are, are not in the
-// result.
-func MountsHere(dir string) (map[string][]byte, error) {
+// Mounts are the mount tables of a dump as a restore is to read them.
+type Mounts struct {
+	dump   *Dump
+	tables []*ownTable
+}
+
+// ownTable is one of them.
+type ownTable struct {
+	mountTable
+	changed bool // it is not the dump's
+}
+
+// MountsHere reads the mount tables without the mounts at files of /proc and /sys that
+// this host's kernel does not have. A runtime hides some such files from a container
+// and makes others read-only, those that are there (/proc/sysrq-trigger, /proc/kcore);
+// CRIU gives up where one is not, though there is nothing to hide. And where the host
+// shares no mounts, what came from outside receives none: CRIU gives up there, too.
+func (d *Dump) MountsHere() (*Mounts, error) {
 	shared, err := sharesMounts()
 	if err != nil {
 		return nil, err
 	}
-	return mountsHere(dir, exists, shared)
+	return d.mountsHere(exists, shared)
 }
 
 // mountsHere is MountsHere for a host of which has tells what files it has, and shared
 // whether it shares mounts.
-func mountsHere(dir string, has func(path string) bool, shared bool) (map[string][]byte, error) {
-	d, err := openMountTables(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer d.close()
-	changed := make(map[string][]byte)
+func (d *Dump) mountsHere(has func(path string) bool, shared bool) (*Mounts, error) {
+	m := &Mounts{dump: d}
 	for _, name := range d.names {
-		messages, err := d.table(name, nil)
-		if err != nil {
-			return nil, err
+		if !isMountTable(name) {
+			continue
 		}
-		kept, err := tableHere(slices.Clone(messages), has, shared)
+		t, err := d.mounts(name)
 		if err != nil {
 			return nil, d.damaged(name, err)
 		}
-		if !slices.EqualFunc(kept, messages, bytes.Equal) {
-			changed[name] = criuimage.New(criuimage.Mountpoints, kept...)
+		here, err := t.here(has, shared)
+		if err != nil {
+			return nil, d.damaged(name, err)
 		}
+		m.tables = append(m.tables, here)
 	}
-	return changed, nil
+	return m, nil
 }
 
-func tableHere(messages [][]byte, has func(string) bool, shared bool) (kept [][]byte, err error) {
-	all := make([]mountEntry, len(messages))
-	byID := make(map[uint32]mountEntry, len(messages))
-	parents := make(map[uint32]bool, len(messages))
-	for i, data := range messages {
-		if all[i], err = parseMount(data); err != nil {
-			return nil, err
+func isMountTable(name string) bool { return strings.HasPrefix(name, "mountpoints-") && isImage(name) }
+
+// Images are the tables that are to be read instead of the dump's, by the names of
+// their files.
+func (m *Mounts) Images() map[string][]byte {
+	changed := make(map[string][]byte)
+	for _, t := range m.tables {
+		if t.changed {
+			changed[t.name] = criuimage.New(criuimage.Mountpoints, t.messages...)
 		}
-		byID[all[i].id] = all[i]
-		parents[all[i].parent] = true
 	}
-	for i, m := range all {
+	return changed
+}
+
+func (t *mountTable) here(has func(string) bool, shared bool) (*ownTable, error) {
+	byID := make(map[uint32]*mountEntry, len(t.entries))
+	parents := make(map[uint32]bool, len(t.entries))
+	for i := range t.entries {
+		m := &t.entries[i]
+		byID[m.id] = m
+		parents[m.parent] = true
+	}
+	own := &ownTable{mountTable: mountTable{name: t.name}}
+	for i, m := range t.entries {
 		if at := ofKernel(m, byID[m.parent]); at != "" && !parents[m.id] && !has(at) {
+			own.changed = true
 			continue
 		}
-		if m.external && !shared {
-			if messages[i], err = withoutMaster(messages[i]); err != nil {
+		message := t.messages[i]
+		if m.external && !shared && m.master != 0 {
+			var err error
+			if message, err = without(message, mountMaster); err != nil {
 				return nil, err
 			}
+			m.master, own.changed = 0, true
 		}
-		kept = append(kept, messages[i])
+		own.messages, own.entries = append(own.messages, message), append(own.entries, m)
 	}
-	return kept, nil
-}
-
-// masterID is a field of mnt_entry: whose mounts a mount receives.
-const masterID = 11
-
-// withoutMaster lets a mount receive no mounts of another.
-func withoutMaster(data []byte) (out []byte, err error) {
-	for len(data) > 0 {
-		num, _, n := protowire.ConsumeField(data)
-		if n < 0 {
-			return nil, protowire.ParseError(n)
-		}
-		if num != masterID {
-			out = append(out, data[:n]...)
-		}
-		data = data[n:]
-	}
-	return out, nil
+	return own, nil
 }
 
 // sharesMounts tells whether this host shares its mounts, as systemd has it: all are
@@ -114,8 +114,8 @@ func sharesMounts() (bool, error) {
 
 // ofKernel is where a host has the file of /proc or /sys that a mount is at; empty for
 // all other mounts, and for what /proc has of a process.
-func ofKernel(m, on mountEntry) string {
-	if on.root != "/" || m.mountpoint == on.mountpoint || !below(m.mountpoint, on.mountpoint) {
+func ofKernel(m mountEntry, on *mountEntry) string {
+	if on == nil || on.root != "/" || m.mountpoint == on.mountpoint || !below(m.mountpoint, on.mountpoint) {
 		return ""
 	}
 	file := strings.TrimPrefix(strings.TrimPrefix(m.mountpoint, on.mountpoint), "/")

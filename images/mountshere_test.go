@@ -13,6 +13,16 @@ func mounted(fstype, id, parent uint64, root, at string) message {
 	return message{}.num(1, fstype).num(2, id).num(3, 1).num(4, parent).num(5, 0).str(6, root).str(7, at)
 }
 
+// tablesHere are the tables that are to be read instead of those of a dump.
+func tablesHere(t testing.TB, dir string, has func(string) bool, shared bool) (map[string][]byte, error) {
+	t.Helper()
+	m, err := openedDump(t, dir).mountsHere(has, shared)
+	if err != nil {
+		return nil, err
+	}
+	return m.Images(), nil
+}
+
 func TestMountsHere(t *testing.T) {
 	table := []message{
 		mounted(fsOverlay, 1, 0, "/", "/"),
@@ -39,7 +49,7 @@ func TestMountsHere(t *testing.T) {
 			all := append(slices.Clone(table), tt.mount)
 			write(t, filepath.Join(dir, "mountpoints-7.img"), mountImage(all...))
 			has := func(p string) bool { return p == "/proc/sys" || p == "/sys/firmware" }
-			got, err := mountsHere(dir, has, true)
+			got, err := tablesHere(t, dir, has, true)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -60,7 +70,7 @@ func TestMountsHereKeepsParents(t *testing.T) {
 	write(t, filepath.Join(dir, "mountpoints-7.img"), mountImage(
 		mounted(fsProc, 2, 1, "/", "/proc"), mounted(fsTmpfs, 3, 2, "/", "/proc/gone"), mounted(fsTmpfs, 4, 3, "/", "/proc/gone/below"),
 	))
-	if got, err := mountsHere(dir, func(string) bool { return false }, true); err != nil || len(got) > 0 {
+	if got, err := tablesHere(t, dir, func(string) bool { return false }, true); err != nil || len(got) > 0 {
 		t.Errorf("%q, %v", got, err)
 	}
 }
@@ -71,10 +81,10 @@ func TestMountsHereSharing(t *testing.T) {
 	inside, outside := mounted(fsTmpfs, 2, 1, "/", "/a").num(11, 5), mounted(fsTmpfs, 3, 1, "/", "/b")
 	write(t, filepath.Join(dir, "mountpoints-7.img"), mountImage(inside, outside.num(11, 6).str(18, "/b")))
 	all := func(string) bool { return true }
-	if got, err := mountsHere(dir, all, true); err != nil || len(got) > 0 {
+	if got, err := tablesHere(t, dir, all, true); err != nil || len(got) > 0 {
 		t.Errorf("%q, %v", got, err)
 	}
-	got, err := mountsHere(dir, all, false)
+	got, err := tablesHere(t, dir, all, false)
 	if want := mountImage(inside, outside.str(18, "/b")); err != nil || string(got["mountpoints-7.img"]) != want {
 		t.Errorf("got %q, %v\nwant %q", got, err, want)
 	}
@@ -83,10 +93,10 @@ func TestMountsHereSharing(t *testing.T) {
 func TestMountsHereOfRealDumps(t *testing.T) {
 	for _, name := range []string{"plain", "nerdctl"} {
 		dir := filepath.Join("testdata/dumps", name)
-		if got, err := mountsHere(dir, func(string) bool { return true }, true); err != nil || len(got) > 0 {
+		if got, err := tablesHere(t, dir, func(string) bool { return true }, true); err != nil || len(got) > 0 {
 			t.Errorf("%s: %d tables changed, %v", name, len(got), err)
 		}
-		got, err := mountsHere(dir, func(string) bool { return false }, true)
+		got, err := tablesHere(t, dir, func(string) bool { return false }, true)
 		if err != nil || len(got) != 1 {
 			t.Errorf("%s: %d tables changed, %v", name, len(got), err)
 		}
@@ -95,7 +105,7 @@ func TestMountsHereOfRealDumps(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "mountpoints-1.img"), []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := mountsHere(dir, func(string) bool { return true }, true); !errors.Is(err, ErrDamaged) {
+	if _, err := tablesHere(t, dir, func(string) bool { return true }, true); !errors.Is(err, ErrDamaged) {
 		t.Errorf("nonsense gives %v", err)
 	}
 }

@@ -24,14 +24,14 @@ const (
 // processes were confined: what goes into a manifest's Requires and Container.LSM.
 // Both are sorted.
 func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
-	d, names, err := listDump(dir)
+	d, err := openDump(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the dump: %w", err)
 	}
-	defer d.close()
-	n := needs{dumpDir: d, requires: map[string]bool{}, profiles: map[string]bool{}}
-	for _, name := range names {
-		if err := n.file(name); err != nil {
+	defer d.Close()
+	n := needs{Dump: d, requires: map[string]bool{}, profiles: map[string]bool{}}
+	for _, name := range d.names {
+		if err := n.look(name); err != nil {
 			return nil, nil, fmt.Errorf("%w: %s: %w", ErrNotDump, filepath.Join(dir, name), err)
 		}
 	}
@@ -50,12 +50,12 @@ func Needs(dir string) (requires []string, lsm *oci.LSM, err error) {
 }
 
 type needs struct {
-	dumpDir
+	*Dump
 	requires, profiles map[string]bool
 	lsm                string
 }
 
-func (n *needs) file(name string) error {
+func (n *needs) look(name string) error {
 	base, ok := strings.CutSuffix(name, ".img")
 	if !ok {
 		return nil
@@ -77,11 +77,7 @@ func (n *needs) file(name string) error {
 }
 
 func (n *needs) core(name string) error {
-	data, err := n.one(name, criuimage.Core)
-	if err != nil {
-		return err
-	}
-	t, err := parseCore(data)
+	t, err := n.Dump.core(name)
 	if err != nil || t.dead {
 		return err
 	}

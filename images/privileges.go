@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -104,34 +103,28 @@ func capabilityNames(mask uint64) string {
 	return strings.Join(names, " ")
 }
 
-// CheckPrivileges tells what a dump would give its processes that the request
-// does not allow: capabilities, the host's namespaces, and mounts. The dump is hostile: an error wraps ErrDamaged,
+// CheckPrivileges tells what the dump would give its processes that the request
+// does not allow: capabilities, the host's namespaces, and mounts. An error wraps ErrDamaged,
 // and means that it must not be restored.
 //
 // Not looked at: what Confinement cares for, masked paths, which hide only what may
 // be read, and the write protection of cgroup file systems.
-func CheckPrivileges(dir string, allowed Privileges) ([]Reason, error) {
-	d, names, err := listDump(dir)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	defer d.close()
-
-	c := checker{dumpDir: d, allowed: allowed}
-	for _, name := range names {
-		if err := c.file(name); err != nil {
-			return nil, fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, filepath.Join(dir, name), err)
+func (d *Dump) CheckPrivileges(allowed Privileges) ([]Reason, error) {
+	c := checker{Dump: d, allowed: allowed}
+	for _, name := range d.names {
+		if err := c.look(name); err != nil {
+			return nil, d.damaged(name, err)
 		}
 	}
 	if c.tasks == 0 {
-		return nil, fmt.Errorf("%w: %s holds no process (core-*.img)", ErrDamaged, dir)
+		return nil, fmt.Errorf("%w: %s holds no process (core-*.img)", ErrDamaged, d.path)
 	}
 	return c.reasons(), nil
 }
 
 // checker collects what is wrong with a dump.
 type checker struct {
-	dumpDir
+	*Dump
 	allowed Privileges
 	tasks   int // threads that will run
 
@@ -139,6 +132,7 @@ type checker struct {
 
 	excess uint64      // of capabilities
 	root   *mountEntry // of the first mount namespace
+	host   fields      // the host's namespaces where the dump was made
 }
 
 // finding is one kind of excess: how often, and where it was seen first.
@@ -181,7 +175,7 @@ func (c *checker) reasons() (reasons []Reason) {
 	return reasons
 }
 
-func (c *checker) file(name string) error {
+func (c *checker) look(name string) error {
 	switch {
 	case !strings.HasSuffix(name, ".img"):
 		return nil
@@ -198,11 +192,7 @@ func (c *checker) core(name string) error {
 	if _, err := strconv.ParseUint(pid, 10, 32); err != nil {
 		return errors.New("is not named after a process")
 	}
-	data, err := c.one(name, criuimage.Core)
-	if err != nil {
-		return err
-	}
-	t, err := parseCore(data)
+	t, err := c.Dump.core(name)
 	if err != nil {
 		return err
 	}
@@ -245,17 +235,10 @@ func (c *checker) ids(pid, who string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	data, err = c.one("inventory.img", criuimage.Inventory)
-	if err != nil {
-		return fmt.Errorf("inventory.img: %w", err)
-	}
-	inventory, err := parse(data)
-	if err != nil {
-		return fmt.Errorf("inventory.img: %w", err)
-	}
-	host, err := inventory.message(3)
-	if err != nil || host == nil {
-		return errors.Join(errors.New("inventory.img does not name the host's namespaces"), err)
+	if c.host == nil {
+		if c.host, err = c.hostIDs(); err != nil {
+			return err
+		}
 	}
 	for _, ns := range c.allowed.Namespaces {
 		field, known := idsField[ns]
@@ -266,7 +249,7 @@ func (c *checker) ids(pid, who string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		hosts, err := host.number(field)
+		hosts, err := c.host.number(field)
 		if err != nil {
 			return fmt.Errorf("inventory.img: %w", err)
 		}
@@ -277,4 +260,21 @@ func (c *checker) ids(pid, who string) error {
 		}
 	}
 	return nil
+}
+
+// hostIDs reads the inventory's word on the host's namespaces.
+func (c *checker) hostIDs() (fields, error) {
+	data, err := c.one("inventory.img", criuimage.Inventory)
+	if err != nil {
+		return nil, fmt.Errorf("inventory.img: %w", err)
+	}
+	inventory, err := parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("inventory.img: %w", err)
+	}
+	host, err := inventory.message(3)
+	if err != nil || host == nil {
+		return nil, errors.Join(errors.New("inventory.img does not name the host's namespaces"), err)
+	}
+	return host, nil
 }

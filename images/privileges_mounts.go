@@ -12,8 +12,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
-
-	"github.com/crac-shim/crac/oci/criuimage"
 )
 
 // CRIU's numbers of file systems (fstype in mnt.proto) and their names.
@@ -50,6 +48,10 @@ type mountEntry struct {
 	root, mountpoint, source, fsname, by string
 	options                              string
 	external                             bool
+
+	superblock, shared, master, plugin, internal, deleted uint32
+	// apart: the superblock's flags are told apart from the mount's, as since CRIU 2.
+	apart bool
 }
 
 // partOf tells whether CRIU makes m by binding a part of b, and not anew.
@@ -70,25 +72,35 @@ func (m mountEntry) String() string {
 	return fmt.Sprintf("%s (%q) at %q", name, m.source, m.mountpoint)
 }
 
+// Fields of mnt_entry that are written as well.
+const (
+	mountMaster     = 11 // whose mounts a mount receives
+	mountSuperblock = 17
+	mountKey        = 18
+)
+
 func parseMount(data []byte) (m mountEntry, err error) {
 	f, err := parse(data)
 	if err != nil {
 		return m, err
 	}
-	var superblock uint32
 	for _, n := range []struct {
 		field protowire.Number
 		to    *uint32
-	}{{1, &m.fstype}, {2, &m.id}, {3, &m.device}, {4, &m.parent}, {5, &m.flags}, {17, &superblock}} {
+	}{
+		{1, &m.fstype}, {2, &m.id}, {3, &m.device}, {4, &m.parent}, {5, &m.flags}, {10, &m.shared}, {mountMaster, &m.master},
+		{12, &m.plugin}, {15, &m.internal}, {16, &m.deleted}, {mountSuperblock, &m.superblock},
+	} {
 		if *n.to, err = f.number(n.field); err != nil {
 			return m, err
 		}
 	}
-	m.flags |= superblock & unix.MS_RDONLY
+	m.apart = f.has(mountSuperblock)
+	m.flags |= m.superblock & unix.MS_RDONLY
 	for _, s := range []struct {
 		field protowire.Number
 		to    *string
-	}{{6, &m.root}, {7, &m.mountpoint}, {8, &m.source}, {9, &m.options}, {14, &m.fsname}, {18, &m.by}} {
+	}{{6, &m.root}, {7, &m.mountpoint}, {8, &m.source}, {9, &m.options}, {14, &m.fsname}, {mountKey, &m.by}} {
 		if *s.to, err = f.text(s.field); err != nil {
 			return m, err
 		}
@@ -106,16 +118,13 @@ func parseMount(data []byte) (m mountEntry, err error) {
 }
 
 func (c *checker) mountpoints(name string) error {
-	messages, err := c.read(name, criuimage.Mountpoints)
+	t, err := c.Dump.mounts(name)
 	if err != nil {
 		return err
 	}
-	all := make([]mountEntry, len(messages))
-	byID := make(map[uint32]*mountEntry, len(messages))
-	for i, data := range messages {
-		if all[i], err = parseMount(data); err != nil {
-			return err
-		}
+	all := t.entries
+	byID := make(map[uint32]*mountEntry, len(all))
+	for i := range all {
 		// Paths that lead elsewhere than they seem to. The root of a cgroup mount
 		// may honestly begin with "..".
 		m := &all[i]

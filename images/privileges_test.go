@@ -88,7 +88,7 @@ func TestPrivilegesOfRealDumps(t *testing.T) {
 		{"privileged", rw, []string{"privileges: CAP_SYS_ADMIN", "mounts: sysfs (\"sysfs\") at \"/sys\""}},
 		{"privileged", ordinary(), []string{"privileges: CAP_SYS_ADMIN", "mounts: 4 other mounts"}},
 	} {
-		reasons, err := CheckPrivileges(filepath.Join("testdata", "dumps", tt.dump), tt.allowed)
+		reasons, err := openedDump(t, filepath.Join("testdata", "dumps", tt.dump)).CheckPrivileges(tt.allowed)
 		if err != nil {
 			t.Errorf("%s: %v", tt.dump, err)
 			continue
@@ -196,7 +196,7 @@ func TestPrivilegesOfThreads(t *testing.T) {
 
 func check(t *testing.T, name, dir string, allowed Privileges, want []string) {
 	t.Helper()
-	reasons, err := CheckPrivileges(dir, allowed)
+	reasons, err := openedDump(t, dir).CheckPrivileges(allowed)
 	if len(want) > 0 && strings.HasPrefix(want[0], "damaged: ") {
 		if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), strings.TrimPrefix(want[0], "damaged: ")) {
 			t.Errorf("%s: error %v, want %q", name, err, want[0])
@@ -439,7 +439,6 @@ func TestPrivilegesOfDamagedFiles(t *testing.T) {
 		tt.make(dir)
 		check(t, tt.name, dir, Privileges{}, []string{"damaged: " + tt.want})
 	}
-	check(t, "missing", filepath.Join(t.TempDir(), "none"), Privileges{}, []string{"damaged: no such file"})
 }
 
 func TestPrivilegesOfSpec(t *testing.T) {
@@ -497,7 +496,7 @@ func FuzzPrivileges(f *testing.F) {
 			write(t, filepath.Join(dir, "core-1.img"), coreImage(alive(thread(capable()))))
 		}
 		write(t, filepath.Join(dir, name), string(data))
-		reasons, err := CheckPrivileges(dir, Privileges{})
+		reasons, err := openedDump(t, dir).CheckPrivileges(Privileges{})
 		if err != nil && !errors.Is(err, ErrDamaged) {
 			t.Errorf("error %v", err)
 		}

@@ -19,6 +19,16 @@ func ofTmpfs(id, device uint64, root, at, options string) message {
 	return message{}.num(1, fsTmpfs).num(2, id).num(3, device).num(4, 1).num(5, unix.MS_NOSUID).str(6, root).str(7, at).str(8, "src").str(9, options)
 }
 
+// mountsOf are those of a dump on a host that lacks nothing.
+func mountsOf(t testing.TB, dir string) *Mounts {
+	t.Helper()
+	m, err := openedDump(t, dir).mountsHere(func(string) bool { return true }, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
 func TestSmallTmpfs(t *testing.T) {
 	plain := slices.Clip(ofTmpfs(9, 50, "/", "/data", "size=64k,mode=755"))
 	for name, tt := range map[string]struct {
@@ -59,10 +69,8 @@ func TestSmallTmpfs(t *testing.T) {
 			}
 			root := mounted(fsOverlay, 1, 0, "/", "/")
 			write(t, filepath.Join(dir, "mountpoints-7.img"), mountImage(append([]message{root}, tt.mounts...)...))
-			found, err := SmallTmpfs(dir, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			mounts := mountsOf(t, dir)
+			found := mounts.SmallTmpfs()
 			var keys []string
 			for _, f := range found {
 				keys = append(keys, f.Key)
@@ -74,10 +82,8 @@ func TestSmallTmpfs(t *testing.T) {
 				t.Errorf("%+v", found[0])
 			}
 
-			changed := map[string][]byte{}
-			if err := MadeBefore(dir, changed, keys); err != nil {
-				t.Fatal(err)
-			}
+			mounts.MadeBefore(keys)
+			changed := mounts.Images()
 			if len(keys) == 0 {
 				if len(changed) > 0 {
 					t.Errorf("changed %q", changed)
@@ -92,8 +98,9 @@ func TestSmallTmpfs(t *testing.T) {
 				t.Errorf("changed to %q", got)
 			}
 			// They are no longer to be made before, once that has been said.
-			if again, err := SmallTmpfs(dir, changed); err != nil || len(again) > 0 {
-				t.Errorf("%+v, %v", again, err)
+			write(t, filepath.Join(dir, "mountpoints-7.img"), string(changed["mountpoints-7.img"]))
+			if again := mountsOf(t, dir).SmallTmpfs(); len(again) > 0 {
+				t.Errorf("%+v", again)
 			}
 		})
 	}
@@ -106,8 +113,8 @@ func TestSmallTmpfsOfTwoTables(t *testing.T) {
 	for _, name := range []string{"mountpoints-7.img", "mountpoints-8.img"} {
 		write(t, filepath.Join(dir, name), mountImage(mounted(fsOverlay, 1, 0, "/", "/"), ofTmpfs(9, 50, "/", "/data", "").num(17, 0)))
 	}
-	if found, err := SmallTmpfs(dir, nil); err != nil || len(found) > 0 {
-		t.Errorf("%+v, %v", found, err)
+	if found := mountsOf(t, dir).SmallTmpfs(); len(found) > 0 {
+		t.Errorf("%+v", found)
 	}
 }
 
@@ -137,25 +144,19 @@ func FuzzMountTables(f *testing.F) {
 				}
 			}
 		}
-		tables, err := mountsHere(dir, func(path string) bool { return len(path)%2 == 0 }, shared)
+		mounts, err := openedDump(t, dir).mountsHere(func(path string) bool { return len(path)%2 == 0 }, shared)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) {
 				t.Errorf("%v is not ErrDamaged", err)
 			}
 			return
 		}
-		found, err := SmallTmpfs(dir, tables)
-		if err != nil {
-			t.Fatalf("what could be read cannot: %v", err)
-		}
 		var keys []string
-		for _, tmpfs := range found {
+		for _, tmpfs := range mounts.SmallTmpfs() {
 			keys = append(keys, tmpfs.Key)
 		}
-		if err := MadeBefore(dir, tables, keys); err != nil {
-			t.Fatal(err)
-		}
-		for name, table := range tables {
+		mounts.MadeBefore(keys)
+		for name, table := range mounts.Images() {
 			messages, err := criuimage.Split(table, criuimage.Mountpoints, maxMessages)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)

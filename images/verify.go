@@ -5,7 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
+	"hash"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,71 +30,142 @@ func (c *Checkpoint) Verify() error { return c.verify(false) }
 func (c *Checkpoint) VerifyAll() error { return c.verify(true) }
 
 func (c *Checkpoint) verify(pages bool) error {
-	for _, p := range append([]*Checkpoint{c}, c.Parents...) {
-		if err := verifyDir(p.CRIUDir(), p.Layer, p.Manifest, pages); err != nil {
-			return err
-		}
+	d, err := c.open(pages)
+	if err == nil {
+		d.Close()
 	}
-	return nil
+	return err
 }
 
-func verifyDir(dir, base string, m *oci.Manifest, pages bool) error {
-	damaged := func(name string, err error) error {
-		var p *os.PathError
-		if errors.As(err, &p) {
-			err = p.Err // the name is said once
-		}
-		return fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, filepath.Join(dir, name), err)
-	}
-	rel, err := filepath.Rel(base, dir)
-	if err != nil {
-		return fmt.Errorf("verify the checkpoint in %s: %w", dir, err)
-	}
-	fd, err := unix.Open(base, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return damaged("", &os.PathError{Op: "open", Path: base, Err: err})
-	}
-	defer unix.Close(fd)
+// Open opens the dump if Verify finds nothing wrong with it, for those who look at it
+// next: they need not read again what has been verified.
+func (c *Checkpoint) Open() (*Dump, error) { return c.open(false) }
 
+func (c *Checkpoint) open(pages bool) (*Dump, error) {
+	d, err := c.openVerified(pages)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range c.Parents {
+		parent, err := p.openVerified(pages)
+		if err != nil {
+			d.Close()
+			return nil, err
+		}
+		parent.Close() // has memory that CRIU reads, and nothing to look at
+	}
+	return d, nil
+}
+
+// openVerified is open for the dump alone.
+func (c *Checkpoint) openVerified(pages bool) (*Dump, error) {
+	d, err := c.openDir()
+	if err != nil {
+		return nil, (&Dump{path: c.CRIUDir()}).damaged("", err)
+	}
+	if err := d.verify(c.Manifest, pages); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// openDir opens the dump's directory without following links below the layer.
+func (c *Checkpoint) openDir() (*Dump, error) {
+	dir := c.CRIUDir()
+	rel, err := filepath.Rel(c.Layer, dir)
+	if err != nil {
+		return nil, err
+	}
+	layer, err := unix.Open(c.Layer, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(layer)
+	fd, err := openat2(layer, rel, unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	return newDump(dir, os.NewFile(uintptr(fd), dir))
+}
+
+// verify compares the dump with its manifest, and keeps what others read of it.
+func (d *Dump) verify(m *oci.Manifest, pages bool) error {
 	listed := make(map[string]bool, len(m.Files))
+	v := verifier{Dump: d, hash: sha256.New()}
 	for _, f := range m.Files {
 		listed[f.Name] = true
-		if err := verifyFile(fd, filepath.Join(rel, f.Name), f, pages || !IsPages(f.Name)); err != nil {
-			return damaged(f.Name, err)
+		if err := v.file(f, pages || !IsPages(f.Name)); err != nil {
+			return d.damaged(f.Name, err)
 		}
 	}
-
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return damaged("", err)
-	}
-	for _, e := range entries {
-		if !listed[e.Name()] && mustBeListed(e.Name()) {
-			return damaged(e.Name(), errNotListed)
+	for _, name := range d.names {
+		if !listed[name] && mustBeListed(name) {
+			return d.damaged(name, errNotListed)
 		}
 	}
 	return nil
 }
 
-func verifyFile(dirfd int, path string, want oci.File, content bool) error {
-	f, err := openBeneath(dirfd, path)
+// verifier has what is needed for each file.
+type verifier struct {
+	*Dump
+	hash hash.Hash
+	buf  []byte
+}
+
+func (v *verifier) file(want oci.File, content bool) error {
+	f, err := openDumpFile(int(v.dir.Fd()), want.Name)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	got := oci.File{Name: want.Name, Size: st.Size(), Digest: want.Digest}
+	defer f.close()
+	got := oci.File{Name: want.Name, Size: f.size, Digest: want.Digest}
 	if content && got.Size == want.Size {
-		h := sha256.New()
-		if _, err := io.Copy(h, f); err != nil {
+		v.hash.Reset()
+		if err := v.read(f, want.Name); err != nil {
 			return err
 		}
-		got.Digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+		got.Digest = "sha256:" + hex.EncodeToString(v.hash.Sum(nil))
 	}
 	return compareFile(want, got)
+}
+
+// read hashes a file, and keeps it if somebody will look at it.
+func (v *verifier) read(f dumpFile, name string) error {
+	if f.size <= mostLookedAt(name) {
+		data := make([]byte, f.size)
+		if err := f.readFull(data); err != nil {
+			return err
+		}
+		v.hash.Write(data)
+		v.keep(name, data)
+		return nil
+	}
+	if v.buf == nil {
+		v.buf = make([]byte, 64<<10)
+	}
+	for left := f.size; left > 0; {
+		part := v.buf[:min(left, int64(len(v.buf)))]
+		if err := f.readFull(part); err != nil {
+			return err
+		}
+		v.hash.Write(part)
+		left -= int64(len(part))
+	}
+	return nil
+}
+
+// mostLookedAt is up to which size somebody reads a file before CRIU does; -1 for
+// those that CRIU alone reads.
+func mostLookedAt(name string) int64 {
+	switch kind, _, _ := strings.Cut(name, "-"); kind {
+	case "core", "ids", "mountpoints", "inventory.img", "pstree.img", "seccomp.img":
+		return maxImage
+	case "tmpfs":
+		return maxTmpfsArchive
+	}
+	return -1
 }
 
 func compareFile(want, got oci.File) error {

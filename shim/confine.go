@@ -13,9 +13,30 @@ import (
 	"github.com/crac-shim/crac/runtime/trace"
 )
 
+// ownImages makes the image files that a restore reads instead of the dump's: those
+// that confine it, and mount tables without the mounts that this kernel has no place for,
+// which know of the small tmpfs mounts that are there before CRIU is. It is the last
+// look at the dump, and closes it.
+func (s *service) ownImages(c *container, r *restore, spec *specs.Spec) (map[string][]byte, error) {
+	defer c.trace.On(trace.Background, "write the dump's images anew")()
+	defer r.dump.Close()
+	own, err := s.confine(r, spec)
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := r.dump.MountsHere()
+	if err != nil {
+		return nil, err
+	}
+	c.makeTmpfs(mounts)
+	tables := mounts.Images()
+	maps.Copy(tables, own)
+	return tables, nil
+}
+
 // confine makes the image files with which a dump is restored under the
-// request's seccomp filter, security profile and resource limits, gains no
-// privileges that it may not, and is without mounts that this kernel has no place for.
+// request's seccomp filter, security profile and resource limits, and gains no
+// privileges that it may not.
 func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, error) {
 	limits, err := limitsOf(spec.Process)
 	if err != nil {
@@ -36,34 +57,19 @@ func (s *service) confine(r *restore, spec *specs.Spec) (map[string][]byte, erro
 			want.Seccomp = &images.SeccompFilter{Program: filter.Program, Flags: filter.Flags}
 		}
 	}
-	all, err := want.Images(r.dir)
-	if err != nil {
-		return nil, err
-	}
-	mounts, err := images.MountsHere(r.dir)
-	if err != nil {
-		return nil, err
-	}
-	if all == nil {
-		return mounts, nil
-	}
-	maps.Copy(all, mounts)
-	return all, nil
+	return want.Images(r.dump)
 }
 
-// makeTmpfs makes small tmpfs mounts of the dump in dir before CRIU is there, and
-// changes the images that it reads accordingly.
-func (c *container) makeTmpfs(dir string, own map[string][]byte) error {
+// makeTmpfs makes small tmpfs mounts of a dump before CRIU is there, and has its mount
+// tables say so.
+func (c *container) makeTmpfs(mounts *images.Mounts) {
 	defer c.trace.On(trace.Background, "make the small tmpfs mounts")()
-	small, err := images.SmallTmpfs(dir, own)
-	if err != nil {
-		return err
-	}
+	small := mounts.SmallTmpfs()
 	all := make([]runtime.Tmpfs, len(small))
 	for i, t := range small {
 		all[i] = runtime.Tmpfs(t)
 	}
-	return images.MadeBefore(dir, own, c.rt.MakeTmpfs(all))
+	mounts.MadeBefore(c.rt.MakeTmpfs(all))
 }
 
 // profileOf is the request's AppArmor profile or SELinux context, whichever the

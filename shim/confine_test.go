@@ -43,11 +43,16 @@ func TestLimitsOf(t *testing.T) {
 func TestConfineRefuses(t *testing.T) {
 	s := &service{reaper: reaper(t)}
 	listens := &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Seccomp: &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/run/l"}}}
-	_, err := s.confine(&restore{dir: t.TempDir()}, listens)
+	dump, err := images.OpenDump(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dump.Close()
+	_, err = s.confine(&restore{dump: dump}, listens)
 	if why := reasonOf(err, false); !errors.Is(err, runtime.ErrSeccompListener) || why.code != images.CodePrivileges {
 		t.Errorf("a filter with a listener: %v, code %q", err, why.code)
 	}
-	_, err = s.confine(&restore{dir: t.TempDir()}, &specs.Spec{Process: &specs.Process{}})
+	_, err = s.confine(&restore{dump: dump}, &specs.Spec{Process: &specs.Process{}})
 	if why := reasonOf(err, false); why.code != "damaged" {
 		t.Errorf("a dump of nothing: %v, code %q", err, why.code)
 	}

@@ -80,6 +80,11 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	read()
 	found := s.find(c, r, opts, spec)
+	defer func() {
+		if found.warm != nil && c.warm == nil { // nobody will look at it
+			found.warm.dump.Close()
+		}
+	}()
 	if err := c.mountRootfs(found.mounts, r.Bundle); err != nil {
 		return nil, err
 	}
@@ -154,12 +159,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}()
 	if c.warm = found.warm; c.warm != nil {
 		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) {
-			defer steps.On(trace.Background, "write the dump's images anew")()
-			own, err := s.confine(found.warm, spec)
-			if err != nil {
-				return nil, err
-			}
-			return own, c.makeTmpfs(found.warm.dir, own)
+			return s.ownImages(c, found.warm, spec)
 		})
 		go func(w *restore) {
 			_, _ = w.images() // Start asks for the error

@@ -38,8 +38,10 @@ type criuPaths struct {
 
 // restore is a restore that fits.
 type restore struct {
-	dir      string   // of the dump
-	parents  []string // of those that it continues
+	dir      string       // of the dump
+	dump     *images.Dump // to look at, until images are made
+	memory   int64        // in the dump, in bytes
+	parents  []string     // of those that it continues
 	manifest *oci.Manifest
 	mounts   []specs.Mount // to attach afterwards
 	tcp      runtime.TCPMode
@@ -144,18 +146,19 @@ func hasMount(m *oci.Manifest, destination string) bool {
 }
 
 // fitImage gates and verifies the checkpoint of an image.
-func (s *service) fitImage(ck *images.Checkpoint, mounts []images.Mount, spec *specs.Spec, c *container) (*restore, error) {
+func (s *service) fitImage(ck *images.Checkpoint, mounts []images.Mount, spec *specs.Spec, c *container) (r *restore, err error) {
 	if err := s.gate(ck.Manifest, spec, c); err != nil {
 		return nil, err
 	}
 	verify := c.trace.Step("verify the dump")
-	err := ck.Verify()
+	dump, err := ck.Open()
 	verify()
 	if err != nil {
 		return nil, &coldReason{code: "damaged", err: err}
 	}
+	defer closeUnless(&r, dump)
 	privileges := c.trace.Step("read the dump's privileges")
-	err = gatePrivileges(ck.CRIUDir(), spec)
+	err = gatePrivileges(dump, spec)
 	privileges()
 	if err != nil {
 		return nil, err
@@ -170,7 +173,7 @@ func (s *service) fitImage(ck *images.Checkpoint, mounts []images.Mount, spec *s
 	if err != nil {
 		return nil, err
 	}
-	r := c.fitted(ck.CRIUDir(), ck.Manifest)
+	r = c.fitted(ck.CRIUDir(), dump, ck.Manifest)
 	r.parents, r.digest = ck.ParentDirs(), ck.Digest()
 	if path, ok := ck.WorkingSet(); ok {
 		r.workingSet = path
@@ -180,11 +183,16 @@ func (s *service) fitImage(ck *images.Checkpoint, mounts []images.Mount, spec *s
 
 // fitPath gates a dump that the request names. One from another runtime has no
 // manifest, and CRIU has the only word.
-func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore, error) {
+func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (r *restore, err error) {
 	if _, err := os.Stat(filepath.Join(dir, inventory)); err != nil {
 		return nil, &coldReason{code: "damaged", err: fmt.Errorf("%s holds no CRIU dump: %w", dir, err)}
 	}
-	if err := gatePrivileges(dir, spec); err != nil {
+	dump, err := images.OpenDump(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer closeUnless(&r, dump)
+	if err := gatePrivileges(dump, spec); err != nil {
 		return nil, err
 	}
 	if err := allowedPath(); err != nil {
@@ -195,7 +203,7 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 		if err := s.gate(nil, spec, c); err != nil {
 			return nil, err
 		}
-		return c.fitted(dir, nil), nil
+		return c.fitted(dir, dump, nil), nil
 	}
 	if err != nil {
 		return nil, err
@@ -211,7 +219,14 @@ func (s *service) fitPath(dir string, spec *specs.Spec, c *container) (*restore,
 	if err := s.gate(manifest, spec, c); err != nil {
 		return nil, err
 	}
-	return c.fitted(dir, manifest), nil
+	return c.fitted(dir, dump, manifest), nil
+}
+
+// closeUnless lets a dump go that no restore is of.
+func closeUnless(r **restore, dump *images.Dump) {
+	if *r == nil {
+		dump.Close()
+	}
 }
 
 // gate asks whether this host and this request fit the dump.
@@ -239,8 +254,8 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 
 // gatePrivileges asks whether the dump holds more than the request allows: CRIU
 // gives a workload what the dump says, and whoever made the image wrote that.
-func gatePrivileges(dir string, spec *specs.Spec) error {
-	reasons, err := images.CheckPrivileges(dir, images.PrivilegesOf(spec))
+func gatePrivileges(dump *images.Dump, spec *specs.Spec) error {
+	reasons, err := dump.CheckPrivileges(images.PrivilegesOf(spec))
 	if err != nil {
 		return err
 	}
@@ -259,8 +274,8 @@ func refusal(reasons []images.Reason) error {
 	return &coldReason{code: reasons[0].Code, err: errors.New(strings.Join(texts, "; "))}
 }
 
-func (c *container) fitted(dir string, m *oci.Manifest) *restore {
-	r := &restore{dir: dir, manifest: m}
+func (c *container) fitted(dir string, dump *images.Dump, m *oci.Manifest) *restore {
+	r := &restore{dir: dir, dump: dump, memory: dump.Memory(), manifest: m}
 	// Only the dump decides: one without established connections still has
 	// sockets that had one, which CRIU restores closed or not at all.
 	if (m != nil && m.TCPEstablished) || (m == nil && c.options.TCP == oci.TCPEstablished) {
@@ -308,9 +323,8 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	}
 	whole := c.hooks.restoring(r.manifest)
 	io := c.init.io
-	memory := memoryOf(r.dir)
-	lazy := s.lazy(c, memory)
-	c.trace.Facts(true, lazy, memory)
+	lazy := s.lazy(c, r.memory)
+	c.trace.Facts(true, lazy, r.memory)
 	restore := c.trace.Step("restore")
 	order := workingSet{use: r.workingSet}
 	if lazy && order.use == "" {
@@ -396,17 +410,6 @@ func (s *service) lazy(c *container, memory int64) bool {
 		return false
 	}
 	return true
-}
-
-// memoryOf is the size of a dump's memory in bytes.
-func memoryOf(dir string) (size int64) {
-	files, _ := filepath.Glob(filepath.Join(dir, "pages-*.img"))
-	for _, f := range files {
-		if st, err := os.Stat(f); err == nil {
-			size += st.Size()
-		}
-	}
-	return size
 }
 
 // watchMemory makes it known when a workload was killed because its memory could
