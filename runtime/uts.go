@@ -72,8 +72,14 @@ func (c *Container) view(dir string, images map[string][]byte, parents []string)
 	}
 	if named {
 		// A clone must not run for a moment under the name of the original.
-		if err := replaceImages(dir, own, "utsns-*.img", mode, func([]byte) []byte { return utsImage(host, domain) }); err != nil {
+		names, err := imagesLike(dir, "utsns-*.img")
+		if err != nil {
 			return nil, err
+		}
+		for _, name := range names {
+			if err := writeImage(filepath.Join(own, name), utsImage(host, domain), mode); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if v.root, err = c.overlayView(own, dir); err != nil {
@@ -170,8 +176,18 @@ func (v *dumpView) addParents(c *Container, parents []string) error {
 // It reads the clocks before the namespace has its map, when it is nobody at all
 // there: they have to be readable for everybody.
 func (c *Container) viewFromInside(dir, own string) (*os.File, error) {
-	if err := replaceImages(dir, own, "timens-*.img", 0o644, func(clocks []byte) []byte { return clocks }); err != nil {
+	clocks, err := imagesLike(dir, "timens-*.img")
+	if err != nil {
 		return nil, err
+	}
+	for _, name := range clocks {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			return nil, err
+		}
+		if err := writeImage(filepath.Join(own, name), data, 0o644); err != nil {
+			return nil, err
+		}
 	}
 	if err := os.Chmod(own, 0o755); err != nil {
 		return nil, err
@@ -209,25 +225,15 @@ func (c *Container) viewFromInside(dir, own string) (*os.File, error) {
 	return view, err
 }
 
-// replaceImages writes files of the same names as a dump has them into own.
-func replaceImages(dir, own, pattern string, mode os.FileMode, content func([]byte) []byte) error {
+// imagesLike are the names of a dump's files of one kind.
+func imagesLike(dir, pattern string) (names []string, err error) {
 	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
 	for _, e := range entries {
-		if ok, err := filepath.Match(pattern, e.Name()); err != nil || !ok {
-			continue
-		}
-		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
-		if err != nil {
-			return err
-		}
-		if err := writeImage(filepath.Join(own, e.Name()), content(data), mode); err != nil {
-			return err
+		if ok, _ := filepath.Match(pattern, e.Name()); ok { // the patterns are right
+			names = append(names, e.Name())
 		}
 	}
-	return nil
+	return names, err
 }
 
 // writeImage gives the file this mode whatever the umask is.
