@@ -194,15 +194,24 @@ func InDump(m oci.Mount) bool {
 	return false
 }
 
+// OtherArgs tells whether a request's arguments are others than the dump's, and how
+// that is said.
+func OtherArgs(m *oci.Manifest, args []string) (Reason, bool) {
+	// A client that is given no command takes the image's own.
+	unasked := len(m.Base.Args) > 0 && slices.Equal(m.Base.Args, args)
+	if slices.Equal(m.Container.Args, args) || unasked {
+		return Reason{}, false
+	}
+	return Reason{CodeArgs, fmt.Sprintf("the checkpoint runs %q and the request asks for %q; leave the command out to restore it", m.Container.Args, args)}, true
+}
+
 func gateRequest(m *oci.Manifest, r Request) (reasons []Reason) {
 	add := func(code, format string, a ...any) {
 		reasons = append(reasons, Reason{Code: code, Text: fmt.Sprintf(format, a...)})
 	}
 	c := m.Container
-	// A client that is given no command takes the image's own.
-	unasked := len(m.Base.Args) > 0 && slices.Equal(m.Base.Args, r.Args)
-	if !slices.Equal(c.Args, r.Args) && !unasked && !r.AnyArgs {
-		add(CodeArgs, "the checkpoint runs %q and the request asks for %q; leave the command out to restore it", c.Args, r.Args)
+	if other, differ := OtherArgs(m, r.Args); differ && !r.AnyArgs {
+		reasons = append(reasons, other)
 	}
 	// Some clients list the group of the user among the additional ones, others do not.
 	if c.UID != r.UID || c.GID != r.GID || !sameSet(slices.Concat(c.AdditionalGids, []uint32{c.GID}), slices.Concat(r.AdditionalGids, []uint32{r.GID})) {

@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
@@ -295,10 +296,11 @@ func (h *hooks) clientResumed(ctx context.Context) {
 	h.afterResume(ctx, m)
 }
 
-// afterRestore tells a clone what it is. It returns when everybody has answered.
-func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) error {
+// afterRestore tells a clone what it is, and returns how many were told when everybody
+// has answered.
+func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) (told int, err error) {
 	if h == nil {
-		return nil
+		return 0, nil
 	}
 	spec := h.c.rt.Spec()
 	message := hook.Message{
@@ -325,11 +327,24 @@ func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) error {
 	if err := report.Err(); err != nil {
 		h.failed(hook.AfterRestore, err)
 		if h.required {
-			return fmt.Errorf("after-restore: %w", classified{err, errdefs.ErrFailedPrecondition})
+			return report.Told(), fmt.Errorf("after-restore: %w", classified{err, errdefs.ErrFailedPrecondition})
 		}
+		return report.Told(), nil
+	}
+	return report.Told(), h.needed(report)
+}
+
+// untold is an error if the request has arguments that the workload was not started
+// with, of which it would have to be told.
+func untold(m *oci.Manifest, spec *specs.Spec) error {
+	if m == nil || spec.Process == nil {
 		return nil
 	}
-	return h.needed(report)
+	other, differ := images.OtherArgs(m, spec.Process.Args)
+	if !differ {
+		return nil
+	}
+	return classified{fmt.Errorf("%s (restore=require would tell the workload instead, but nothing in it listens in %s)", other.Text, oci.HooksDir), errdefs.ErrFailedPrecondition}
 }
 
 // failed makes a failure known that is no error to anybody's call, or to one

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/oci"
@@ -136,7 +137,8 @@ func TestNoHooks(t *testing.T) {
 	h.clientResumed(t.Context())
 	h.afterResume(t.Context(), resumedMessage("x", errors.New("no")))
 	h.suspend()()
-	if err := errors.Join(h.before(t.Context(), "x"), h.afterRestore(t.Context(), nil)); err != nil || h.anybody() {
+	told, err := h.afterRestore(t.Context(), nil)
+	if err = errors.Join(h.before(t.Context(), "x"), err); err != nil || told > 0 || h.anybody() {
 		t.Errorf("%v, somebody is there: %v", err, h.anybody())
 	}
 }
@@ -184,5 +186,23 @@ func TestNoDirectoryOfHooks(t *testing.T) {
 		if err := c.removeHooks(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Arguments that the dump was not started with are nothing to pass over in silence.
+func TestUntoldArguments(t *testing.T) {
+	m := &oci.Manifest{Container: oci.Container{Args: []string{"app", "-v"}}, Base: oci.Base{Args: []string{"app"}}}
+	for _, args := range [][]string{{"app", "-v"}, {"app"}} {
+		if err := untold(m, &specs.Spec{Process: &specs.Process{Args: args}}); err != nil {
+			t.Errorf("%q: %v", args, err)
+		}
+	}
+	other := &specs.Spec{Process: &specs.Process{Args: []string{"app", "-q"}}}
+	if err := untold(m, other); !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), `"-q"`) {
+		t.Errorf("other arguments: %v", err)
+	}
+	// A dump of another runtime does not say what it runs.
+	if err := untold(nil, other); err != nil {
+		t.Errorf("without a manifest: %v", err)
 	}
 }

@@ -379,7 +379,10 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	go s.watchMemory(c, order)
 	restored := time.Since(began)
 	tell := c.trace.Step("tell after-restore")
-	err = c.hooks.afterRestore(ctx, r.manifest)
+	told, err := c.hooks.afterRestore(ctx, r.manifest)
+	if err == nil && told == 0 {
+		err = untold(r.manifest, c.rt.Spec())
+	}
 	tell()
 	if err != nil {
 		_ = c.rt.Signal(unix.SIGKILL, true)
