@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
@@ -77,7 +78,7 @@ func (e *CRIUError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "criu %s failed", e.Op)
 	if len(e.Last) > 0 {
-		fmt.Fprintf(&b, ": %s", strings.Join(e.Last, "; "))
+		fmt.Fprintf(&b, ": %s", strings.Join(slices.Compact(slices.Clone(e.Last)), "; "))
 	} else {
 		fmt.Fprintf(&b, ": %v", e.Err)
 	}
@@ -93,6 +94,7 @@ func (e *CRIUError) Error() string {
 
 // criuHints are failures that users meet, and the way out of each.
 var criuHints = []struct{ says, means string }{
+	{"No space left on device", "a dump needs as much room as the container has memory: free some where the log is"},
 	{"Can't get rlimit", "CRIU needs CAP_SYS_RESOURCE to dump processes of another user, and containerd's root lacks it here: grant it, or run the container as root or in a user namespace (see `cracctl doctor`)"},
 	{"Unsupported proto 262", "the workload listens with Multipath TCP, which CRIU cannot dump: set GODEBUG=multipathtcp=0 for a Go program, or the sysctl net.mptcp.enabled=0"},
 	{"consider using --tcp-established", "the workload has established connections: close them, or set the annotation io.containerd.crac.tcp to close or established"},

@@ -84,6 +84,12 @@ func TestCRIUError(t *testing.T) {
 	if !errors.Is(err, cause) {
 		t.Error("the cause is lost")
 	}
+	// What CRIU repeats is said once, and with what can be done about it.
+	full := "Error (criu/bfd.c:131): bfd: Error flushing image: No space left on device\n"
+	says := newCRIUError("dump", writeLog(t, full+full), cause).Error()
+	if strings.Count(says, "bfd.c") != 1 || !strings.Contains(says, "as much room") {
+		t.Error(says)
+	}
 	// Without a log, the cause is all there is to say.
 	err = newCRIUError("dump", "/nonexistent/dump.log", cause)
 	if want := "criu dump failed: criu failed: exit status 1 (log: /nonexistent/dump.log)"; err.Error() != want {
