@@ -197,7 +197,7 @@ func TestCracctlCheckpoint(tb *testing.T) {
 	if out, err := t.Cracctl(t.Ctx, "checkpoint", "no-such-container", ref(t)); err == nil || !strings.Contains(err.Error(), "no-such-container") {
 		t.Errorf("a container that is not there gives %q, %v", out, err)
 	}
-	if _, err := t.Cracctl(t.Ctx, "checkpoint", b.id, ref(t)); err == nil {
+	if _, err := t.Cracctl(t.Ctx, "checkpoint", b.id, ref(t)); err == nil || !strings.Contains(err.Error(), "has stopped; start it first") {
 		t.Error("a stopped container was checkpointed")
 	}
 }

@@ -158,6 +158,14 @@ func TestNerdctlRunsCheckpointImage(tb *testing.T) {
 	clone := nerdctlRun(t, image, nil, "--hostname", "clone", "-e", "NEW=1", "--annotation", "io.containerd.crac.restore=require")
 	clone.runsOn(before)
 	original.runsOn(before)
+	// cracctl finds a container by nerdctl's name for it.
+	again := ref(t)
+	t.CracctlOK("check", clone.name)
+	t.CracctlOK("checkpoint", clone.name, again)
+	mustHaveImage(t, again, true)
+	if out := t.CracctlOK("trace", clone.name); !strings.Contains(out, "warm") {
+		t.Errorf("the trace says %s", out)
+	}
 	if out := t.NerdctlOK("exec", clone.name, "hostname"); out != "clone\n" {
 		t.Errorf("the clone's hostname is %q", out)
 	}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -86,16 +88,22 @@ func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit f
 
 // connect returns a client of a containerd that answers.
 func connect(ctx context.Context, address string) (*containerd.Client, error) {
-	if _, err := os.Stat(address); err != nil {
+	// gRPC's own words for what can be wrong here are long, and say it last.
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", address)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("containerd's socket: %w; run this as root, or as whoever may use the socket", err)
+	case err != nil:
 		return nil, fmt.Errorf("containerd's socket: %w; start containerd, or say where it is with --address", err)
 	}
+	conn.Close()
 	client, err := containerd.New(address)
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", address, err)
 	}
 	if _, err := client.Version(ctx); err != nil {
 		client.Close()
-		return nil, fmt.Errorf("containerd at %s does not answer: %w; is it running, and may you use its socket?", address, err)
+		return nil, fmt.Errorf("containerd at %s does not answer: %w; is it containerd that listens there?", address, err)
 	}
 	return client, nil
 }

@@ -63,6 +63,7 @@ would, and 2 when that could not be found out.`,
 // runCheck looks at a container as a checkpoint with this mode for connections
 // would (empty: the container's own option).
 func runCheck(s *session, t target, state, id string, tcp oci.TCPMode) (*check.Report, error) {
+	id = containerID(s.ctx, s.Client, id)
 	c, err := findContainer(s.ctx, s.Client, t, id)
 	if err != nil {
 		return nil, err

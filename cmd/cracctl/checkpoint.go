@@ -48,7 +48,8 @@ func newCheckpoint(t *target) *cobra.Command {
 		Short: "Checkpoint a running container into an image",
 		Long: `Checkpoint a running container into an image named REF: its base image, what it
 changed in its files, and its memory. Any runtime can run the image; under
-io.containerd.crac.v2 it continues where the container was.
+io.containerd.crac.v2 it continues where the container was. CONTAINER is an id, or
+nerdctl's name for one.
 
 The container runs on afterwards, unless --exit is given. It stands still only
 while its memory and its changes are taken, not while the image is packed.
@@ -141,6 +142,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 			return fmt.Errorf("parent: %w: %s; leave --parent out to make a whole checkpoint", inspect.ErrNoCheckpoint, f.parent)
 		}
 	}
+	id = containerID(ctx, client, id)
 	c, err := findContainer(ctx, client, t, id)
 	if err != nil {
 		return err
@@ -176,13 +178,30 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	took := time.Since(start)
 	done()
 	if err != nil {
-		return fmt.Errorf("checkpoint of container %s: %w", id, explain(err))
+		return explain(err)
 	}
 	if err := report(ctx, client, ref, took, f.quiet, out); err != nil || !f.push {
 		return err
 	}
 	// Here and not in the shim: whoever asks has the credentials, and waits.
 	return pushImage(ctx, client, registries, ref, f.index, f.quiet, out, errOut)
+}
+
+// nerdctlName is the label by which nerdctl finds a container that it gave a name:
+// the container's id is another one.
+const nerdctlName = "nerdctl/name"
+
+// containerID gives the id of the container that nerdctl calls so, unless there is one
+// with this id.
+func containerID(ctx context.Context, client *containerd.Client, name string) string {
+	if _, err := client.ContainerService().Get(ctx, name); !errdefs.IsNotFound(err) {
+		return name
+	}
+	found, err := client.ContainerService().List(ctx, fmt.Sprintf("labels.%q==%q", nerdctlName, name))
+	if err != nil || len(found) != 1 {
+		return name // whoever looks for it says what is wrong
+	}
+	return found[0].ID
 }
 
 // findContainer finds a container of this runtime.

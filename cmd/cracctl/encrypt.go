@@ -98,6 +98,9 @@ remove it where it was pushed.`,
 				return err
 			}
 			defer s.Close()
+			if _, err := s.find(r.From); err != nil {
+				return err
+			}
 			return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) {
 				desc, err := build.Encrypt(s.ctx, s.Client, r, emit)
 				if err != nil {

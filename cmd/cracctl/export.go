@@ -41,6 +41,9 @@ The restored container has a network namespace with nothing but lo. The director
 				return err
 			}
 			defer s.Close()
+			if _, err := s.find(r.Ref); err != nil {
+				return err
+			}
 			report, err := convert.Export(s.ctx, s.Client, r)
 			if err != nil {
 				return fmt.Errorf("export %s: %w", r.Ref, err)

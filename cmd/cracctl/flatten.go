@@ -20,9 +20,16 @@ name REF is moved to it. The dumps are unpacked for as long as it takes, so it n
 as much room as their memory.`,
 	}
 	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
+		before, err := s.find(r.From)
+		if err != nil {
+			return before, "", err
+		}
 		desc, err := build.Flatten(s.ctx, s.Client, r, emit)
 		if err != nil {
 			return desc, "", fmt.Errorf("flatten %s: %w", r.From, err)
+		}
+		if desc.Digest == before.Digest {
+			return desc, "Unchanged   it continues no other checkpoint\n", nil
 		}
 		return desc, "", nil
 	})
@@ -49,6 +56,9 @@ func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenR
 			return err
 		}
 		defer s.Close()
+		if _, err := s.find(r.From); err != nil {
+			return err
+		}
 		return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) { return work(s, r, emit) })
 	}
 	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")

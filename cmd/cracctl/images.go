@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images"
@@ -50,16 +51,25 @@ func (t *target) shows(cmd *cobra.Command, run func(cmd *cobra.Command, s *sessi
 	}
 }
 
+// find finds what an image's name means.
+func (s *session) find(ref string) (ocispec.Descriptor, error) {
+	record, err := s.ImageService().Get(s.ctx, ref)
+	if errdefs.IsNotFound(err) {
+		return ocispec.Descriptor{}, noImage(s.ctx, ref)
+	}
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("find image %s: %w", ref, err)
+	}
+	return record.Target, nil
+}
+
 // image reads an image's metadata.
 func (s *session) image(ref string) (*inspect.Image, error) {
-	record, err := s.ImageService().Get(s.ctx, ref)
+	target, err := s.find(ref)
 	if err != nil {
-		if errdefs.IsNotFound(err) {
-			return nil, noImage(s.ctx, ref, err)
-		}
-		return nil, fmt.Errorf("find image %s: %w", ref, err)
+		return nil, err
 	}
-	return inspect.Open(s.ctx, s.ContentStore(), ref, record.Target, platforms.Default())
+	return inspect.Open(s.ctx, s.ContentStore(), ref, target, platforms.Default())
 }
 
 // readChain reads an image's checkpoint layer and those that it continues, and

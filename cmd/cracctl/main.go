@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
@@ -52,7 +53,7 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		// With something to run, a mistyped command is an error, not a help text.
-		Args: cobra.NoArgs,
+		Args: knownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	// The names, variables and defaults are ctr's.
@@ -84,7 +85,32 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		newVersion(),
 		newMan(),
 	)
+	for _, cmd := range root.Commands() {
+		cmd.Args = withUsage(cmd.Args)
+	}
 	return root
+}
+
+// knownCommand refuses what is left of a command line without a command: a mistyped one.
+func knownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	cmd.SuggestionsMinimumDistance = 2
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		return fmt.Errorf("unknown command %q; did you mean %s?", args[0], strings.Join(near, " or "))
+	}
+	return fmt.Errorf("unknown command %q; see %s --help", args[0], cmd.CommandPath())
+}
+
+// withUsage says which arguments a command takes where cobra only counts them.
+func withUsage(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return fmt.Errorf("%w; usage: %s", err, cmd.UseLine())
+		}
+		return nil
+	}
 }
 
 // completions offers a flag's values to the shell.

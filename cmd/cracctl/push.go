@@ -67,7 +67,7 @@ func pushImage(ctx context.Context, client *containerd.Client, config registry.C
 	img, err := client.ImageService().Get(ctx, ref)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
-			return noImage(ctx, ref, err)
+			return noImage(ctx, ref)
 		}
 		return fmt.Errorf("find image %s: %w", ref, err)
 	}
@@ -85,7 +85,7 @@ func pushImage(ctx context.Context, client *containerd.Client, config registry.C
 	start := time.Now()
 	p, err := registry.Push(ctx, config, client.ContentStore(), ref, img.Target, report)
 	if err != nil {
-		return fmt.Errorf("%w; the image is complete in containerd: cracctl push %s tries again", err, ref)
+		return fmt.Errorf("%w; the image stays in containerd: cracctl push %s tries again", err, ref)
 	}
 	if err := pushSignatures(ctx, client, config, ref, img.Target); err != nil {
 		return fmt.Errorf("%w; the image itself is pushed", err)
@@ -97,7 +97,7 @@ func pushImage(ctx context.Context, client *containerd.Client, config registry.C
 }
 
 // noImage says where to look.
-func noImage(ctx context.Context, ref string, err error) error {
+func noImage(ctx context.Context, ref string) error {
 	ns, _ := namespaces.Namespace(ctx)
-	return fmt.Errorf("no image %s in namespace %s; see cracctl ls and ctr -n %s images ls (nerdctl uses the namespace default, Kubernetes k8s.io): %w", ref, ns, ns, err)
+	return fmt.Errorf("no image %s in namespace %s; see cracctl ls and ctr -n %s images ls (nerdctl uses the namespace default, Kubernetes k8s.io)", ref, ns, ns)
 }

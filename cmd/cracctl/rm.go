@@ -55,7 +55,7 @@ func (s *session) remove(ref string, wait bool) error {
 	opts = append(opts, coreimages.DeleteTarget(&img.Target))
 	if err := s.ImageService().Delete(s.ctx, ref, opts...); err != nil {
 		if errdefs.IsNotFound(err) {
-			return noImage(s.ctx, ref, err)
+			return noImage(s.ctx, ref)
 		}
 		return fmt.Errorf("remove image %s: %w", ref, err)
 	}

@@ -52,6 +52,9 @@ func findTask(ctx context.Context, client *containerd.Client, t target, state, i
 		}
 		return nil, "", fmt.Errorf("find the task of container %s: %w", id, err)
 	}
+	if tr.Process.Status == task.Status_STOPPED && state == "" {
+		return nil, "", fmt.Errorf("container %s has stopped; start it first", id)
+	}
 	if state == "" {
 		if state, err = stateOf(int(tr.Process.Pid), t.namespace); err != nil {
 			return nil, "", fmt.Errorf("find the shim of container %s: %w", id, err)

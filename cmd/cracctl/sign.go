@@ -48,7 +48,7 @@ docs/security.md.`,
 			record, err := s.ImageService().Get(s.ctx, ref)
 			if err != nil {
 				if errdefs.IsNotFound(err) {
-					return noImage(s.ctx, ref, err)
+					return noImage(s.ctx, ref)
 				}
 				return fmt.Errorf("find image %s: %w", ref, err)
 			}

@@ -42,11 +42,12 @@ part, before Create (it starts the shim) and around the calls, is not in it.`,
 	cmd.Flags().StringVar(&state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write a file for trace viewers (Chrome's trace event format) instead; - for standard output")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
-		_, bundle, err := findTask(s.ctx, s.Client, *t, state, args[0])
+		id := containerID(s.ctx, s.Client, args[0])
+		_, bundle, err := findTask(s.ctx, s.Client, *t, state, id)
 		if err != nil {
 			return err
 		}
-		start, err := readTrace(bundle, args[0])
+		start, err := readTrace(bundle, id)
 		if err != nil {
 			return err
 		}

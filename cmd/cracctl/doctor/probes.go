@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -197,7 +199,11 @@ func lacking(want, have []string) (missing []string) {
 
 func (p *prober) overlay(context.Context) []Check {
 	const name = "overlayfs"
-	if err := tryOverlay(); err != nil {
+	err := tryOverlay()
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return one(name, Warn, "cannot be tried: "+err.Error(), "run this as root")
+	}
+	if err != nil {
 		return one(name, Warn, "cannot be mounted: "+err.Error()+"; containerd falls back to copying every layer, and dumps are masked instead of left out", "load the overlay module")
 	}
 	return one(name, OK, "can be mounted", "")
@@ -330,9 +336,14 @@ func (p *prober) containerd(ctx context.Context) []Check {
 	missing := func(err error) []Check {
 		return one(name, Warn, fmt.Sprintf("does not answer at %s: %v", p.Address, err), "start it, or say where it is with --address")
 	}
-	if _, err := os.Stat(p.Address); err != nil {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", p.Address)
+	if errors.Is(err, fs.ErrPermission) {
+		return one(name, Warn, fmt.Sprintf("cannot be asked: %v", err), "run this as root")
+	}
+	if err != nil {
 		return missing(err)
 	}
+	conn.Close()
 	client, err := containerd.New(p.Address)
 	if err != nil {
 		return missing(err)
