@@ -88,8 +88,17 @@ func parseMount(data []byte) (m mountEntry, err error) {
 		field protowire.Number
 		to    *uint32
 	}{
-		{1, &m.fstype}, {2, &m.id}, {3, &m.device}, {4, &m.parent}, {5, &m.flags}, {10, &m.shared}, {mountMaster, &m.master},
-		{12, &m.plugin}, {15, &m.internal}, {16, &m.deleted}, {mountSuperblock, &m.superblock},
+		{1, &m.fstype},
+		{2, &m.id},
+		{3, &m.device},
+		{4, &m.parent},
+		{5, &m.flags},
+		{10, &m.shared},
+		{mountMaster, &m.master},
+		{12, &m.plugin},
+		{15, &m.internal},
+		{16, &m.deleted},
+		{mountSuperblock, &m.superblock},
 	} {
 		if *n.to, err = f.number(n.field); err != nil {
 			return m, err
