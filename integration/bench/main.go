@@ -132,8 +132,9 @@ func split(list string) []string {
 func run(ctx context.Context, conf config) (err error) {
 	start := time.Now()
 	d, err := harness.StartContainerd(ctx, harness.Options{
-		Need:     []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc, harness.Registry, harness.CRIU, harness.Cracctl},
-		OwnShims: true,
+		Need:          []harness.Tool{harness.Shim, harness.RuncShim, harness.Runc, harness.Registry, harness.CRIU, harness.Cracctl},
+		OwnShims:      true,
+		StateInMemory: true,
 	})
 	if err != nil {
 		return err

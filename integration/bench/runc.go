@@ -111,7 +111,7 @@ func (c *bundle) root() string { return filepath.Join(c.dir, "rootfs") }
 // runc executes a command. Its output would be the container's too: it goes nowhere, and errors to a log.
 func (c *bundle) runc(ctx context.Context, args ...string) error {
 	log := filepath.Join(c.dir, "runc.log")
-	cmd := c.b.d.Command(ctx, "runc", append([]string{"--root", filepath.Join(c.b.d.Dir, "x", "runc"), "--log", log}, args...)...)
+	cmd := c.b.d.Command(ctx, "runc", append([]string{"--root", c.b.d.StatePath("bench-runc"), "--log", log}, args...)...)
 	if err := cmd.Run(); err != nil {
 		return errors.Join(fmt.Errorf("runc %s: %w", args[0], err), lastLines(log))
 	}

@@ -16,6 +16,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -38,6 +39,8 @@ type Options struct {
 	// other daemons, which run from the same files.
 	OwnShims bool
 	Keep     bool // Stop leaves the directory with the logs in place
+	// StateInMemory keeps what does not outlive a boot in a tmpfs, as hosts do whose /run is one.
+	StateInMemory bool
 	// CRI is the image of a pod's sandbox; empty for a containerd without CRI. Its runtime handlers
 	// are crac and runc, its network is Daemon.Network's, and it uses the namespace k8s.io.
 	CRI string
@@ -135,6 +138,9 @@ func (d *Daemon) Path(name string) (string, error) {
 	return p, os.MkdirAll(p, 0o755)
 }
 
+// StatePath is that of a directory for what a program would keep in /run.
+func (d *Daemon) StatePath(name string) string { return d.path(filepath.Join("state", name)) }
+
 // KeyDir is where containerd looks for keys when it unpacks encrypted layers: a node's own.
 func (d *Daemon) KeyDir() string { return d.path("keys") }
 
@@ -145,6 +151,11 @@ func (d *Daemon) configure() error {
 	for _, p := range []string{"root", "state", "opt", "fifo", "x", "cni/net.d", "cni/lib", "certs.d", "nerdctl", "keys"} {
 		if err := os.MkdirAll(d.path(p), 0o711); err != nil {
 			return err
+		}
+	}
+	if d.opts.StateInMemory {
+		if err := unix.Mount("crac-state", d.path("state"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=711"); err != nil {
+			return &os.PathError{Op: "mount a tmpfs on", Path: d.path("state"), Err: err}
 		}
 	}
 	if err := os.Mkdir(d.path("tmp"), 0o755); err != nil {

@@ -184,7 +184,9 @@ func removeRunEntries(namespace string) error {
 func (d *Daemon) leftovers() []string {
 	left := d.find(d.Namespace, func(p Process) bool { return p.PID != os.Getpid() })
 	for _, m := range must(Mounts(d.Dir)) {
-		left = append(left, "mount "+m)
+		if !d.opts.StateInMemory || m != d.path("state") {
+			left = append(left, "mount "+m)
+		}
 	}
 	return left
 }

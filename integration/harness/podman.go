@@ -10,8 +10,9 @@ import (
 
 // PodmanHome is a podman with storage and configuration of its own, on the daemon's runc and CRIU.
 type PodmanHome struct {
-	d        *Daemon
-	bin, dir string
+	d         *Daemon
+	bin       string
+	name, dir string
 }
 
 // NewPodmanHome makes one in a directory of this name below the daemon's. Its containers have no
@@ -25,9 +26,9 @@ func (d *Daemon) NewPodmanHome(name string) (*PodmanHome, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &PodmanHome{d, bin, dir}
+	p := &PodmanHome{d, bin, name, dir}
 	for name, text := range map[string]string{
-		"storage.conf":    fmt.Sprintf("[storage]\ndriver = \"overlay\"\nrunroot = %q\ngraphroot = %q\n", p.Path("run"), p.Path("root")),
+		"storage.conf":    fmt.Sprintf("[storage]\ndriver = \"overlay\"\nrunroot = %q\ngraphroot = %q\n", p.state("run"), p.Path("root")),
 		"registries.conf": "",
 		"policy.json":     `{"default":[{"type":"insecureAcceptAnything"}]}`,
 		// Locks in files: the others lie in the host's /dev/shm, for all podmans.
@@ -50,17 +51,20 @@ apparmor_profile = ""
 			return nil, err
 		}
 	}
-	return p, os.Mkdir(p.Path("copy"), 0o700)
+	return p, errors.Join(os.Mkdir(p.Path("copy"), 0o700), os.Mkdir(d.StatePath(p.name), 0o700))
 }
 
 // Path is that of a file in its directory.
 func (p *PodmanHome) Path(name string) string { return filepath.Join(p.dir, name) }
 
+// state is the path of what it would have in /run.
+func (p *PodmanHome) state(name string) string { return p.d.StatePath(filepath.Join(p.name, name)) }
+
 // Run runs podman and returns its stdout.
 func (p *PodmanHome) Run(ctx context.Context, args ...string) (string, error) {
 	flags := []string{
-		"--root", p.Path("root"), "--runroot", p.Path("run"), "--tmpdir", p.Path("tmp"), "--volumepath", p.Path("volumes"),
-		"--runtime-flag", "root=" + p.Path("runc"),
+		"--root", p.Path("root"), "--runroot", p.state("run"), "--tmpdir", p.state("tmp"), "--volumepath", p.Path("volumes"),
+		"--runtime-flag", "root=" + p.state("runc"),
 	}
 	cmd := p.d.Command(ctx, p.bin, append(flags, args...)...)
 	cmd.Env = append(
