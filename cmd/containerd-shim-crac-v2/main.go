@@ -40,6 +40,11 @@ func main() {
 			return
 		}
 	}
+	// This thread is the one by which /proc shows the process. libcontainer moves threads that
+	// it takes into a container's mount namespace and lets them end there, and this one, which
+	// cannot end, would stay: with another working directory, which cracctl finds the bundle by,
+	// and with a hold on the container's mounts. So it is nobody else's.
+	goruntime.LockOSThread()
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
 		ID:       "task",
