@@ -73,7 +73,15 @@ func TestImportCheckpointImage(tb *testing.T) {
 	p.ok("container", "checkpoint", "--create-image", made, c.name)
 	last := c.lastTick()
 	p.ok("save", "--quiet", "--format", "oci-archive", "--output", p.path("image.tar"), made)
-	t.CtrOK("images", "import", "--index-name", made, p.path("image.tar"))
+	// Three times in 35, nothing of this name was there after an import that went well; nobody knows why yet.
+	t.Eventually("the image is in containerd", func() bool {
+		t.CtrOK("images", "import", "--index-name", made, p.path("image.tar"))
+		_, err := t.Client.ImageService().Get(t.Ctx, made)
+		if err != nil {
+			t.Logf("after the import: %v; there is\n%s", err, t.CtrOK("images", "ls", "-q"))
+		}
+		return err == nil
+	})
 
 	image := ref(t)
 	if out := t.CracctlOK("import", made, image); !strings.Contains(out, "podman in an image") {

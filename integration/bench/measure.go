@@ -241,7 +241,9 @@ func (b *bench) several(ctx context.Context, w *workload, c contender, k int, me
 	}
 	if count {
 		b.add(w, c, metric+".answer", "ms", milliseconds(answered))
-		b.add(w, c, metric+".pss", "MiB", mebibytes(sum.pss))
+		if sum.pss > 0 { // not everybody tells
+			b.add(w, c, metric+".pss", "MiB", mebibytes(sum.pss))
+		}
 		if sum.cgroup > 0 {
 			b.add(w, c, metric+".cgroup", "MiB", mebibytes(sum.cgroup))
 		}
