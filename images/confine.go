@@ -534,18 +534,12 @@ func edited(message []byte, field protowire.Number, change func([]byte) ([]byte,
 
 // without copies a message but for some of its fields.
 func without(data []byte, fields ...protowire.Number) ([]byte, error) {
-	rest := make([]byte, 0, len(data)+32)
-	for len(data) > 0 {
-		num, _, n := protowire.ConsumeField(data)
-		if n < 0 {
-			return nil, protowire.ParseError(n)
+	return criuimage.Edit(data, func(num protowire.Number, _ protowire.Type, value []byte) ([]byte, error) {
+		if slices.Contains(fields, num) {
+			return nil, nil
 		}
-		if !slices.Contains(fields, num) {
-			rest = append(rest, data[:n]...)
-		}
-		data = data[n:]
-	}
-	return rest, nil
+		return value, nil
+	})
 }
 
 // images encodes what has changed.

@@ -117,14 +117,6 @@ func (d *criuDump) close() {
 // namespaces marks those that a clone brings its own of: the dump has only their
 // places. The names are those by which libcontainer inherits them.
 func (d *criuDump) namespaces(pid int) error {
-	external := func(path, kind, key string) error {
-		var st unix.Stat_t
-		if err := unix.Stat(path, &st); err != nil {
-			return fmt.Errorf("%s namespace of process %d: %w", kind, pid, &os.PathError{Op: "stat", Path: path, Err: err})
-		}
-		d.opts.External = append(d.opts.External, fmt.Sprintf("%s[%d]:%s", kind, st.Ino, key))
-		return nil
-	}
 	for kind, key := range externalNamespaces {
 		path := d.c.config.Namespaces.PathOf(kind)
 		if path == "" && kind == configs.NEWNET && d.c.externalNetwork() {
@@ -133,9 +125,11 @@ func (d *criuDump) namespaces(pid int) error {
 		if path == "" {
 			continue
 		}
-		if err := external(path, configs.NsName(kind), key); err != nil {
-			return err
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return fmt.Errorf("%s namespace of process %d: %w", configs.NsName(kind), pid, &os.PathError{Op: "stat", Path: path, Err: err})
 		}
+		d.opts.External = append(d.opts.External, fmt.Sprintf("%s[%d]:%s", configs.NsName(kind), st.Ino, key))
 		if kind == configs.NEWNET {
 			// CRIU locks all of its own network, or none of it.
 			d.inside = d.opts.NetworkLock != nil && d.opts.GetEmptyNs() == 0

@@ -118,24 +118,11 @@ func moveDumper(inventory []byte) (file []byte, was uint64, err error) {
 }
 
 // editField replaces the values of a field of a message.
-func editField(message []byte, field protowire.Number, kind protowire.Type, edit func(value []byte) ([]byte, error)) (edited []byte, err error) {
-	for len(message) > 0 {
-		num, typ, tag := protowire.ConsumeTag(message)
-		if tag < 0 {
-			return nil, protowire.ParseError(tag)
+func editField(message []byte, field protowire.Number, kind protowire.Type, edit func(value []byte) ([]byte, error)) ([]byte, error) {
+	return criuimage.Edit(message, func(num protowire.Number, its protowire.Type, value []byte) ([]byte, error) {
+		if num == field && its == kind {
+			return edit(value)
 		}
-		size := protowire.ConsumeFieldValue(num, typ, message[tag:])
-		if size < 0 {
-			return nil, protowire.ParseError(size)
-		}
-		value := message[tag : tag+size]
-		if num == field && typ == kind {
-			if value, err = edit(value); err != nil {
-				return nil, err
-			}
-		}
-		edited = append(append(edited, message[:tag]...), value...)
-		message = message[tag+size:]
-	}
-	return edited, nil
+		return value, nil
+	})
 }

@@ -40,7 +40,8 @@ const packedKey = "crac-packed-"
 
 func (m packedTmpfs) key() string { return fmt.Sprint(packedKey, m.device) }
 
-// plainPath has nothing that means something to CRIU's configuration file.
+// plainPath has nothing that means something where CRIU keeps paths and keys together,
+// as mnt[PATH]:KEY (criu/external.c).
 var plainPath = regexp.MustCompile(`^[A-Za-z0-9/._-]+$`)
 
 // errTmpfsChanged is why a dump that leaves mounts out would not be right.
@@ -258,22 +259,16 @@ func withoutKeys(table []byte) (out []byte, err error) {
 		if err != nil {
 			return nil, err
 		}
-		var kept []byte
-		for len(message) > 0 {
-			num, kind, n := protowire.ConsumeField(message)
-			if n < 0 {
-				return nil, protowire.ParseError(n)
-			}
-			ours := false
+		kept, err := criuimage.Edit(message, func(num protowire.Number, kind protowire.Type, value []byte) ([]byte, error) {
 			if num == mountKey && kind == protowire.BytesType {
-				_, _, tag := protowire.ConsumeTag(message)
-				value, _ := protowire.ConsumeBytes(message[tag:])
-				ours = strings.HasPrefix(string(value), packedKey)
+				if key, _ := protowire.ConsumeBytes(value); strings.HasPrefix(string(key), packedKey) {
+					return nil, nil
+				}
 			}
-			if !ours {
-				kept = append(kept, message[:n]...)
-			}
-			message = message[n:]
+			return value, nil
+		})
+		if err != nil {
+			return nil, err
 		}
 		out = criuimage.Append(out, kept)
 	}

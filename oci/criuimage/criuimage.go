@@ -19,6 +19,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+
+	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // Kind is the mark by which a kind of file is known (criu/include/magic.h).
@@ -145,4 +147,29 @@ func cut(data []byte) (message, rest []byte, err error) {
 		return nil, nil, ErrCutOff
 	}
 	return data[:size:size], data[size:], nil
+}
+
+// Edit copies a message with the value that edit gives each field: encoded, as it came;
+// nil leaves the field out.
+func Edit(message []byte, edit func(num protowire.Number, kind protowire.Type, value []byte) ([]byte, error)) ([]byte, error) {
+	edited := make([]byte, 0, len(message)+32)
+	for len(message) > 0 {
+		num, kind, tag := protowire.ConsumeTag(message)
+		if tag < 0 {
+			return nil, protowire.ParseError(tag)
+		}
+		size := protowire.ConsumeFieldValue(num, kind, message[tag:])
+		if size < 0 {
+			return nil, protowire.ParseError(size)
+		}
+		value, err := edit(num, kind, message[tag:tag+size])
+		if err != nil {
+			return nil, err
+		}
+		if value != nil {
+			edited = append(append(edited, message[:tag]...), value...)
+		}
+		message = message[tag+size:]
+	}
+	return edited, nil
 }

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"google.golang.org/protobuf/encoding/protowire"
 )
 
 const (
@@ -146,4 +148,36 @@ func FuzzMessages(f *testing.F) {
 			t.Fatalf("%d messages are written as %q", len(all), New(Kind(kind), all...))
 		}
 	})
+}
+
+func TestEdit(t *testing.T) {
+	text := func(to []byte, num protowire.Number, s string) []byte {
+		return protowire.AppendString(protowire.AppendTag(to, num, protowire.BytesType), s)
+	}
+	message := text(text(protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 7), 2, "two"), 3, "")
+	as := func(_ protowire.Number, _ protowire.Type, value []byte) ([]byte, error) { return value, nil }
+	if got, err := Edit(message, as); err != nil || !bytes.Equal(got, message) {
+		t.Errorf("% x, %v; want % x", got, err, message)
+	}
+	got, err := Edit(message, func(num protowire.Number, _ protowire.Type, value []byte) ([]byte, error) {
+		switch num {
+		case 1:
+			return nil, nil
+		case 2:
+			return protowire.AppendString(nil, "another"), nil
+		}
+		return value, nil
+	})
+	if want := text(text(nil, 2, "another"), 3, ""); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("% x, %v; want % x", got, err, want)
+	}
+	for i := 1; i < len(message); i++ {
+		if got, err := Edit(message[:i], as); err == nil && !bytes.Equal(got, message[:i]) {
+			t.Errorf("cut off after %d bytes: % x", i, got)
+		}
+	}
+	refused := errors.New("refused")
+	if _, err := Edit(message, func(protowire.Number, protowire.Type, []byte) ([]byte, error) { return nil, refused }); !errors.Is(err, refused) {
+		t.Errorf("%v, want what edit says", err)
+	}
 }
