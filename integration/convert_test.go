@@ -73,15 +73,9 @@ func TestImportCheckpointImage(tb *testing.T) {
 	p.ok("container", "checkpoint", "--create-image", made, c.name)
 	last := c.lastTick()
 	p.ok("save", "--quiet", "--format", "oci-archive", "--output", p.path("image.tar"), made)
-	// Three times in 35, nothing of this name was there after an import that went well; nobody knows why yet.
-	t.Eventually("the image is in containerd", func() bool {
-		t.CtrOK("images", "import", "--index-name", made, p.path("image.tar"))
-		_, err := t.Client.ImageService().Get(t.Ctx, made)
-		if err != nil {
-			t.Logf("after the import: %v; there is\n%s", err, t.CtrOK("images", "ls", "-q"))
-		}
-		return err == nil
-	})
+	// The name is in the archive, and must not be given as --index-name as well: containerd 2.4 then
+	// takes the image for a part of that index, and lets the next garbage collection remove both.
+	t.CtrOK("images", "import", p.path("image.tar"))
 
 	image := ref(t)
 	if out := t.CracctlOK("import", made, image); !strings.Contains(out, "podman in an image") {
