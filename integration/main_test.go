@@ -132,6 +132,21 @@ func setup(tb testing.TB) *harness.T {
 	return t
 }
 
+// setupDebug gives a test a daemon of its own at its debug level, at which CRIU logs all it does.
+func setupDebug(tb testing.TB) *harness.T {
+	tb.Helper()
+	d, err := harness.StartContainerd(context.Background(), harness.Options{Need: []harness.Tool{harness.Shim}, Debug: true})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := d.Stop(context.Background()); err != nil {
+			tb.Error(err)
+		}
+	})
+	return d.For(tb, harness.TestLimit)
+}
+
 // needImage imports an image, which has to be there.
 func needImage(t *harness.T, name string) {
 	t.Helper()

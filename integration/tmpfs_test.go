@@ -60,7 +60,7 @@ func TestTmpfsAsItWas(tb *testing.T) {
 	onlyCrac(tb)
 	for name, flags := range map[string][]string{"host's users": nil, "user namespace": ownMaps} {
 		tb.Run(name, func(tb *testing.T) {
-			t := setup(tb)
+			t := setupDebug(tb)
 			image := ref(t)
 			mounts := []string{
 				"--mount", "type=tmpfs,src=tmpfs,dst=/large,options=size=16m:mode=1777:noatime",

@@ -139,7 +139,7 @@ func TestWorkingSet(tb *testing.T) {
 // What CRIU finds out about the kernel is found out once, also where CRIU does not keep it.
 func TestKerndat(tb *testing.T) {
 	onlyCrac(tb)
-	t := setup(tb)
+	t := setupDebug(tb)
 	const path = "/run/criu.kdat"
 	var fs unix.Statfs_t
 	if err := unix.Statfs("/run", &fs); err != nil {

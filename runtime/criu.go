@@ -36,7 +36,10 @@ const (
 type CRIUOptions struct {
 	// WorkDir gets CRIU's log. Empty: the directory of the images.
 	WorkDir string
-	TCP     TCPMode
+	// Debug has CRIU log all it does. Otherwise it logs errors and warnings: to write thousands
+	// of lines takes milliseconds, of a freeze too.
+	Debug bool
+	TCP   TCPMode
 	// CanSkipNetworkLock: this CRIU can leave the network unlocked; 4.2 and newer.
 	// An older one refuses the word, and ends.
 	CanSkipNetworkLock bool
@@ -144,9 +147,13 @@ func (c *Container) criuOptions(o CRIUOptions, log string) (*criurpc.CriuOpts, e
 	if err != nil {
 		return nil, err
 	}
+	level := int32(2) // LOG_WARN in CRIU's sources
+	if o.Debug {
+		level = 4 // LOG_DEBUG
+	}
 	opts := &criurpc.CriuOpts{
 		LogFile:           proto.String(log),
-		LogLevel:          proto.Int32(4),
+		LogLevel:          proto.Int32(level),
 		NotifyScripts:     proto.Bool(true),
 		ManageCgroups:     proto.Bool(true),
 		ManageCgroupsMode: c.cgroupsMode().Enum(),

@@ -71,6 +71,7 @@ func (c *container) ownCheckpoint() *checkpointRequest {
 		preDump:     c.options.CheckpointPreDump,
 		criu: runtime.CRIUOptions{
 			WorkDir:    c.criu.work,
+			Debug:      debugging(),
 			TCP:        tcpMode(c.options.TCP),
 			ConfigFile: c.criu.config,
 			// What the other end of such a socket thinks is not our business,

@@ -294,6 +294,9 @@ func tcpMode(m oci.TCPMode) runtime.TCPMode {
 	return runtime.TCPClose
 }
 
+// debugging tells whether containerd logs at its debug level: what CRIU does is then logged, too.
+func debugging() bool { return log.GetLevel() >= log.DebugLevel }
+
 // cold announces a cold start instead of a warm one, or refuses it.
 func (s *service) cold(c *container, why *coldReason) error {
 	if why.required {
@@ -339,6 +342,7 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
 		Parents:             r.parents,
 		WorkDir:             c.criu.work,
+		Debug:               debugging(),
 		TCP:                 r.tcp,
 		Lazy:                lazy,
 		WorkingSet:          order.use,

@@ -197,8 +197,9 @@ func (c *startCall) settle(address string) error {
 	return nil
 }
 
-// shimProcs is how many of its threads run Go at once, as many as in containerd's shim.
-const shimProcs = 4
+// shimProcs is how many of its threads run Go at once: as many as in containerd's shim, but no
+// more than there are CPUs. More would look for work on them that others have.
+var shimProcs = min(4, goruntime.NumCPU())
 
 // become gives this process what shim.RunShim expects: sockets from descriptor 3 on,
 // which are reserved for them, and nothing of containerd's that is open.
