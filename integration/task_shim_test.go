@@ -65,12 +65,17 @@ func (c *ctn) shimClient() task.TTRPCTaskService {
 	if params.Version != 3 || params.Protocol != "ttrpc" {
 		c.Fatalf("bootstrap parameters %s: want version 3 over ttrpc", b)
 	}
-	conn, err := net.Dial("unix", strings.TrimPrefix(params.Address, "unix://"))
+	return dialShim(c.T, params.Address)
+}
+
+func dialShim(t *harness.T, address string) task.TTRPCTaskService {
+	t.Helper()
+	conn, err := net.Dial("unix", strings.TrimPrefix(address, "unix://"))
 	if err != nil {
-		c.Fatal(err)
+		t.Fatal(err)
 	}
 	client := ttrpc.NewClient(conn)
-	c.Cleanup(func() { _ = client.Close() })
+	t.Cleanup(func() { _ = client.Close() })
 	return task.NewTTRPCTaskClient(client)
 }
 

@@ -2,6 +2,7 @@ package pager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -58,6 +59,49 @@ func BenchmarkRestore(b *testing.B) {
 			}
 			b.ReportMetric(0, "ns/op")
 		})
+	}
+}
+
+// BenchmarkFirstAnswer restores a process of 500 MB, which then reads some of its pages before it
+// answers: few, or many, all over its memory; alone, or while it has threads that need all CPUs. In turn with the drain
+// and without, in ms from the start of criu restore, medians: the drain must not make an answer later.
+//
+// go test ./runtime/pager -run - -bench FirstAnswer -benchtime 20x
+func BenchmarkFirstAnswer(b *testing.B) {
+	n := 500 << 20 / int(pageSize)
+	for _, spin := range []int{0, 2 * goruntime.NumCPU()} {
+		setup := []string{fmt.Sprintf("map 1 %d", n), fmt.Sprintf("fill 1 0 %d", n)}
+		name := "alone"
+		if spin > 0 {
+			setup, name = append(setup, fmt.Sprintf("spin %d", spin)), "busy"
+		}
+		w := newWorkload(b, setup...)
+		images := w.dump("dump")
+		for _, every := range []int{1024, 16} {
+			b.Run(fmt.Sprintf("%s/%dpages", name, n/every), func(b *testing.B) {
+				times := make(map[string][]time.Duration)
+				for i := range 2 * b.N {
+					metric, hold := "with-ms", make(chan struct{})
+					if i%2 == 0 {
+						metric = "without-ms"
+					} else {
+						close(hold)
+					}
+					start := time.Now()
+					s := w.restore(images, func(c *Config) { c.hold = hold })
+					w.run(fmt.Sprintf("every 1 %d", every))
+					times[metric] = append(times[metric], time.Since(start))
+					w.kill()
+					s.fail(errors.New("it has answered"))
+					<-s.Done()
+				}
+				for name, d := range times {
+					slices.Sort(d)
+					b.ReportMetric(float64(d[len(d)/2].Microseconds())/1000, name)
+				}
+				b.ReportMetric(0, "ns/op")
+			})
+		}
 	}
 }
 
