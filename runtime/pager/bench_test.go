@@ -66,7 +66,7 @@ func BenchmarkRestore(b *testing.B) {
 // answers: few, or many, all over its memory; alone, or while it has threads that need all CPUs. In turn with the drain
 // and without, in ms from the start of criu restore, medians: the drain must not make an answer later.
 //
-// go test ./runtime/pager -run - -bench FirstAnswer -benchtime 20x
+// CRAC_PAGER_TEST=1 go test ./runtime/pager -run - -bench FirstAnswer -benchtime 20x
 func BenchmarkFirstAnswer(b *testing.B) {
 	n := 500 << 20 / int(pageSize)
 	for _, spin := range []int{0, 2 * goruntime.NumCPU()} {
@@ -88,7 +88,7 @@ func BenchmarkFirstAnswer(b *testing.B) {
 						close(hold)
 					}
 					start := time.Now()
-					s := w.restore(images, func(c *Config) { c.hold = hold })
+					s := w.restore(images, func(c *Config) { c.hold, c.realtime = hold, true })
 					w.run(fmt.Sprintf("every 1 %d", every))
 					times[metric] = append(times[metric], time.Since(start))
 					w.kill()
