@@ -645,16 +645,7 @@ func TestHostWithoutCRIU(tb *testing.T) {
 	t.CtrOK("images", "export", archive, image)
 
 	criu := filepath.Join(dir, "criu")
-	other, err := harness.StartContainerd(context.Background(), harness.Options{Env: []string{"CRAC_CRIU=" + criu}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Registered before the containers' own clean-up, so it runs after that.
-	tb.Cleanup(func() {
-		if err := other.Stop(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
+	other := ownDaemon(tb, harness.Options{Env: []string{"CRAC_CRIU=" + criu}})
 	o := other.For(tb, 2*time.Minute)
 	o.CtrOK("images", "import", archive)
 	asBefore := how{image: image, args: ticker().args}

@@ -135,7 +135,13 @@ func setup(tb testing.TB) *harness.T {
 // setupDebug gives a test a daemon of its own at its debug level, at which CRIU logs all it does.
 func setupDebug(tb testing.TB) *harness.T {
 	tb.Helper()
-	d, err := harness.StartContainerd(context.Background(), harness.Options{Need: []harness.Tool{harness.Shim}, Debug: true})
+	return ownDaemon(tb, harness.Options{Need: []harness.Tool{harness.Shim}, Debug: true}).For(tb, harness.TestLimit)
+}
+
+// ownDaemon starts a containerd for one test, which stops it after what is registered later has been cleaned up.
+func ownDaemon(tb testing.TB, o harness.Options) *harness.Daemon {
+	tb.Helper()
+	d, err := harness.StartContainerd(context.Background(), o)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -144,7 +150,7 @@ func setupDebug(tb testing.TB) *harness.T {
 			tb.Error(err)
 		}
 	})
-	return d.For(tb, harness.TestLimit)
+	return d
 }
 
 // needImage imports an image, which has to be there.

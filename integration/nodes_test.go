@@ -38,15 +38,7 @@ func secondNode(tb testing.TB, first *harness.T) (node *harness.T, address strin
 		}
 	})
 	// Not `ip netns exec`: it mounts another /sys, without cgroups.
-	d, err := harness.StartContainerd(context.Background(), harness.Options{Wrap: []string{"nsenter", "--net=" + netns}})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		if err := d.Stop(context.Background()); err != nil {
-			tb.Error(err)
-		}
-	})
+	d := ownDaemon(tb, harness.Options{Wrap: []string{"nsenter", "--net=" + netns}})
 	node = d.For(tb, harness.TestLimit)
 	if here, there := netnsOf(tb, os.Getpid()), netnsOf(tb, d.PID()); here == there {
 		tb.Fatalf("the second node is in the network namespace of the first, %s", here)

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"context"
 	"fmt"
 	"io/fs"
 	"os"
@@ -124,15 +123,7 @@ func TestFullDisk(tb *testing.T) {
 			_ = unix.Unmount(dir, unix.MNT_DETACH)
 		}
 	})
-	d, err := harness.StartContainerd(context.Background(), harness.Options{Base: dir})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		if err := d.Stop(context.Background()); err != nil {
-			tb.Error(err)
-		}
-	})
+	d := ownDaemon(tb, harness.Options{Base: dir})
 	t := d.For(tb, harness.TestLimit)
 	b := start(t, ticker())
 	b.waitTicks(3)

@@ -263,16 +263,8 @@ func TestRuntimeInfo(tb *testing.T) {
 // itself runs in a container may lack. The container starts all the same, with a warning.
 func TestOOMScoreWithoutCapability(tb *testing.T) {
 	onlyCrac(tb)
-	d, err := harness.StartContainerd(context.Background(), harness.Options{
+	d := ownDaemon(tb, harness.Options{
 		Need: []harness.Tool{harness.Shim}, Wrap: []string{"setpriv", "--bounding-set", "-sys_resource"},
-	})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		if err := d.Stop(context.Background()); err != nil {
-			tb.Error(err)
-		}
 	})
 	t := d.For(tb, harness.TestLimit)
 	out := outputOf(t, sh("cat /proc/self/oom_score_adj", withSpec(func(s *oci.Spec) {

@@ -69,15 +69,7 @@ func (c *container) ownCheckpoint() *checkpointRequest {
 		compression: c.options.CheckpointCompression,
 		encryptTo:   c.options.CheckpointEncryptTo,
 		preDump:     c.options.CheckpointPreDump,
-		criu: runtime.CRIUOptions{
-			WorkDir:    c.criu.work,
-			Debug:      debugging(),
-			TCP:        tcpMode(c.options.TCP),
-			ConfigFile: c.criu.config,
-			// What the other end of such a socket thinks is not our business,
-			// and a log socket must not stand in the way of a checkpoint.
-			ExternalUnixSockets: true,
-		},
+		criu:        c.criuOptions(tcpMode(c.options.TCP)),
 	}
 }
 

@@ -294,8 +294,18 @@ func tcpMode(m oci.TCPMode) runtime.TCPMode {
 	return runtime.TCPClose
 }
 
-// debugging tells whether containerd logs at its debug level: what CRIU does is then logged, too.
-func debugging() bool { return log.GetLevel() >= log.DebugLevel }
+// criuOptions are what the container's dumps and restores have in common.
+func (c *container) criuOptions(tcp runtime.TCPMode) runtime.CRIUOptions {
+	return runtime.CRIUOptions{
+		WorkDir:    c.criu.work,
+		Debug:      log.GetLevel() >= log.DebugLevel, // as containerd logs
+		TCP:        tcp,
+		ConfigFile: c.criu.config,
+		// What the other end of such a socket thinks is not our business,
+		// and a log socket must not stand in the way of a checkpoint.
+		ExternalUnixSockets: true,
+	}
+}
 
 // cold announces a cold start instead of a warm one, or refuses it.
 func (s *service) cold(c *container, why *coldReason) error {
@@ -339,19 +349,11 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 			order.done()
 		}
 	}()
-	proc, err := c.rt.Restore(r.dir, runtime.CRIUOptions{
-		Parents:             r.parents,
-		WorkDir:             c.criu.work,
-		Debug:               debugging(),
-		TCP:                 r.tcp,
-		Lazy:                lazy,
-		WorkingSet:          order.use,
-		Record:              order.record,
-		Warn:                func(err error) { log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("restore") },
-		ExternalUnixSockets: true,
-		ConfigFile:          c.criu.config,
-		Images:              own,
-	}, r.mounts, io.child)
+	o := c.criuOptions(r.tcp)
+	o.Parents, o.Images = r.parents, own
+	o.Lazy, o.WorkingSet, o.Record = lazy, order.use, order.record
+	o.Warn = func(err error) { log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("restore") }
+	proc, err := c.rt.Restore(r.dir, o, r.mounts, io.child)
 	whole()
 	restore()
 	if proc != nil {

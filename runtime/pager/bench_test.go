@@ -53,11 +53,7 @@ func BenchmarkRestore(b *testing.B) {
 				small.kill()
 			}
 			b.StopTimer()
-			for name, d := range times {
-				slices.Sort(d)
-				b.ReportMetric(float64(d[len(d)/2].Microseconds())/1000, name+"-ms")
-			}
-			b.ReportMetric(0, "ns/op")
+			reportMedians(b, times)
 		})
 	}
 }
@@ -81,9 +77,9 @@ func BenchmarkFirstAnswer(b *testing.B) {
 			b.Run(fmt.Sprintf("%s/%dpages", name, n/every), func(b *testing.B) {
 				times := make(map[string][]time.Duration)
 				for i := range 2 * b.N {
-					metric, hold := "with-ms", make(chan struct{})
+					metric, hold := "with", make(chan struct{})
 					if i%2 == 0 {
-						metric = "without-ms"
+						metric = "without"
 					} else {
 						close(hold)
 					}
@@ -95,14 +91,19 @@ func BenchmarkFirstAnswer(b *testing.B) {
 					s.fail(errors.New("it has answered"))
 					<-s.Done()
 				}
-				for name, d := range times {
-					slices.Sort(d)
-					b.ReportMetric(float64(d[len(d)/2].Microseconds())/1000, name)
-				}
-				b.ReportMetric(0, "ns/op")
+				reportMedians(b, times)
 			})
 		}
 	}
+}
+
+// reportMedians reports them as NAME-ms.
+func reportMedians(b *testing.B, times map[string][]time.Duration) {
+	for name, d := range times {
+		slices.Sort(d)
+		b.ReportMetric(float64(d[len(d)/2].Microseconds())/1000, name+"-ms")
+	}
+	b.ReportMetric(0, "ns/op")
 }
 
 func timed(f func()) time.Duration {
