@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"sync"
 	"time"
 
@@ -33,7 +34,7 @@ func watch(ctx context.Context, store content.Store, ref string, out io.Writer, 
 			// A failed poll is no reason to disturb a checkpoint. The layer's
 			// ingest is gone again while the image gets its name.
 			var written int64
-			if list, err := store.ListStatuses(ctx, "ref=="+quote(ref)); err == nil && len(list) > 0 {
+			if list, err := store.ListStatuses(ctx, "ref~="+quote("^"+regexp.QuoteMeta(ref)+"(@|$)")); err == nil && len(list) > 0 {
 				phase, written = packing, list[0].Offset
 			}
 			if phase == dumping || written > 0 {

@@ -50,8 +50,8 @@ const LabelFrozen = oci.ImagePrefix + "frozen"
 const LabelPreDumped = oci.ImagePrefix + "pre-dumped"
 
 // IngestRef is the name under which the checkpoint layer of a container is
-// written to the content store. It is also the lock: two builds of one
-// container cannot run at the same time.
+// written to the content store, or, when containerd has that locked, what the
+// name begins with up to an "@".
 func IngestRef(container string) string { return "crac-checkpoint-" + container }
 
 // leaseTime bounds how long content of a build is held whose builder died.

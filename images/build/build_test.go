@@ -114,14 +114,14 @@ func (c comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts 
 			return ocispec.Descriptor{}, err
 		}
 	}
-	if config.MediaType != ocispec.MediaTypeImageLayerGzip || len(lower) != 1 || len(upper) != 1 {
+	if config.MediaType != ocispec.MediaTypeImageLayerGzip || config.Reference != "" || len(lower) != 1 || len(upper) != 1 {
 		return ocispec.Descriptor{}, fmt.Errorf("unexpected request: %v %v %v", config, lower, upper)
 	}
 	comp, err := newCompression("gzip", nil)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	l, err := writeLayer(ctx, c.Store, config.Reference, comp, func(w io.Writer) error {
+	l, err := writeLayer(ctx, c.Store, "differ", comp, func(w io.Writer) error {
 		return archive.WriteDiff(ctx, w, lower[0].Source, upper[0].Source)
 	})
 	return l.desc, err
@@ -873,7 +873,7 @@ func TestBuildCancelled(t *testing.T) {
 	}
 }
 
-func TestBuildOneAtATime(t *testing.T) {
+func TestBuildTwoAtATime(t *testing.T) {
 	w := newWorld(t)
 	w.image("base:1", "overlayfs", "one")
 	w.container("c", "base:1", "overlayfs")
@@ -884,15 +884,15 @@ func TestBuildOneAtATime(t *testing.T) {
 			return
 		}
 		tried = true
-		if _, _, err := w.build(r); !errdefs.IsUnavailable(err) {
-			t.Errorf("a second build at the same time: %v", err)
-		}
+		_, _, err := w.build(w.request("c", "warm:2"))
+		w.must(err)
 	})
 	w.must(err)
 	if !tried {
 		t.Error("no progress was told")
 	}
 	w.check("warm:1")
+	w.check("warm:2")
 	w.clean()
 }
 
@@ -910,6 +910,32 @@ func TestBuildAfterKill(t *testing.T) {
 	w.must(err)
 	w.check("warm:1")
 	w.clean()
+}
+
+// containerd locks a name for good when it could not record the ingest.
+func TestBuildBesideLocked(t *testing.T) {
+	for _, snapshotter := range []string{"overlayfs", "native"} {
+		t.Run(snapshotter, func(t *testing.T) {
+			w := newWorld(t)
+			w.image("base:1", snapshotter, "one")
+			dir := w.container("c", "base:1", snapshotter)
+			w.must(os.WriteFile(filepath.Join(dir, "changed"), []byte("two"), 0o644))
+			defer w.clean()
+			for _, ref := range []string{IngestRef("c"), "crac-changes-c"} {
+				cw, err := w.content.Writer(w.ctx, content.WithRef(ref))
+				w.must(err)
+				defer func() {
+					w.must(cw.Close())
+					w.must(w.content.Abort(w.ctx, ref))
+				}()
+			}
+			r := w.request("c", "warm:1")
+			r.Compression = oci.CompressionGzip // comparer knows no other
+			_, _, err := w.build(r)
+			w.must(err)
+			w.check("warm:1")
+		})
+	}
 }
 
 func TestUpper(t *testing.T) {

@@ -193,8 +193,8 @@ func compare(ctx context.Context, s services, sn snapshots.Snapshotter, c contai
 			err = errors.Join(err, fmt.Errorf("remove the view of the parent: %w", rerr))
 		}
 	}()
-	desc, err := s.diff.Compare(ctx, withoutCheckpoint(lower), withoutCheckpoint(upper),
-		diff.WithMediaType(comp.mediaType), diff.WithReference("crac-changes-"+c.ID))
+	// The differ names its ingest itself, and removes what it could not finish only then.
+	desc, err := s.diff.Compare(ctx, withoutCheckpoint(lower), withoutCheckpoint(upper), diff.WithMediaType(comp.mediaType))
 	if err != nil {
 		return newLayer{}, err
 	}

@@ -93,11 +93,8 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 // storeLayer stores a layer that write writes, compressed, and tells the diff ID of:
 // encrypted, if it is to be.
 func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (_ newLayer, err error) {
-	cw, err := cs.Writer(ctx, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: comp.storedType()}))
+	cw, ref, err := layerWriter(ctx, cs, ref, comp.storedType())
 	if err != nil {
-		if errdefs.IsUnavailable(err) {
-			return newLayer{}, fmt.Errorf("another build of the same container is running; wait for it: %w", err)
-		}
 		return newLayer{}, err
 	}
 	defer func() {
@@ -145,6 +142,19 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 	}
 	l.desc = ocispec.Descriptor{MediaType: mediaType, Digest: dgst, Size: info.Size, Annotations: annotations}
 	return l, nil
+}
+
+// layerWriter opens the ingest named ref for one layer, or one whose name begins so when
+// that is locked, and tells which. containerd 2.4.2 locks a name until it restarts when it
+// could not record the ingest, as on a full disk (core/metadata/content.go, Writer).
+func layerWriter(ctx context.Context, cs content.Store, ref, mediaType string) (content.Writer, string, error) {
+	desc := content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType})
+	cw, err := cs.Writer(ctx, content.WithRef(ref), desc)
+	if errdefs.IsUnavailable(err) {
+		ref = fmt.Sprintf("%s@%d", ref, time.Now().UnixNano())
+		cw, err = cs.Writer(ctx, content.WithRef(ref), desc)
+	}
+	return cw, ref, err
 }
 
 // ctxWriter makes a long copy stop when its context ends.
