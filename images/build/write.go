@@ -115,7 +115,9 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 		return newLayer{}, err
 	}
 
-	out, end, err := comp.seal(cw)
+	ahead := newAheadWriter(cw)
+	defer ahead.close()
+	out, end, err := comp.seal(ahead)
 	if err != nil {
 		return newLayer{}, err
 	}
@@ -123,6 +125,9 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 	l.diffID, err = write(out)
 	mediaType, annotations, serr := end()
 	if err = cmp.Or(err, serr); err != nil {
+		return newLayer{}, err
+	}
+	if err := ahead.close(); err != nil {
 		return newLayer{}, err
 	}
 	dgst := cw.Digest()
