@@ -6,10 +6,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
@@ -101,7 +101,7 @@ func newBox(t *harness.T, id string) *box {
 // remove deletes the container with its task and snapshot, unless the test did it.
 func (b *box) remove() {
 	b.Helper()
-	ctx, cancel := context.WithTimeout(b.Daemon.Context(context.Background()), time.Minute)
+	ctx, cancel := context.WithTimeout(b.Daemon.Context(context.Background()), 2*harness.WaitLimit)
 	defer cancel()
 	if b.Failed() {
 		b.Logf("the output of %s ends with:\n%s", b.id, tailOf(b.log(), 500))
@@ -154,7 +154,7 @@ func (b *box) exec(args ...string) string {
 }
 
 func (b *box) tryExec(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(b.Ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(b.Ctx, harness.WaitLimit)
 	defer cancel()
 	return b.Ctr(ctx, append([]string{"tasks", "exec", "--exec-id", newID(b), b.id}, args...)...)
 }
@@ -256,51 +256,53 @@ func (b *box) inOrder() {
 	}
 }
 
-// sameCgroups runs f, which makes and removes containers, and checks that no cgroup stays. f gets
-// a check of its own for the time when they run: every cgroup that is new then must be one of
-// the given containers'.
+// sameCgroups runs f, which makes containers, and checks that no cgroup is left when they are
+// removed, which they are when the test ends. f gets a check of its own for the time when they run:
+// every cgroup that is new then must be one of the given containers'.
 func sameCgroups(t *harness.T, f func(onlyOf func(...*box))) {
 	t.Helper()
-	// The parent of all containers of the namespace appears with the first of them, and stays.
-	parents := map[string]bool{}
-	count := func() map[string]bool {
-		all, err := harness.Cgroups(func(p string) bool {
-			return !strings.Contains(p, "crac-e2e-") || strings.Contains(p, t.Namespace)
+	before := map[string]bool{}
+	for _, p := range cgroups(t) {
+		before[p] = true
+	}
+	// added are the new cgroups that are none of these containers'.
+	added := func(boxes ...*box) []string {
+		return slices.DeleteFunc(cgroups(t), func(p string) bool {
+			return before[p] || slices.ContainsFunc(boxes, func(b *box) bool {
+				// A tree that CRIU has nested once more repeats the containers' names in one path.
+				return strings.Count(p, t.Namespace) == 1 && strings.Count(p, b.id) == 1
+			})
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		set := map[string]bool{}
-		for _, p := range all {
-			if filepath.Base(p) != t.Namespace {
-				set[p] = true
-			}
-		}
-		return set
 	}
-	before := count()
-	check := func(boxes ...*box) {
+	// Registered first, so it runs after the containers' own clean-up.
+	t.Cleanup(func() {
+		for _, p := range waitEmpty(func() []string { return added() }) {
+			t.Errorf("cgroup %s is left", p)
+		}
+	})
+	f(func(boxes ...*box) {
 		t.Helper()
-		for p := range count() {
-			known := before[p] || parents[p]
-			for _, b := range boxes {
-				known = known || strings.Contains(p, b.id)
-			}
-			// Other programs of this machine may make cgroups meanwhile; ours carry our name.
-			if !known && strings.Contains(p, t.Namespace) {
-				t.Errorf("new cgroup %s", p)
-			}
+		for _, p := range waitEmpty(func() []string { return added(boxes...) }) {
+			t.Errorf("new cgroup %s", p)
 		}
-		// A tree that CRIU has nested once more repeats the containers' names in one path.
-		for _, b := range boxes {
-			for p := range count() {
-				if strings.Count(p, b.id) > 1 || strings.Count(p, t.Namespace) > 1 {
-					t.Errorf("nested cgroup %s", p)
-				}
-			}
+	})
+}
+
+// cgroups are those of this machine that may be ours: other daemons' are left out, and where other
+// programs run all that do not have our name. The parent of all containers of the namespace, which
+// appears with the first of them and stays, is nobody's.
+func cgroups(t *harness.T) []string {
+	t.Helper()
+	all, err := harness.Cgroups(func(p string) bool {
+		if strings.Contains(p, t.Namespace) {
+			return filepath.Base(p) != t.Namespace || strings.Count(p, t.Namespace) > 1
 		}
+		return quietHost() && !strings.Contains(p, "crac-e2e-")
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	f(check)
+	return all
 }
 
 // containerdLeak removes a directory that containerd makes when a task is created from a

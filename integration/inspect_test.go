@@ -82,7 +82,7 @@ func TestCracctlImages(tb *testing.T) {
 	})
 	hears := func(what string) {
 		t.Helper()
-		for timeout := time.After(20 * time.Second); ; {
+		for timeout := time.After(harness.WaitLimit); ; {
 			select {
 			case line := <-told:
 				if strings.Contains(line, what) {

@@ -353,7 +353,7 @@ func checkHolder(pid int) (answer string, err error) {
 			return err
 		}
 		defer conn.Close()
-		if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		if err := conn.SetDeadline(time.Now().Add(2 * harness.WaitLimit)); err != nil {
 			return err
 		}
 		if _, err := fmt.Fprintln(conn, "check"); err != nil {
@@ -375,15 +375,7 @@ func TestLazyMemoryInUserNamespace(tb *testing.T) {
 	onlyCrac(tb)
 	t := setup(tb)
 	const sysctl = "/proc/sys/vm/unprivileged_userfaultfd"
-	was, err := os.ReadFile(sysctl)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(sysctl, was, 0o644); err != nil { //nolint:gosec // it exists
-			t.Error(err)
-		}
-	})
+	changesHost(t, sysctl)
 	image := ref(t)
 	b := held(t, "", 16, append([]string{option("checkpoint.image", image)}, ownMaps...)...)
 	want := b.askHolder("check")

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -50,7 +49,7 @@ func newPodman(t *harness.T) *podman {
 // clean removes containers, and the mounts of the storage.
 func (p *podman) clean() {
 	p.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*harness.WaitLimit)
 	defer cancel()
 	if err := p.home.Remove(ctx); err != nil {
 		p.Error(err)

@@ -1,7 +1,10 @@
 package integration
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -9,15 +12,29 @@ import (
 	"github.com/crac-shim/crac/integration/harness"
 )
 
-// freePort returns a TCP port that nobody listens on.
+// freePort returns a TCP port that nobody listens on, and that the kernel gives nobody who asks for
+// any: those come from another range.
 func freePort(tb testing.TB) string {
 	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
 	if err != nil {
 		tb.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+	var first, last int
+	if _, err := fmt.Sscan(string(text), &first, &last); err != nil {
+		tb.Fatal(err)
+	}
+	const lowest = 10000 // above what programs are known by
+	for range 100 {
+		port := strconv.Itoa(lowest + rand.IntN(max(first-lowest, 1000)))
+		l, err := net.Listen("tcp", "127.0.0.1:"+port)
+		if err == nil {
+			_ = l.Close()
+			return port
+		}
+	}
+	tb.Fatal("no free port was found")
+	return ""
 }
 
 // TestNerdctl goes through what people do with a container. nerdctl makes the network by a

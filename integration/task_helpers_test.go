@@ -40,6 +40,7 @@ func (o *output) String() string {
 // config is a container to be made. The zero value is a busybox shell.
 type config struct {
 	id             string
+	image          string // of integration/apps; default busybox
 	args           []string
 	spec           []oci.SpecOpts
 	container      []containerd.NewContainerOpts // replace the snapshot when not empty
@@ -71,7 +72,10 @@ func sh(script string, spec ...oci.SpecOpts) config {
 // task when the test ends, and the test fails if anything of it is left then.
 func newContainer(t *harness.T, c config) *ctn {
 	t.Helper()
-	img, err := t.ImportImage(t.Ctx, "busybox")
+	if c.image == "" {
+		c.image = "busybox"
+	}
+	img, err := t.ImportImage(t.Ctx, c.image)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -327,9 +331,9 @@ func runLogger() {
 	})
 }
 
-// waitEmpty calls list until it returns nothing, for some seconds, and returns the rest.
+// waitEmpty calls list until it returns nothing, for as long as one thing may take, and returns the rest.
 func waitEmpty(list func() []string) []string {
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(harness.WaitLimit); ; time.Sleep(10 * time.Millisecond) {
 		if left := list(); len(left) == 0 || time.Now().After(deadline) {
 			return left
 		}

@@ -158,7 +158,7 @@ func tooLarge(t *harness.T, script string) (n *ctn, killed func()) {
 		case <-ch:
 		case err := <-errs:
 			t.Fatal(err)
-		case <-time.After(20 * time.Second):
+		case <-time.After(harness.WaitLimit):
 			t.Error("no OOM event")
 		}
 	}
@@ -318,7 +318,7 @@ func TestSystemdCgroupOfAClone(tb *testing.T) {
 func needSystemd(t *harness.T) {
 	t.Helper()
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		t.Skip("systemd does not run on this host; `make test-vm` runs this test in a guest where it does")
+		hostLacks(t, "systemd does not run on this host")
 	}
 }
 

@@ -275,10 +275,10 @@ func TestAppArmor(tb *testing.T) {
 func apparmorProfile(t *harness.T) string {
 	t.Helper()
 	if b, err := os.ReadFile("/sys/module/apparmor/parameters/enabled"); err != nil || strings.TrimSpace(string(b)) != "Y" {
-		t.Skip("this host's kernel does not have AppArmor enabled; `make test-vm` runs this test in a guest that has")
+		hostLacks(t, "this host's kernel does not have AppArmor enabled")
 	}
 	if _, err := exec.LookPath("apparmor_parser"); err != nil {
-		t.Skipf("AppArmor is there, but not its parser: %v", err)
+		hostLacks(t, "AppArmor is there, but not its parser: %v", err)
 	}
 	profile := "crac-e2e-" + newID(t)
 	if err := apparmor.LoadDefaultProfile(profile); err != nil {

@@ -141,6 +141,7 @@ func TestKerndat(tb *testing.T) {
 	onlyCrac(tb)
 	t := setupDebug(tb)
 	const path = "/run/criu.kdat"
+	changesHost(t, path)
 	var fs unix.Statfs_t
 	if err := unix.Statfs("/run", &fs); err != nil {
 		t.Fatal(err)

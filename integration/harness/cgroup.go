@@ -9,7 +9,6 @@ import (
 	"sort"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/moby/sys/mountinfo"
 )
@@ -68,22 +67,13 @@ func Cgroups(keep func(path string) bool) ([]string, error) {
 	return found, nil
 }
 
-// CgroupCount returns how many cgroups the host has, those of other harnesses left out. A dump
-// or a restore that nests the machine's tree into itself shows here.
-func (d *Daemon) CgroupCount() (int, error) {
-	all, err := Cgroups(func(p string) bool {
-		return !strings.Contains(p, namespacePrefix) || strings.Contains(p, d.Namespace)
-	})
-	return len(all), err
-}
-
 // cgroupsOf returns the cgroups whose path has this name in it.
 func cgroupsOf(name string) ([]string, error) {
 	return Cgroups(func(p string) bool { return strings.Contains(p, name) })
 }
 
 func removeCgroups(name string) error {
-	_, err := waitGone(5*time.Second, func() ([]string, error) {
+	_, err := waitGone(WaitLimit, func() ([]string, error) {
 		all, err := cgroupsOf(name)
 		for i := len(all) - 1; i >= 0; i-- { // children sort after their parents
 			_ = os.Remove(all[i])

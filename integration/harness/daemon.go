@@ -61,9 +61,11 @@ type Daemon struct {
 	registries []*RegistryServer
 	network    *Network
 	netns      map[string]struct{}
-	forward    string // net.ipv4.ip_forward as it was
 	stopping   sync.Mutex
 	hostDirs   []string // of clients, not there when the daemon was started
+
+	hostFilesMu sync.Mutex
+	hostFiles   []hostFile
 }
 
 // StartContainerd starts a private containerd. The caller must call Stop, also after a failure of
@@ -302,7 +304,7 @@ func (d *Daemon) RestartAfter(ctx context.Context, crash bool, between func() er
 	if crash {
 		err = d.proc.kill()
 	} else {
-		err = d.proc.stop(20 * time.Second)
+		err = d.proc.stop(WaitLimit)
 	}
 	if err == nil && between != nil {
 		err = between()
@@ -335,13 +337,13 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	if d.Dir == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 4*WaitLimit)
 	defer cancel()
 	var errs []error
 	if d.proc != nil {
 		errs = append(errs, d.deleteContainers(ctx))
 		// A shim ends by itself, a moment after its last task.
-		shims, _ := waitGone(5*time.Second, func() ([]string, error) { return describe(d.shims()), nil })
+		shims, _ := waitGone(WaitLimit, func() ([]string, error) { return describe(d.shims()), nil })
 		for _, s := range shims {
 			errs = append(errs, fmt.Errorf("a shim is left after all containers were deleted: %s", s))
 		}
@@ -359,13 +361,13 @@ func (d *Daemon) Stop(ctx context.Context) error {
 		_ = d.Client.Close()
 	}
 	if d.proc != nil {
-		errs = append(errs, d.proc.stop(20*time.Second))
+		errs = append(errs, d.proc.stop(WaitLimit))
 	}
 	if d.view != nil {
 		d.view.close()
 	}
 	// What has ended without a parent is its init's to reap, and some take seconds.
-	left, _ := waitGone(10*time.Second, func() ([]string, error) { return d.leftovers(), nil })
+	left, _ := waitGone(WaitLimit/3, func() ([]string, error) { return d.leftovers(), nil })
 	for _, l := range left {
 		errs = append(errs, errors.New("left behind: "+l))
 	}
@@ -380,7 +382,7 @@ func (d *Daemon) Stop(ctx context.Context) error {
 // deleteContainers kills and deletes what is there. That something is there is no error: a
 // program that was interrupted stops the same way as one that ended well.
 func (d *Daemon) deleteContainers(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*WaitLimit)
 	defer cancel()
 	select {
 	case <-d.proc.done:
@@ -430,7 +432,7 @@ func (d *Daemon) deleteContainer(ctx context.Context, c containerd.Container) er
 func (d *Daemon) purge() error {
 	var errs []error
 	// A killed shim's children become someone else's, and a container's may still be forking.
-	_, err := waitGone(10*time.Second, func() ([]string, error) {
+	_, err := waitGone(WaitLimit/3, func() ([]string, error) {
 		procs := d.processes()
 		for _, p := range procs {
 			_ = syscall.Kill(p.PID, syscall.SIGKILL)
@@ -449,9 +451,7 @@ func (d *Daemon) purge() error {
 	for _, p := range d.hostDirs {
 		_ = os.Remove(p) // when it is empty: another daemon may use it meanwhile
 	}
-	if d.forward != "" {
-		errs = append(errs, os.WriteFile(ipForward, []byte(d.forward), 0o600))
-	}
+	errs = append(errs, d.restoreHostFiles(func(hostFile) bool { return true }))
 	return errors.Join(errs...)
 }
 

@@ -169,3 +169,37 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("new: %v", got)
 	}
 }
+
+// TestKeepHostFile: what was there is there again, with its mode and its time, and what was not is not.
+func TestKeepHostFile(t *testing.T) {
+	dir := t.TempDir()
+	old, none := filepath.Join(dir, "old"), filepath.Join(dir, "none")
+	then := time.Unix(1700000000, 0)
+	if err := errors.Join(os.WriteFile(old, []byte("old"), 0o640), os.Chtimes(old, then, then)); err != nil {
+		t.Fatal(err)
+	}
+	d := &Daemon{}
+	if err := errors.Join(d.KeepHostFile(old), d.KeepHostFile(none), d.KeepHostFile(filepath.Join(dir, "no", "such"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(old), os.WriteFile(old, []byte("new"), 0o600), os.WriteFile(none, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.RestoreHostFile(old); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(old)
+	st, serr := os.Stat(old)
+	if err := errors.Join(err, serr); err != nil || string(data) != "old" || st.Mode().Perm() != 0o640 || !st.ModTime().Equal(then) {
+		t.Errorf("%q, %v, %v", data, st, err)
+	}
+	if _, err := os.Stat(none); err != nil {
+		t.Errorf("the other one is gone, too: %v", err)
+	}
+	if err := d.restoreHostFiles(func(hostFile) bool { return true }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(none); err == nil {
+		t.Error("a file that was not there is")
+	}
+}

@@ -9,7 +9,6 @@ import (
 	"sort"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -195,7 +194,7 @@ func (d *Daemon) leftovers() []string {
 // /run, the bundle, its shim, its processes. It waits a moment for what ends by itself. The
 // container's id should be one that no other program would use.
 func (d *Daemon) Leftovers(id string) []string {
-	left, _ := waitGone(5*time.Second, func() ([]string, error) {
+	left, _ := waitGone(WaitLimit, func() ([]string, error) {
 		left := d.find(id, func(p Process) bool { return strings.Contains(p.Cmdline+" ", id+" ") })
 		for _, m := range must(Mounts(id)) {
 			left = append(left, "mount "+m)

@@ -15,10 +15,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-const (
-	bridgePrefix = "crac"
-	ipForward    = "/proc/sys/net/ipv4/ip_forward"
-)
+const bridgePrefix = "crac"
 
 // Network is the daemon's private bridge network: the only one in its CNI configuration, so it
 // is the one that `ctr run --cni` uses, and nerdctl's default network.
@@ -50,8 +47,7 @@ func (d *Daemon) Network() (*Network, error) {
 		return nil, err
 	}
 	// The bridge plugin turns forwarding on and leaves it on.
-	forward, err := os.ReadFile(ipForward)
-	if err != nil {
+	if err := d.KeepHostFile("/proc/sys/net/ipv4/ip_forward"); err != nil {
 		return nil, err
 	}
 	// The names and labels are what nerdctl expects of its default network. No masquerading: the
@@ -89,7 +85,7 @@ func (d *Daemon) Network() (*Network, error) {
 		return nil, err
 	}
 	n.cni = libcni.NewCNIConfigWithCacheDir([]string{d.Tools.CNI}, d.path("cni/lib"), nil)
-	d.network, d.forward = n, string(forward)
+	d.network = n
 	return n, nil
 }
 

@@ -79,7 +79,7 @@ http: {addr: %q}
 		if r.proc, err = startProcess(cmd, d.path(name+".log")); err != nil {
 			return nil, err
 		}
-		wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+		wait, cancel := context.WithTimeout(ctx, WaitLimit)
 		err = r.proc.waitFor(wait, func(ctx context.Context) error {
 			resp, err := get(ctx, "http://"+r.Host+"/v2/")
 			if err != nil {
