@@ -65,6 +65,49 @@ func TestSignals(tb *testing.T) {
 	}
 }
 
+// TestSignalAll: with All every process gets the signal, without it the container's own alone. (runc
+// since 1.2 ignores All, but for a SIGKILL without a pid namespace.)
+func TestSignalAll(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	for name, spec := range map[string][]oci.SpecOpts{"own pid namespace": nil, "the host's": {oci.WithHostNamespace(specs.PIDNamespace)}} {
+		n := newContainer(t, sh(`trap 'echo init' USR1
+			(trap 'echo child' USR1; trap 'echo told' USR2; sh -c 'echo pid $PPID'; while :; do sleep 0.02; done) &
+			while :; do wait; done`, spec...)).start()
+		var child int
+		t.Eventually("the child's trap", func() bool {
+			_, err := fmt.Sscanf(n.out.String(), "pid %d\n", &child)
+			return err == nil
+		})
+		said := strings.TrimSpace(n.out.String()) + "\n"
+		// next expects these words, in any order, and no others. The child has then heeded all that came
+		// before: a trap of SIGUSR1 runs before one of SIGUSR2.
+		next := func(words ...string) {
+			t.Helper()
+			t.Eventually("init's trap", func() bool { return strings.Contains(n.out.String()[len(said):], "init\n") })
+			if r := n.exec(fmt.Sprintf("kill -USR2 %d", child)); r.code != 0 {
+				t.Fatalf("%s: %+v", name, r)
+			}
+			t.Eventually("the child's word", func() bool { return strings.Contains(n.out.String()[len(said):], "told\n") })
+			got := strings.Fields(n.out.String()[len(said):])
+			slices.Sort(got)
+			if words = append(words, "told"); !slices.Equal(got, words) {
+				t.Errorf("%s: the processes say %q, want %q", name, got, words)
+			}
+			said = n.out.String()
+		}
+		n.kill(syscall.SIGUSR1)
+		next("init")
+		n.kill(syscall.SIGUSR1, containerd.WithKillAll)
+		next("child", "init")
+		n.kill(syscall.SIGKILL, containerd.WithKillAll)
+		if code := n.wait(); code != 137 {
+			t.Errorf("%s: code %d, want 137", name, code)
+		}
+		n.deleteTask()
+	}
+}
+
 func TestSignalOfExec(tb *testing.T) {
 	t := setup(tb)
 	n := newContainer(t, sh("sleep 1000")).start()
@@ -420,19 +463,19 @@ func TestPauseResume(tb *testing.T) {
 	if s := n.status(); s != containerd.Paused {
 		t.Errorf("state %s after Pause", s)
 	}
-	time.Sleep(50 * time.Millisecond) // what was on its way arrives
-	before := n.out.String()
-	time.Sleep(200 * time.Millisecond)
-	if after := n.out.String(); after != before {
-		t.Errorf("a paused container wrote %d bytes", len(after)-len(before))
-	}
+	// What was on its way arrives: until nothing has come for twenty times as long as it writes a line in.
+	before := ""
+	t.Eventually("the output stands still", func() bool {
+		before = n.out.String()
+		time.Sleep(200 * time.Millisecond)
+		return n.out.String() == before
+	})
 	if err := n.task.Resume(t.Ctx); err != nil {
 		t.Fatal(err)
 	}
 	if s := n.status(); s != containerd.Running {
 		t.Errorf("state %s after Resume", s)
 	}
-	before = n.out.String()
 	t.Eventually("output after Resume", func() bool { return n.out.String() != before })
 }
 
@@ -537,7 +580,7 @@ func TestEvents(tb *testing.T) {
 			}
 		case err := <-errs:
 			t.Fatal(err)
-		case <-time.After(10 * time.Second):
+		case <-time.After(harness.WaitLimit):
 			t.Fatalf("events so far:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}

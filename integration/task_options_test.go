@@ -129,11 +129,21 @@ func TestOptionShimCgroup(tb *testing.T) {
 	}
 }
 
+// TestOptionNoPivotRoot: without pivot_root the host's files stay in the container's mount namespace,
+// below its own root, and are what is found there once that is taken off.
 func TestOptionNoPivotRoot(tb *testing.T) {
 	t := setup(tb)
-	out := outputOf(t, withOptions(&options.Options{NoPivotRoot: true}, sh("test -x /bin/busybox && ls /proc/1/exe && echo in")))
-	if !strings.HasSuffix(out, "in\n") {
-		t.Errorf("without pivot_root: %q", out)
+	for _, none := range []bool{false, true} {
+		n := newContainer(t, withOptions(&options.Options{NoPivotRoot: none}, sh("sleep 1000", oci.WithAddedCapabilities([]string{"CAP_SYS_ADMIN"})))).start()
+		if r := n.exec("echo in && umount -l /"); r != (result{0, "in\n", ""}) {
+			t.Errorf("NoPivotRoot=%v: %+v", none, r)
+		}
+		host := filepath.Join(t.Dir, "containerd.toml")
+		_, err := harness.Run(t.Ctx, t.Command(t.Ctx, "nsenter", fmt.Sprintf("--mount=/proc/%d/ns/mnt", n.task.Pid()), "/bin/sh", "-c", "test -e "+host))
+		if below := err == nil; below != none {
+			t.Errorf("NoPivotRoot=%v: the host's files are below the container's: %v (%v)", none, below, err)
+		}
+		n.remove()
 	}
 }
 
@@ -152,16 +162,41 @@ func TestOptionNoNewKeyring(tb *testing.T) {
 	}
 }
 
+// TestOptionCriuPaths: CRIU's logs go where the client says, and the dump comes from there.
 func TestOptionCriuPaths(tb *testing.T) {
 	t := setup(tb)
+	onlyCrac(t)
 	dir, err := t.Path(newID(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A work path says where CRIU may put its logs; without a checkpoint it changes nothing.
-	if out := outputOf(t, withOptions(&options.Options{CriuWorkPath: dir}, sh("echo cold"))); out != "cold\n" {
-		t.Errorf("with CriuWorkPath: %q", out)
+	dump, work, again := filepath.Join(dir, "dump"), filepath.Join(dir, "work"), filepath.Join(dir, "again")
+	logged := func(file string) {
+		t.Helper()
+		if _, err := os.Stat(file); err != nil {
+			t.Error(err)
+		}
 	}
+	original := newContainer(t, withOptions(&options.Options{CriuWorkPath: work}, sh(tickNoFile))).start()
+	t.Eventually("the workload ticks", func() bool { return strings.Contains(original.out.String(), "tick 3\n") })
+	t.CtrOK("tasks", "checkpoint", "--image-path", dump, original.ID())
+	logged(filepath.Join(work, "dump.log"))
+
+	clone := newContainer(t, withOptions(&options.Options{CriuImagePath: dump, CriuWorkPath: again}, sh(tickNoFile))).start()
+	t.Eventually("the clone ticks", func() bool { return strings.Count(clone.out.String(), "\n") > 2 })
+	if strings.Contains(clone.out.String(), "tick 1\n") {
+		t.Errorf("the clone started cold:\n%s", clone.out)
+	}
+	logged(filepath.Join(again, "restore.log"))
+
+	// A client that names a dump wants that, and not a cold start.
+	none := newContainer(t, withOptions(&options.Options{CriuImagePath: filepath.Join(dir, "none")}, sh("true")))
+	if err := none.tryCreate(); err == nil || !strings.Contains(err.Error(), filepath.Join(dir, "none")) {
+		t.Errorf("a dump that is not there: %v", err)
+	}
+	none.remove()
+	clone.remove()
+	original.remove()
 }
 
 func TestOptionsRefused(tb *testing.T) {

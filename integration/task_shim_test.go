@@ -6,9 +6,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/api/events"
 	task "github.com/containerd/containerd/api/runtime/task/v3"
@@ -119,15 +122,9 @@ func TestContainerdRestart(tb *testing.T) {
 		}
 		log := filepath.Join(dir, "log")
 		n := newContainer(t, config{args: []string{"sh", "-c", "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.02; done"}, io: cio.LogFile(log)}).start()
-		last := newContainer(t, sh("sleep 0.2; exit 8")).start() // ends while containerd is away
+		last, end := untilTold(t)
 		pid := n.task.Pid()
-		if err := t.RestartAfter(t.Ctx, crash, func() error {
-			t.Eventually("the short container's end", func() bool {
-				_, err := os.Stat(fmt.Sprintf("/proc/%d", last.task.Pid()))
-				return err != nil
-			})
-			return nil
-		}); err != nil {
+		if err := t.RestartAfter(t.Ctx, crash, func() error { end(); return nil }); err != nil {
 			t.Fatal(err)
 		}
 		reload := func(c *ctn) {
@@ -181,6 +178,80 @@ func TestContainerdRestart(tb *testing.T) {
 			}
 			last.deleteTask()
 		}
+	}
+}
+
+// untilTold is a container that ends with code 8 when end is called, which waits for it.
+func untilTold(t *harness.T, spec ...oci.SpecOpts) (n *ctn, end func()) {
+	t.Helper()
+	dir, err := t.Path(newID(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec = append(spec, oci.WithMounts([]specs.Mount{{Type: "bind", Source: dir, Destination: "/told", Options: []string{"rbind", "ro"}}}))
+	n = newContainer(t, sh("while [ ! -e /told/end ]; do sleep 0.02; done; exit 8", spec...)).start()
+	return n, func() {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "end"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		t.Eventually("the container's end", func() bool {
+			_, err := os.Stat(fmt.Sprintf("/proc/%d", n.task.Pid()))
+			return err != nil
+		})
+	}
+}
+
+// TestExitWhileContainerdIsAway: the event of an exit that nobody was there for comes when containerd is
+// back, once. It comes from a shim that lives on, a pod's: containerd ends one without processes
+// when it finds it.
+func TestExitWhileContainerdIsAway(tb *testing.T) {
+	onlyCrac(tb) // runc's shim leaves its socket
+	d := ownDaemon(tb, harness.Options{Need: []harness.Tool{harness.Shim}})
+	t := d.For(tb, harness.TestLimit)
+	group := oci.WithAnnotations(map[string]string{"io.containerd.runc.v2.group": newID(t)})
+	newContainer(t, sh("sleep 1000", group)).start()
+	n, end := untilTold(t, group)
+
+	// The new containerd listens elsewhere until somebody listens to it: what the shim cannot deliver
+	// it tries again.
+	config, socket := filepath.Join(t.Dir, "containerd.toml"), t.Address+".ttrpc"
+	if err := t.RestartAfter(t.Ctx, true, func() error {
+		end()
+		text, err := os.ReadFile(config)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(config, []byte(strings.Replace(string(text), strconv.Quote(socket), strconv.Quote(socket+".new"), 1)), 0o600)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	ch, errs := t.Client.EventService().Subscribe(t.Ctx, fmt.Sprintf(`topic=="/tasks/exit",event.container_id==%q`, n.ID()))
+	if err := os.Remove(socket); err != nil { // of the containerd that was killed
+		t.Fatal(err)
+	}
+	if err := os.Symlink(socket+".new", socket); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	// Once there, more time than passes between a second and a third attempt of the shim.
+	for timeout := time.After(harness.WaitLimit); timeout != nil; {
+		select {
+		case env := <-ch:
+			ev, err := typeurl.UnmarshalAny(env.Event)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, eventString(ev))
+			timeout = time.After(4 * time.Second)
+		case err := <-errs:
+			t.Fatal(err)
+		case <-timeout:
+			timeout = nil
+		}
+	}
+	if want := []string{fmt.Sprintf("TaskExit id=%s pid=%d code=8", n.ID(), n.task.Pid())}; !slices.Equal(got, want) {
+		t.Errorf("events of the exit:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
