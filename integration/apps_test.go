@@ -141,10 +141,10 @@ func value(body, key string) string {
 	return ""
 }
 
-func number(b *box, body, key string) (n int) {
-	b.Helper()
+func number(tb testing.TB, body, key string) (n int) {
+	tb.Helper()
 	if _, err := fmt.Sscan(value(body, key), &n); err != nil {
-		b.Fatalf("no number %s in %q", key, body)
+		tb.Fatalf("no number %s in %q", key, body)
 	}
 	return n
 }
@@ -165,22 +165,29 @@ func requests(path, key string, times int) func(*box) string {
 
 func checkCounter(b *box, before string) {
 	b.Helper()
-	for want := 4; want <= 6; want++ {
-		body := b.get("/count")
-		if n := number(b, body, "count"); n != want {
-			b.Errorf("the clone counts %d, want %d", n, want)
+	countsOn(b.T, func() string { b.Helper(); return b.get("/count") }, before)
+}
+
+// countsOn checks that a server that counts goes on from its answer before.
+func countsOn(t *harness.T, ask func() string, before string) {
+	t.Helper()
+	last := number(t, before, "count")
+	for want := last + 1; want <= last+3; want++ {
+		body := ask()
+		if n := number(t, body, "count"); n != want {
+			t.Errorf("the clone counts %d, want %d", n, want)
 		}
 		// What goes through a pipe, a thread or a child process and comes back.
-		if value(before, "echo") != "" && number(b, body, "echo") != want {
-			b.Errorf("the clone's other half says %s, want %d", value(body, "echo"), want)
+		if value(before, "echo") != "" && number(t, body, "echo") != want {
+			t.Errorf("the clone's other half says %s, want %d", value(body, "echo"), want)
 		}
 		if value(body, "child") != value(before, "child") {
-			b.Errorf("the clone's child is %s, the original's %s", value(body, "child"), value(before, "child"))
+			t.Errorf("the clone's child is %s, the original's %s", value(body, "child"), value(before, "child"))
 		}
 	}
 	if value(before, "ticks") != "" {
-		first := number(b, b.get("/count"), "ticks")
-		b.Eventually("the clone's timer fires", func() bool { return number(b, b.get("/count"), "ticks") > first })
+		first := number(t, ask(), "ticks")
+		t.Eventually("the clone's timer fires", func() bool { return number(t, ask(), "ticks") > first })
 	}
 }
 

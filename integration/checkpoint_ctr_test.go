@@ -1,8 +1,12 @@
 package integration
 
 import (
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -10,15 +14,15 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cio"
 
 	"github.com/crac-shim/crac/integration/harness"
+	"github.com/crac-shim/crac/runtime/thread"
 )
 
 // restoreFrom starts a container from a dump that a client names: a path, or the image that
 // `ctr tasks checkpoint` made. ctr itself has no command for either.
-func restoreFrom(t *harness.T, script string, from containerd.NewTaskOpts) *box {
+func restoreFrom(t *harness.T, c config, from containerd.NewTaskOpts) *box {
 	t.Helper()
 	id := newID(t)
 	b := newBox(t, id)
-	c := sh(script)
 	c.id, c.io, c.task = id, cio.LogFile(b.out), []containerd.NewTaskOpts{from}
 	n := newContainer(t, c)
 	containerdLeak(t)
@@ -75,7 +79,7 @@ func TestTasksCheckpoint(tb *testing.T) {
 						}
 						from = containerd.WithTaskCheckpoint(img)
 					}
-					clone := restoreFrom(t, tickNoFile, from)
+					clone := restoreFrom(t, sh(tickNoFile), from)
 					onlyOf(original, clone)
 					if exit {
 						clone.goesOnFrom(last)
@@ -97,9 +101,11 @@ func TestTasksCheckpoint(tb *testing.T) {
 func TestContainersCheckpointRestore(tb *testing.T) {
 	t := setup(tb)
 	sameCgroups(t, func(onlyOf func(...*box)) {
-		original := start(t, ticker())
+		// Its name for itself is in its memory alone: one that is started anew has another.
+		original := start(t, how{args: []string{"sh", "-c", `self=$(cat /proc/sys/kernel/random/uuid); i=0; while :; do i=$((i+1)); echo tick $i; echo $i >/n; echo $self >/self; sleep 0.05; done`}})
 		original.waitTicks(3)
-		original.exec("sh", "-c", "echo kept > /etc/kept")
+		self := original.exec("cat", "/self")
+		original.exec("sh", "-c", "echo kept > /etc/kept; rm /self")
 		image := ref(t)
 		t.CtrOK("containers", "checkpoint", "--rw", "--task", original.id, image)
 		original.wantStatus(containerd.Running)
@@ -115,12 +121,12 @@ func TestContainersCheckpointRestore(tb *testing.T) {
 		if got := clone.exec("cat", "/etc/kept"); got != "kept" {
 			t.Errorf("the clone's /etc/kept holds %q", got)
 		}
-		// ctr does not stay to read the clone's output, so look at its file.
+		// ctr does not stay to read the clone's output, so look at its files.
 		n := clone.fileTick()
-		if n < 3 {
-			t.Errorf("the clone is at %d", n)
-		}
 		t.Eventually("the clone counts", func() bool { return clone.fileTick() > n })
+		if got := clone.exec("cat", "/self"); got != self {
+			t.Errorf("the clone is %q, the original %q: it was started anew", got, self)
+		}
 		original.waitTicks(3)
 		original.inOrder()
 		if original.lastTick() <= last {
@@ -131,6 +137,83 @@ func TestContainersCheckpointRestore(tb *testing.T) {
 		t.Eventually("the clone ends", func() bool { return clone.status() == containerd.Stopped })
 		original.waitTicks(3)
 	})
+}
+
+// What people run, and not a shell, through every form that containerd has of its own: sockets, epoll,
+// threads, timers, pipes and child processes go on. (TestApplications has the checkpoint image.)
+func TestNativeCheckpointsOfApplications(tb *testing.T) {
+	onlyCrac(tb)
+	flows := map[string]func(original *box, app string) (clone *box){
+		"path": func(original *box, app string) *box {
+			dir, err := original.Path(original.id)
+			if err != nil {
+				original.Fatal(err)
+			}
+			original.checkpoint("--image-path", dir)
+			return restoreFrom(original.T, config{image: app}, containerd.WithRestoreImagePath(dir))
+		},
+		"image": func(original *box, app string) *box {
+			img, err := original.Client.GetImage(original.Ctx, strings.TrimSpace(original.CtrOK("tasks", "checkpoint", original.id)))
+			if err != nil {
+				original.Fatal(err)
+			}
+			return restoreFrom(original.T, config{image: app}, containerd.WithTaskCheckpoint(img))
+		},
+		"container": func(original *box, _ string) *box {
+			image, clone := ref(original), newBox(original.T, newID(original))
+			original.CtrOK("containers", "checkpoint", "--rw", "--task", original.id, image)
+			original.Cleanup(func() { removeFIFOs(original.T, clone.id) })
+			containerdLeak(original.T)
+			original.CtrOK("containers", "restore", "--rw", "--live", clone.id, image)
+			return clone
+		},
+	}
+	for _, app := range []string{"goserver", "python", "nginx"} {
+		for flow, cloneOf := range flows {
+			tb.Run(app+"-"+flow, func(tb *testing.T) {
+				t := setup(tb)
+				needImage(t, app)
+				sameCgroups(t, func(onlyOf func(...*box)) {
+					original := start(t, how{image: harness.ImageRef(app)})
+					for range 2 {
+						original.countInside()
+					}
+					before, processes := original.countInside(), original.commands()
+					clone := cloneOf(original, app)
+					onlyOf(original, clone)
+					countsOn(t, clone.countInside, before)
+					if got := clone.commands(); !slices.Equal(got, processes) {
+						t.Errorf("the clone's processes are %q, the original's %q", got, processes)
+					}
+					countsOn(t, original.countInside, before)
+				})
+			})
+		}
+	}
+}
+
+// countInside asks a server that counts from within its network namespace, which need have no address.
+func (b *box) countInside() (body string) {
+	b.Helper()
+	b.Eventually("the server answers", func() bool {
+		return thread.InNetwork(int(b.task().Pid()), func() error {
+			conn, err := net.Dial("tcp", "127.0.0.1:8080") // on this thread, as an http.Client's would not be
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			if _, err := fmt.Fprint(conn, "GET /count HTTP/1.0\r\n\r\n"); err != nil {
+				return err
+			}
+			answer, err := io.ReadAll(conn)
+			if err != nil {
+				b.Fatal(err)
+			}
+			body = string(answer)
+			return nil
+		}) == nil
+	})
+	return body
 }
 
 // removeFIFOs removes what `ctr containers restore` leaves: it has no option for the place.

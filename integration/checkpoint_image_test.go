@@ -22,11 +22,13 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/images"
+	ocispecs "github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/platforms"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -363,7 +365,7 @@ func watch(t *harness.T, topic string) *facts {
 // of waits for the event about a container.
 func (f *facts) of(id string) map[string]any {
 	f.t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(harness.WaitLimit)
 	for {
 		select {
 		case e := <-f.seen:
@@ -390,6 +392,23 @@ func (f *facts) of(id string) map[string]any {
 	}
 }
 
+// tells checks that the event of a cold start and, from mark on, containerd's log say why it was one.
+// It returns the reason.
+func (f *facts) tells(id string, mark int, code, reason string) string {
+	f.t.Helper()
+	fact := f.of(id)
+	said := fmt.Sprint(fact["reason"])
+	if fact["code"] != code || !strings.Contains(said, reason) {
+		f.t.Errorf("the event says %v, want the code %q and a reason with %q", fact, code, reason)
+	}
+	f.t.Eventually(fmt.Sprintf("a line of containerd's log that says that %s was started cold because of %q", id, reason), func() bool {
+		return slices.ContainsFunc(strings.Split(f.t.Daemon.Log()[mark:], "\n"), func(line string) bool {
+			return strings.Contains(line, id) && strings.Contains(line, "cold") && strings.Contains(line, reason)
+		})
+	})
+	return said
+}
+
 // startsCold checks that an image with a checkpoint starts cold, and that log and event say why.
 func startsCold(t *harness.T, h how, code, reason string) {
 	t.Helper()
@@ -398,16 +417,7 @@ func startsCold(t *harness.T, h how, code, reason string) {
 	b := start(t, h)
 	b.goesOnFrom(0)
 	b.seesNoDump()
-	said := cold.of(b.id)
-	if said["code"] != code || !strings.Contains(fmt.Sprint(said["reason"]), reason) {
-		t.Errorf("the event says %v, want the code %q and a reason with %q", said, code, reason)
-	}
-	logged := slices.ContainsFunc(strings.Split(t.Daemon.Log()[mark:], "\n"), func(line string) bool {
-		return strings.Contains(line, b.id) && strings.Contains(line, "cold") && strings.Contains(line, reason)
-	})
-	if !logged {
-		t.Errorf("containerd's log does not say that %s was started cold because of %q", b.id, reason)
-	}
+	said := cold.tells(b.id, mark, code, reason)
 	if got := b.exec("echo", "alive"); got != "alive" {
 		t.Errorf("exec says %q", got)
 	}
@@ -421,7 +431,7 @@ func startsCold(t *harness.T, h how, code, reason string) {
 		}
 	}
 	if code == "criu" {
-		keptLog(t, fmt.Sprint(said["reason"]))
+		keptLog(t, said)
 	}
 	b.remove() // checks that nothing is left
 }
@@ -494,6 +504,70 @@ func TestRequestThatIsNoRestore(tb *testing.T) {
 			t.Errorf("%s gives %v, want an error that names %q", flag, err, known)
 		}
 	}
+}
+
+// What a request has to have in common with the dump, end to end: whatever it is, the start is cold, and
+// log and event say why. (TestRequestThatIsNoRestore has another command, TestDamagedCheckpoint and
+// TestHostWithoutCRIU the image and the host.)
+func TestRequestThatDoesNotFit(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	dir, err := t.Path(newID(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mount := "--mount=type=bind,src=" + dir + ",dst=/data,options=rbind:rw"
+	image, last := checkpointed(t, mount)
+	asBefore := func(flags ...string) how { return how{image: image, args: ticker().args, flags: flags} }
+	for _, c := range []struct {
+		code, reason string
+		flags        []string
+	}{
+		{"user", "asks for user 65534", []string{mount, "--user", "65534:65534"}},
+		{"namespaces", "ask for the same to restore it", []string{mount, "--net-host"}},
+		{"mounts", "/data", nil},
+	} {
+		startsCold(t, asBefore(c.flags...), c.code, c.reason)
+		refuses(t, asBefore(c.flags...), c.reason)
+	}
+
+	// ctr takes no terminal when it does not stay.
+	dump, err := t.Client.GetImage(t.Ctx, image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []oci.RestoreMode{oci.RestoreAuto, oci.RestoreRequire} {
+		id := newID(t)
+		c := config{
+			id: id, args: ticker().args, terminal: true,
+			spec: []ocispecs.SpecOpts{
+				ocispecs.WithAnnotations(map[string]string{oci.AnnotationPrefix + "restore": string(mode)}),
+				ocispecs.WithMounts([]specs.Mount{{Type: "bind", Source: dir, Destination: "/data", Options: []string{"rbind", "rw"}}}),
+			},
+			container: []containerd.NewContainerOpts{containerd.WithImage(dump), containerd.WithNewSnapshot(id, dump)},
+		}
+		cold, mark := watch(t, "/crac/cold-start"), len(t.Daemon.Log())
+		n := newContainer(t, c)
+		err := n.tryCreate()
+		const reason = "the request is with a terminal"
+		if mode == oci.RestoreRequire {
+			if err == nil || !strings.Contains(err.Error(), reason) {
+				t.Errorf("restore=require gives %v, want an error with %q", err, reason)
+			}
+			n.remove()
+			continue
+		}
+		if err == nil {
+			err = n.task.Start(t.Ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		cold.tells(id, mark, "terminal", reason)
+		t.Eventually("a cold start", func() bool { return strings.HasPrefix(n.out.String(), "tick 1\r\n") })
+		n.remove()
+	}
+	start(t, warm(image, mount)).goesOnFrom(last)
 }
 
 // unpacked is the directory of an image's topmost layer in the snapshotter.
@@ -646,7 +720,7 @@ func TestHostWithoutCRIU(tb *testing.T) {
 
 	criu := filepath.Join(dir, "criu")
 	other := ownDaemon(tb, harness.Options{Env: []string{"CRAC_CRIU=" + criu}})
-	o := other.For(tb, 2*time.Minute)
+	o := other.For(tb, harness.TestLimit)
 	o.CtrOK("images", "import", archive)
 	asBefore := how{image: image, args: ticker().args}
 
@@ -695,7 +769,7 @@ func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = conn.Close() }()
-		if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
 			t.Fatal(err)
 		}
 		answers := bufio.NewReader(conn)

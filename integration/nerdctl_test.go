@@ -2,6 +2,8 @@ package integration
 
 import (
 	"fmt"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -140,6 +142,34 @@ func TestNerdctlCheckpointStart(tb *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// What people run goes on where it was, on its published port: sockets, threads, pipes, child processes.
+func TestNerdctlContinuesApplications(tb *testing.T) {
+	onlyCrac(tb)
+	for _, app := range []string{"goserver", "python", "nginx"} {
+		tb.Run(app, func(tb *testing.T) {
+			t := setup(tb)
+			needImage(t, app)
+			b := nerdctlRun(t, harness.ImageRef(app), nil, "--annotation", "io.containerd.crac.checkpoint.exit=true")
+			ask := func() string {
+				t.Helper()
+				body, _, err := harness.WaitHTTP(t.Ctx, "http://127.0.0.1:"+b.port+"/count")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return body
+			}
+			for i, from := range [][]string{nil, {"--checkpoint-dir", filepath.Join(t.Dir, "x", b.name)}} {
+				before := ask()
+				name := fmt.Sprintf("%s-%d", b.name, i)
+				t.NerdctlOK(slices.Concat([]string{"checkpoint", "create"}, from, []string{b.name, name})...)
+				t.Eventually("the container has ended", func() bool { return b.state() == "exited" })
+				t.NerdctlOK(slices.Concat([]string{"start"}, from, []string{"--checkpoint", name, b.name})...)
+				countsOn(t, ask, before)
+			}
+		})
 	}
 }
 

@@ -129,9 +129,11 @@ func TestSignedCheckpoint(tb *testing.T) {
 			}
 		}
 	}
-	allowed := func(image string) {
+	allowed := func(image string) *box {
 		t.Helper()
-		start(t, warm(image)).goesOnFrom(last)
+		b := start(t, warm(image))
+		b.goesOnFrom(last)
+		return b
 	}
 
 	refused("unsigned", image, "no signature is associated", "cracctl sign")
@@ -154,7 +156,8 @@ func TestSignedCheckpoint(tb *testing.T) {
 	t.CracctlOK("sign", "--push", "--key", ours.key, "--cert", ours.cert, image)
 	before := asked()
 	allowed(image)
-	allowed(image)
+	t.Eventually("the log tells that the policy was asked", func() bool { return asked() == before+1 })
+	allowed(image).remove() // what its shim had to log has arrived
 	if n := asked() - before; n != 1 {
 		t.Errorf("the policy was asked %d times for two starts", n)
 	}
