@@ -109,18 +109,42 @@ func TestDeltaCheckpoint(tb *testing.T) {
 	whole1.remove()
 
 	// A checkpoint of the clone replaces all of them, unless it continues them.
-	again := ref(t)
-	t.CracctlOK("checkpoint", clone.id, again)
-	n := 0
-	for _, l := range manifestOf(t, again).Layers {
-		if l.Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
-			n++
+	chain := func(image string) (n int) {
+		for _, l := range manifestOf(t, image).Layers {
+			if l.Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
+				n++
+			}
 		}
+		return n
 	}
-	if n != 1 {
+	again, further := ref(t), host+"/delta/app:3"
+	t.CracctlOK("checkpoint", clone.id, again)
+	if n := chain(again); n != 1 {
 		t.Errorf("a whole checkpoint of the clone has %d checkpoint layers", n)
 	}
+	clone.waitTicks(3)
+	t.CracctlOK("checkpoint", "--push", "--parent", last0, clone.id, further)
+	if n, before := chain(further), chain(last0); n != before+1 {
+		t.Errorf("a delta of the clone has %d checkpoint layers, the image that it was started from %d", n, before)
+	}
+	d := fromJSON[differs](t, "diff", last0, further)
+	changed := d.Memory.Changed + d.Memory.Added
+	if stored := fromJSON[dump](t, "inspect", further).DumpSize; d.Memory.Equal < 15<<20 || stored < changed || stored > changed+1<<20 {
+		t.Errorf("a delta of the clone stores %d bytes: %+v", stored, d)
+	}
 	clone.wantStatus(containerd.Running)
+	last = clone.lastTick()
+	for _, image := range []string{further, last0} {
+		t.CtrOK("images", "delete", "--sync", image)
+	}
+	t.CtrOK("images", "pull", "--plain-http", further)
+	next := start(t, how{image: further, args: args, flags: []string{option("restore", "require")}})
+	next.waitTicks(5)
+	next.inOrder()
+	if first := next.ticks()[0]; first < 4 || first > last+1 {
+		t.Errorf("the clone of the clone counts on from %d, the clone was at %d", first, last)
+	}
+	next.remove()
 
 	if _, err := t.Cracctl(t.Ctx, "checkpoint", "--parent", harness.ImageRef("python"), clone.id, ref(t)); err == nil || !strings.Contains(err.Error(), "no checkpoint") {
 		t.Errorf("a plain image as the parent: %v", err)

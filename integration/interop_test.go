@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,6 +51,10 @@ func TestOtherTools(tb *testing.T) {
 	last := b.lastTick()
 	inRegistry(t, from)
 	digest := manifestDigest(t, from)
+	var layers []string
+	for _, l := range manifestOf(t, from).Layers {
+		layers = append(layers, l.Digest.String())
+	}
 
 	// From a registry of one line into one of another, with annotations and digests as they were.
 	tool("skopeo", "copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://"+from, "docker://"+to)
@@ -67,6 +72,31 @@ func TestOtherTools(tb *testing.T) {
 	validImage(t, to, img)
 	t.CtrOK("images", "pull", "--plain-http", to)
 	clone := start(t, warm(to))
+	clone.goesOnFrom(last)
+	clone.remove()
+
+	// Debian's takes it from everybody who pushes, and gives it away as it was.
+	for who, push := range map[string]func(string){
+		"cracctl": func(image string) { t.CracctlOK("push", image) },
+		"ctr":     func(image string) { t.CtrOK("images", "push", "--plain-http", image) },
+		"nerdctl": func(image string) { t.NerdctlOK("push", "--quiet", image) },
+	} {
+		pushed, back := debian.Host+"/pushed/"+who+":warm", current+"/back/"+who+":warm"
+		t.CtrOK("images", "tag", from, pushed)
+		push(pushed)
+		tool("skopeo", "copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://"+pushed, "docker://"+back)
+		for _, image := range []string{pushed, back} {
+			if got := strings.TrimSpace(tool("skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", "docker://"+image)); got != digest {
+				t.Errorf("%s pushed %s, and %s is %s", who, digest, image, got)
+			}
+		}
+		t.CtrOK("images", "rm", pushed)
+	}
+	for _, image := range []string{from, to} {
+		t.CtrOK("images", "rm", "--sync", image)
+	}
+	t.CtrOK("images", "pull", "--plain-http", debian.Host+"/pushed/cracctl:warm")
+	clone = start(t, warm(debian.Host+"/pushed/cracctl:warm"))
 	clone.goesOnFrom(last)
 
 	// Into a directory, as an OCI layout, and back.
@@ -89,22 +119,38 @@ func TestOtherTools(tb *testing.T) {
 	if err := json.Unmarshal([]byte(tool("umoci", "stat", "--json", "--image", layout+":warm")), &stat); err != nil {
 		t.Fatal(err)
 	}
-	layers := manifestOf(t, from).Layers
-	if len(stat.History) > 0 && len(stat.History) != len(layers) {
-		t.Errorf("umoci knows of %d layers, there are %d: %+v", len(stat.History), len(layers), stat)
+	var known []string
+	for _, h := range stat.History {
+		if h.Layer != nil {
+			known = append(known, h.Layer.Digest)
+		}
+	}
+	if !slices.Equal(known, layers) {
+		t.Errorf("umoci knows of the layers %q, there are %q: %+v", known, layers, stat)
 	}
 
-	// Debian's umoci unpacks gzip alone, so skopeo packs the layers anew: what is in them is the same.
-	gzipped := filepath.Join(dir, "gzipped")
-	tool("skopeo", "copy", "--dest-compress", "--dest-compress-format", "gzip", "docker://"+from, "oci:"+gzipped+":warm", "--src-tls-verify=false")
-	bundle := filepath.Join(dir, "bundle")
+	// Debian's umoci unpacks gzip alone, which our layers are on request. Those of the base are made so by skopeo;
+	// they stay in the registry: containerd has no need to fetch what it has unpacked of another image.
+	base, old := current+"/interop/app:base", current+"/interop/app:gzip"
+	archive, err := t.Tools.Image("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool("skopeo", "copy", "--dest-compress", "--dest-compress-format", "gzip", "oci-archive:"+archive, "oci:"+filepath.Join(dir, "base")+":gzip")
+	tool("skopeo", "copy", "--dest-tls-verify=false", "oci:"+filepath.Join(dir, "base")+":gzip", "docker://"+base)
+	t.CtrOK("images", "pull", "--plain-http", base)
+	zipped := start(t, how{image: base, args: ticker().args})
+	zipped.waitTicks(3)
+	t.CracctlOK("checkpoint", "--push", "--exit", "--compression", "gzip", zipped.id, old)
+	gzipped, bundle := filepath.Join(dir, "gzipped"), filepath.Join(dir, "bundle")
+	tool("skopeo", "copy", "--src-tls-verify=false", "docker://"+old, "oci:"+gzipped+":warm")
 	tool("umoci", "unpack", "--image", gzipped+":warm", bundle)
 	f, err := os.Open(filepath.Join(bundle, "rootfs", oci.Dir, oci.ManifestName))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	if m, err := oci.DecodeManifest(f); err != nil || m.Container.ID != b.id || m.Parent == nil {
+	if m, err := oci.DecodeManifest(f); err != nil || m.Container.ID != zipped.id || m.Name != old {
 		t.Errorf("umoci unpacked %+v, %v", m, err)
 	}
 	if _, err := os.Stat(filepath.Join(bundle, "rootfs", "bin", "sh")); err != nil {
