@@ -4,6 +4,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -29,5 +30,24 @@ func TestIn(t *testing.T) {
 	}
 	if _, err := In("no such file"); err == nil {
 		t.Error("a file that is not there is no error")
+	}
+}
+
+func TestBlocks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.md")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("# One\n```sh\n# not a heading\na\n```\n## Two\ntext\n```go file=b.go\nb\n```\n```\n```\n")
+	want := []Block{{"One", "sh", 3, "# not a heading\na\n"}, {"Two", "go", 9, "b\n"}, {"Two", "", 12, ""}}
+	if got, err := Blocks(path); err != nil || !slices.Equal(got, want) {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	write("```sh\nno end\n")
+	if got, err := Blocks(path); err == nil {
+		t.Errorf("a block without an end: %+v", got)
 	}
 }

@@ -79,7 +79,7 @@ install_host() {
   # For cgo (nsenter, seccomp), for CRIU's prefix, and for what the tests call.
   debian_packages gcc libc6-dev make pkg-config libseccomp-dev ca-certificates \
     iproute2 iptables procps util-linux zstd patchelf mmdebstrap \
-    python3 nodejs socat skopeo umoci
+    python3 nodejs socat skopeo umoci curl
 }
 
 install_jdk() {
