@@ -4,7 +4,8 @@
 //
 // One measurement is the time from the call that creates the task to the first byte that the
 // workload writes. The contenders take turns, so that what else the machine does hits both.
-// Every run is checked: right output, right exit code, nothing left behind.
+// Every run is checked: right output, right exit code, nothing left behind. It ends with an error
+// when ours is slower to the first output, or its shim larger, by more than what was measured scatters.
 package main
 
 import (
@@ -13,6 +14,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -318,16 +320,22 @@ type stat struct {
 	Median float64 `json:"median"`
 	Min    float64 `json:"min"`
 	Max    float64 `json:"max"`
+	// Between Low and High is the median of all that could have been measured, with 95 % certainty.
+	Low  float64 `json:"low"`
+	High float64 `json:"high"`
 }
 
 func describe(values []float64) stat {
 	slices.Sort(values)
-	mid := len(values) / 2
-	m := values[mid]
-	if len(values)%2 == 0 {
-		m = (values[mid-1] + values[mid]) / 2
+	n := len(values)
+	m := values[n/2]
+	if n%2 == 0 {
+		m = (values[n/2-1] + values[n/2]) / 2
 	}
-	return stat{m, values[0], values[len(values)-1]}
+	// How many of n values are below the median is binomial; its normal approximation leaves out this
+	// many at each end. Of less than eight values all are within.
+	out := max(0, int(float64(n)/2-0.98*math.Sqrt(float64(n))))
+	return stat{m, values[0], values[n-1], values[out], values[n-1-out]}
 }
 
 // line is one line of the table: the same thing under both runtimes.
@@ -339,24 +347,47 @@ type line struct {
 	Off   stat    `json:"hooks_off"`
 	Ratio float64 `json:"ratio"`       // of the medians, ours to runc's
 	Hooks float64 `json:"hooks_ratio"` // of the medians, ours to ours without hooks
+	// Spread is how far above 1 the ratio may be by chance, as both medians scatter.
+	Spread float64 `json:"spread"`
+	Aim    bool    `json:"aim"` // the ratio is to be no more than 1
+}
+
+// worse tells whether ours is slower or larger, and not by chance.
+func (l line) worse() bool { return l.Ratio > 1+l.Spread }
+
+// compare makes a line of the values of the three runtimes.
+func compare(name, unit string, aim bool, crac, runc, off []float64) line {
+	c, r, o := describe(crac), describe(runc), describe(off)
+	return line{name, unit, c, r, o, c.Median / r.Median, c.Median / o.Median, (c.Median - c.Low + r.High - r.Median) / r.Median, aim}
+}
+
+// verdict is an error that names each aim that was missed.
+func verdict(lines []line) error {
+	var errs []error
+	for _, l := range lines {
+		if l.Aim && l.worse() {
+			errs = append(errs, fmt.Errorf("%s: %.2f times runc's (%.1f %s, runc's %.1f); it may be 1, and %.2f more by chance", l.Name, l.Ratio, l.Crac.Median, l.Unit, l.Runc.Median, l.Spread))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func report(build string, all map[string][]times, mem map[string][]memory) error {
 	var lines []line
-	add := func(name, unit string, of func(runtime string) []float64) {
-		c, r, o := describe(of(runtimes[0])), describe(of(runtimes[1])), describe(of(runtimes[2]))
-		lines = append(lines, line{name, unit, c, r, o, c.Median / r.Median, c.Median / o.Median})
+	add := func(name, unit string, aim bool, of func(runtime string) []float64) {
+		lines = append(lines, compare(name, unit, aim, of(runtimes[0]), of(runtimes[1]), of(runtimes[2])))
 	}
 	for _, m := range []struct {
 		name string
+		aim  bool
 		of   func(times) time.Duration
 	}{
-		{"create call", func(t times) time.Duration { return t.Create }},
-		{"to first output", func(t times) time.Duration { return t.FirstOutput }},
-		{"to exit", func(t times) time.Duration { return t.Exit }},
-		{"delete call", func(t times) time.Duration { return t.Delete }},
+		{"create call", false, func(t times) time.Duration { return t.Create }},
+		{"to first output", true, func(t times) time.Duration { return t.FirstOutput }},
+		{"to exit", false, func(t times) time.Duration { return t.Exit }},
+		{"delete call", false, func(t times) time.Duration { return t.Delete }},
 	} {
-		add(m.name, "ms", func(r string) (v []float64) {
+		add(m.name, "ms", m.aim, func(r string) (v []float64) {
 			for _, t := range all[r] {
 				v = append(v, float64(m.of(t).Microseconds())/1000)
 			}
@@ -365,14 +396,15 @@ func report(build string, all map[string][]times, mem map[string][]memory) error
 	}
 	for _, m := range []struct {
 		name string
+		aim  bool
 		of   func(memory) int
 	}{
-		{"shim's PSS, running", func(m memory) int { return m.Running }},
-		{"after one exec", func(m memory) int { return m.AfterExec }},
-		{"after ten execs", func(m memory) int { return m.AfterTenExecs }},
-		{"of it anonymous", func(m memory) int { return m.Anonymous }},
+		{"shim's PSS, running", true, func(m memory) int { return m.Running }},
+		{"after one exec", true, func(m memory) int { return m.AfterExec }},
+		{"after ten execs", true, func(m memory) int { return m.AfterTenExecs }},
+		{"of it anonymous", false, func(m memory) int { return m.Anonymous }},
 	} {
-		add(m.name, "MiB", func(r string) (v []float64) {
+		add(m.name, "MiB", m.aim, func(r string) (v []float64) {
 			for _, s := range mem[r] {
 				v = append(v, float64(m.of(s))/1024)
 			}
@@ -381,9 +413,9 @@ func report(build string, all map[string][]times, mem map[string][]memory) error
 	}
 	n, shims := len(all[runtimes[0]]), len(mem[runtimes[0]])
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(w, "\t\tcrac\t(min\tmax)\trunc\t(min\tmax)\tcrac/runc\thooks=off\ton/off\t\n")
+	fmt.Fprintf(w, "\t\tcrac\t(min\tmax)\trunc\t(min\tmax)\tcrac/runc\tby chance\thooks=off\ton/off\t\n")
 	for _, l := range lines {
-		fmt.Fprintf(w, "%s\t%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.1f\t%.2f\t\n", l.Name, l.Unit, l.Crac.Median, l.Crac.Min, l.Crac.Max, l.Runc.Median, l.Runc.Min, l.Runc.Max, l.Ratio, l.Off.Median, l.Hooks)
+		fmt.Fprintf(w, "%s\t%s\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t± %.2f\t%.1f\t%.2f\t\n", l.Name, l.Unit, l.Crac.Median, l.Crac.Min, l.Crac.Max, l.Runc.Median, l.Runc.Min, l.Runc.Max, l.Ratio, l.Spread, l.Off.Median, l.Hooks)
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -393,5 +425,8 @@ func report(build string, all map[string][]times, mem map[string][]memory) error
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(build, "bench-start.json"), append(b, '\n'), 0o644) //nolint:gosec // a report to be read
+	if err := os.WriteFile(filepath.Join(build, "bench-start.json"), append(b, '\n'), 0o644); err != nil { //nolint:gosec // a report to be read
+		return err
+	}
+	return verdict(lines)
 }
