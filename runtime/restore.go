@@ -20,7 +20,7 @@ func (c *Container) PrepareRestore(ctx context.Context, io Stdio) (pid int, err 
 	defer c.mu.Unlock()
 	defer func() {
 		if err == nil {
-			c.criu = c.readyCRIU(io)
+			c.setCRIU(c.readyCRIU(io))
 		}
 	}()
 	if private(c.spec, specs.UserNamespace) {
@@ -77,7 +77,7 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 		return nil, err
 	}
 	if c.criu == nil {
-		c.criu = c.readyCRIU(io)
+		c.setCRIU(c.readyCRIU(io))
 	}
 	p, err := c.restore(dir, o, mounts, io)
 	c.endCRIU()
@@ -120,14 +120,14 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	if err != nil {
 		return nil, err
 	}
-	c.init = newProcess(pid, proc.Wait, c.cfg.Reaper)
+	c.setInit(newProcess(pid, proc.Wait, c.cfg.Reaper))
 	return c.init, c.complete()
 }
 
 // endCRIU ends the CRIU of a restore, and of one that never was. c.mu is held.
 func (c *Container) endCRIU() {
 	c.criu.close()
-	c.criu = nil
+	c.setCRIU(nil)
 }
 
 // giveUpRestore lets go of what waits for a restore that will not be. It may be
@@ -143,7 +143,7 @@ func (c *Container) complete() error {
 	if err != nil {
 		return fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
 	}
-	c.lc = lc
+	c.setLC(lc)
 	c.held.retire()
 	if !c.config.HasHook(configs.Poststart) {
 		return nil
@@ -165,10 +165,10 @@ func (c *Container) undoRestore() error {
 		if err := c.lc.Signal(unix.SIGKILL); err == nil {
 			<-c.init.Done()
 		}
-		c.init = nil
+		c.setInit(nil)
 	}
 	if loaded, err := libcontainer.Load(c.cfg.Root, c.cfg.ID); err == nil {
-		c.lc = loaded // knows of a process that died half-way
+		c.setLC(loaded) // knows of a process that died half-way
 		_ = c.lc.Signal(unix.SIGKILL)
 	}
 	if err := c.machine.to(Created); err != nil {

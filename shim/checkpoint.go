@@ -39,10 +39,14 @@ const builder = "cracctl"
 // to be taken; for a checkpoint that ends it, for the whole image.
 const diffTimeout = 10 * time.Minute
 
+// endTimeout bounds the wait for the announcement of an end.
+const endTimeout = 10 * time.Second
+
 // checkpointRequest is what a checkpoint call asks for, whoever makes it.
 type checkpointRequest struct {
 	id   string // of this checkpoint, as participants are told
 	dir  string // where the dump goes; empty: nowhere but into the image
+	kept bool   // dir is the client's, and stays
 	ref  string // of the image to build; empty: none
 	push bool   // the image
 	exit bool
@@ -183,7 +187,7 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("nobody waits for the checkpoint any more: %w", err)
 	}
-	if r.dir == "" {
+	if r.kept = r.dir != ""; !r.kept {
 		// On disk, not in the bundle: that is in memory on most hosts.
 		if r.dir, err = os.MkdirTemp(c.work, "dump-"); err != nil {
 			return err
@@ -205,7 +209,13 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err != nil {
 		return err
 	}
-	if err := writeDumpManifest(r.dir, manifest); err != nil {
+	if r.exit {
+		// Another announces its end: who has asked for that is to find it stopped.
+		select {
+		case <-c.init.done:
+		case <-time.After(endTimeout):
+		}
+	} else if err := r.describe(manifest); err != nil {
 		return err
 	}
 	done, err := build.wait()
@@ -243,6 +253,11 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	if err != nil {
 		return 0, nil, err
 	}
+	release, err := c.holdDumps(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer release()
 	// Clients pause the workload before they ask; what is frozen answers nobody.
 	paused := c.rt.State() == runtime.Paused
 	thawed := paused && c.hooks.anybody()
@@ -287,6 +302,12 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			return c.enforceFDPolicy(policy, pids)
 		},
 		WhileFrozen: func() error {
+			if r.exit {
+				// What fails later would fail without the workload.
+				if err := r.describe(manifest); err != nil {
+					return err
+				}
+			}
 			if r.ref == "" {
 				return nil
 			}
@@ -299,13 +320,16 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
 			defer cancel()
 			defer context.AfterFunc(ctx, started.kill)()
-			if r.exit {
-				// Nobody waits for the thaw, and without the image the workload
-				// would be lost.
-				_, err := started.wait()
+			if err := started.untilDiffed(); err != nil {
 				return err
 			}
-			return started.untilDiffed()
+			if err := c.rt.Untouched(); err != nil || !r.exit {
+				return err
+			}
+			// Nobody waits for the thaw, and without the image the workload would be
+			// lost.
+			_, err := started.wait()
+			return err
 		},
 	})
 	return time.Since(began), manifest, err
@@ -335,6 +359,17 @@ func (c *container) manifest(criu int, r *checkpointRequest) *oci.Manifest {
 
 // inventory is the file of a dump that CRIU writes last.
 const inventory = "inventory.img"
+
+// describe puts a manifest beside the dump, if that stays where it is.
+func (r *checkpointRequest) describe(m *oci.Manifest) error {
+	if !r.kept {
+		return nil
+	}
+	if err := writeDumpManifest(r.dir, m); err != nil {
+		return errors.Join(fmt.Errorf("describe the dump in %s: %w", r.dir, err), clearDump(r.dir))
+	}
+	return nil
+}
 
 // writeDumpManifest puts a manifest beside a dump that a client will keep, so
 // that a restore from it is gated like one from an image. Of the files it lists

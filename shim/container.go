@@ -47,8 +47,10 @@ type container struct {
 	// oomed says that a kill for want of memory was announced.
 	oomed atomic.Bool
 
-	// checkpointing lets one checkpoint at a time in.
+	// checkpointing lets one checkpoint at a time in, and dumping no client's pause while
+	// the workload is told and dumped: what stands still answers nobody.
 	checkpointing sync.Mutex
+	dumping       chan struct{} // holds one token while that goes on
 
 	mu      sync.Mutex
 	execs   map[string]*process
@@ -139,6 +141,26 @@ func (c *container) status() task.Status {
 		return task.Status_RUNNING
 	}
 	return task.Status_UNKNOWN
+}
+
+// pause freezes the container, after a dump if there is one under way.
+func (c *container) pause(ctx context.Context) error {
+	release, err := c.holdDumps(ctx)
+	if err != nil {
+		return fmt.Errorf("pause container %s, which is being checkpointed: %w", c.id, err)
+	}
+	defer release()
+	return c.rt.Pause()
+}
+
+// holdDumps waits until no dump is under way. None begins before release is called.
+func (c *container) holdDumps(ctx context.Context) (release func(), err error) {
+	select {
+	case c.dumping <- struct{}{}:
+		return func() { <-c.dumping }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // delete removes all that the container has.

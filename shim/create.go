@@ -58,6 +58,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		work:    workDir(r.Bundle),
 		options: asked,
 		trace:   steps,
+		dumping: make(chan struct{}, 1),
 		execs:   make(map[string]*process),
 		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
 	}
@@ -353,15 +354,27 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 		c.init.abandon(255)
 		return err
 	}
-	if err := s.createInit(ctx, c); err != nil {
+	if err := s.createInstead(ctx, c); err != nil {
 		if proc := c.init.running(); proc != nil {
 			_ = c.rt.Signal(unix.SIGKILL, true)
 			s.watchInit(c, proc)
+		} else {
+			c.init.abandon(255)
 		}
 		return err
 	}
 	defer s.watchInit(c, c.init.running()) // whatever becomes of it
 	return s.startCold(c)
+}
+
+// createInstead starts the init of a container whose restore has failed.
+func (s *service) createInstead(ctx context.Context, c *container) error {
+	if c.init.config.Terminal {
+		if err := c.init.io.openConsole(); err != nil {
+			return err
+		}
+	}
+	return s.createInit(ctx, c)
 }
 
 // startCold lets a workload run that createInit has made.

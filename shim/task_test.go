@@ -68,6 +68,40 @@ func TestEventsInOrder(t *testing.T) {
 	}
 }
 
+// containerd's publisher keeps the context for what it tries again later, and one that has ended by
+// then makes it send an event again and again.
+func TestEventsOutliveTheirPublishing(t *testing.T) {
+	s, sent, finish := newTestService(t)
+	s.events.send(&eventstypes.TaskExit{})
+	finish()
+	if len(sent.ctxs) != 1 || sent.ctxs[0].Err() != nil {
+		t.Errorf("published with contexts %v, want one that has not ended", sent.ctxs)
+	}
+	if deadline, ok := sent.ctxs[0].Deadline(); ok {
+		t.Errorf("it ends at %v", deadline)
+	}
+}
+
+// A client's pause waits for a dump: what stands still answers nobody.
+func TestPauseDuringDump(t *testing.T) {
+	c := newTestContainer(t, "c")
+	release, err := c.holdDumps(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.pause(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "checkpointed") {
+		t.Errorf("a pause that nobody waits for any more: %v", err)
+	}
+	release()
+	again, err := c.holdDumps(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	again()
+}
+
 // What waits to be restored has no process, but can be killed.
 func TestKillBeforeRestore(t *testing.T) {
 	ctx := context.Background()

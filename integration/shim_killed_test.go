@@ -1,0 +1,229 @@
+package integration
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/integration/harness"
+)
+
+// killShim kills a container's shim, and waits until containerd has cleaned up behind it.
+func killShim(t *harness.T, id string) {
+	t.Helper()
+	pid, err := t.ShimPID(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("the task to be gone", func() bool {
+		c, err := t.Client.LoadContainer(t.Ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = c.Task(t.Ctx, nil)
+		return errdefs.IsNotFound(err)
+	})
+}
+
+// TestShimKilledBeforeRestore: a shim that dies with a clone that waits for its start leaves nothing:
+// its cgroup is there already, and CRIU in it.
+func TestShimKilledBeforeRestore(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	script := sh("sleep 1000")
+	original := newContainer(t, script).start()
+	dir, err := t.Path(original.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.CtrOK("tasks", "checkpoint", "--image-path", dir, original.ID())
+	script.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(dir)}
+	n := newContainer(t, script).create()
+	t.Eventually("CRIU waits in the cgroup", func() bool {
+		procs, err := t.CgroupProcs(n.ID())
+		return err == nil && len(procs) > 0
+	})
+	killShim(t, n.ID())
+	if left := t.Leftovers(n.ID()); len(left) > 0 {
+		t.Errorf("left behind: %s", strings.Join(left, "; "))
+	}
+	n.start() // the id can be used again
+}
+
+// TestShimKilledDuringRestore: while CRIU restores, a clone's root file system is mounted a second
+// time, where the shim has its state. Whoever cleans up must not take its files for that.
+func TestShimKilledDuringRestore(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	original := start(t, ticker(append([]string{option("checkpoint.image", image)}, ownMaps...)...))
+	original.exec("touch", "/kept")
+	original.checkpoint("--exit")
+	original.remove()
+
+	// With a user namespace this hook runs when CRIU has begun.
+	pidFile := filepath.Join(t.TempDir(), "pid")
+	hook := []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", `echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep 1000`, pidFile}}}
+	id := newID(t)
+	img, err := t.Client.GetImage(t.Ctx, image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Unpack(t.Ctx, ""); err != nil {
+		t.Fatal(err)
+	}
+	n := newContainer(t, config{
+		id:        id,
+		container: []containerd.NewContainerOpts{containerd.WithNewSnapshot(id, img, containerd.WithRemapperLabels(0, 100000, 0, 100000, 65536))},
+		spec: []oci.SpecOpts{
+			oci.WithImageConfigArgs(img, nil), oci.WithProcessArgs("sh", "-c", tick),
+			oci.WithUserNamespace([]specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}, []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}),
+			oci.WithAnnotations(map[string]string{"io.containerd.crac.restore": "require"}),
+			func(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
+				s.Hooks = &specs.Hooks{CreateRuntime: hook}
+				return nil
+			},
+		},
+	}).create()
+	started := make(chan error, 1)
+	go func() { started <- n.task.Start(t.Ctx) }()
+	t.Eventually("CRIU has begun", func() bool {
+		select {
+		case err := <-started:
+			t.Fatalf("the start ended before its hook: %v", err)
+		default:
+		}
+		text, err := os.ReadFile(pidFile)
+		if err != nil {
+			return false
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGKILL) }) // nobody knows of it any more
+		return true
+	})
+	killShim(t, id)
+	if err := <-started; err == nil {
+		t.Error("the start went well without a shim")
+	}
+	if left := t.Leftovers(id); len(left) > 0 {
+		t.Errorf("left behind: %s", strings.Join(left, "; "))
+	}
+	view := newContainer(t, config{
+		args:      []string{"sh", "-c", "ls /kept /bin/busybox /bin/sh"},
+		container: []containerd.NewContainerOpts{containerd.WithSnapshot(id)},
+	}).start()
+	if code := view.wait(); code != 0 {
+		t.Errorf("the clone's files are not what they were: %s%s", view.out, view.err)
+	}
+}
+
+// slowDump is a container whose dump takes a second or more: for the layer of its changes it stands
+// still.
+func slowDump(t *harness.T, script string, flags ...string) *box {
+	t.Helper()
+	b := start(t, how{args: []string{"sh", "-c", script}, flags: flags})
+	b.exec("dd", "if=/dev/urandom", "of=/big", "bs=1M", "count=150")
+	return b
+}
+
+// whilePausing calls f when the container stands still for its dump, and returns what became of the
+// checkpoint.
+func whilePausing(b *box, f func(), flags ...string) error {
+	b.Helper()
+	done := make(chan error, 1)
+	go func() {
+		_, err := b.Ctr(b.Ctx, append(append([]string{"tasks", "checkpoint"}, flags...), b.id)...)
+		done <- err
+	}()
+	b.Eventually("the dump", func() bool {
+		select {
+		case err := <-done:
+			b.Fatalf("the checkpoint was over before it was seen: %v", err)
+		default:
+		}
+		return b.status() == containerd.Pausing
+	})
+	f()
+	return <-done
+}
+
+// TestKillDuringCheckpoint: a container can be looked at and killed while it is checkpointed, which
+// fails then.
+func TestKillDuringCheckpoint(tb *testing.T) {
+	onlyCrac(tb)
+	for name, flags := range map[string][]string{"leave running": nil, "exit": {"--exit"}} {
+		tb.Run(name, func(tb *testing.T) {
+			t := setup(tb)
+			image := ref(t)
+			b := slowDump(t, tick, option("checkpoint.image", image))
+			task := b.task()
+			exited, err := task.Wait(t.Ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = whilePausing(b, func() {
+				if pids, err := task.Pids(t.Ctx); err != nil || len(pids) == 0 {
+					t.Errorf("processes during the dump: %v, %v", pids, err)
+				}
+				if _, err := task.Metrics(t.Ctx); err != nil {
+					t.Errorf("statistics during the dump: %v", err)
+				}
+				if err := task.Kill(t.Ctx, syscall.SIGKILL); err != nil {
+					t.Errorf("kill: %v", err)
+				}
+			}, flags...)
+			if err == nil || !strings.Contains(err.Error(), "killed") {
+				t.Errorf("the checkpoint of what was killed: %v", err)
+			}
+			if code := exitCode(t, exited); code != 137 {
+				t.Errorf("it ended with %d, want 137", code)
+			}
+			mustHaveImage(t, image, false)
+		})
+	}
+}
+
+// TestSignalDuringDump: a signal that comes while a dump is made reaches the container, and no clone.
+func TestSignalDuringDump(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	const script = `trap 'echo got' USR1; trap 'echo last' USR2; echo ready; while :; do sleep 0.05; done`
+	b := slowDump(t, script, option("checkpoint.image", image))
+	t.Eventually("it runs", func() bool { return strings.Contains(b.log(), "ready") })
+	task := b.task()
+	err := whilePausing(b, func() {
+		if err := task.Kill(t.Ctx, syscall.SIGUSR1); err != nil {
+			t.Errorf("kill: %v", err)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("the signal arrives", func() bool { return strings.Contains(b.log(), "got") })
+	clone := start(t, how{image: image, flags: []string{option("restore", "require")}, args: []string{"sh", "-c", script}})
+	// The one that the dump had would come before this one (signal(7)).
+	if err := clone.task().Kill(t.Ctx, syscall.SIGUSR2); err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("the clone's own signal arrives", func() bool { return strings.Contains(clone.log(), "last") })
+	if strings.Contains(clone.log(), "got") {
+		t.Error("the clone got the original's signal")
+	}
+}
