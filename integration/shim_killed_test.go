@@ -133,12 +133,12 @@ func TestShimKilledDuringRestore(tb *testing.T) {
 	}
 }
 
-// slowDump is a container whose dump takes a second or more: for the layer of its changes it stands
-// still.
+// slowDump is a container whose dump takes some tenths of a second: for the layer of its changes it
+// stands still.
 func slowDump(t *harness.T, script string, flags ...string) *box {
 	t.Helper()
 	b := start(t, how{args: []string{"sh", "-c", script}, flags: flags})
-	b.exec("dd", "if=/dev/urandom", "of=/big", "bs=1M", "count=150")
+	b.exec("dd", "if=/dev/urandom", "of=/big", "bs=1M", "count=64")
 	return b
 }
 

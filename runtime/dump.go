@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -108,7 +109,7 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 		return d.BeforeDump(pids)
 	})
 	if err := dump.since(d.PreDump); err != nil {
-		return err
+		return cmp.Or(c.Untouched(), err)
 	}
 	if err := dump.complete(); err != nil {
 		return err
