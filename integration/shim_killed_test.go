@@ -227,3 +227,45 @@ func TestSignalDuringDump(tb *testing.T) {
 		t.Error("the clone got the original's signal")
 	}
 }
+
+// TestExecStoppedHalfway: a process can be stopped on its way into a container, by those inside. Then
+// a hook that is one is out of time, and the container can still be looked at, killed and deleted.
+func TestExecStoppedHalfway(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	const stopper = `while :; do
+		for c in /proc/[0-9]*/comm; do
+			read name <$c && case $name in *INIT*) p=${c#/proc/}; kill -STOP ${p%/comm} && echo stopped;; esac
+		done
+	done 2>/dev/null`
+	b := start(t, how{args: []string{"sh", "-c", stopper}, flags: []string{option("hook.timeout", "1s"), option("hook.before-checkpoint", "true")}})
+	dir, err := t.Path(b.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("a hook is stopped", func() bool { // most are quicker
+		_, err = t.Ctr(t.Ctx, "tasks", "checkpoint", "--image-path", dir, b.id)
+		return err != nil
+	})
+	if !strings.Contains(err.Error(), "before-checkpoint") || !strings.Contains(err.Error(), "within 1s") {
+		t.Errorf("the checkpoint: %v", err)
+	}
+	if !strings.Contains(b.log(), "stopped") {
+		t.Error("nothing was stopped")
+	}
+	task := b.task()
+	if pids, err := task.Pids(t.Ctx); err != nil || len(pids) < 2 {
+		t.Errorf("processes: %v, %v; want the init and what it has stopped", pids, err)
+	}
+	exited, err := task.Wait(t.Ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := task.Kill(t.Ctx, syscall.SIGKILL); err != nil {
+		t.Errorf("kill: %v", err)
+	}
+	if code := exitCode(t, exited); code != 137 {
+		t.Errorf("it ended with %d, want 137", code)
+	}
+	b.remove()
+}
