@@ -1,19 +1,12 @@
 package integration
 
 import (
-	"context"
-	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/containers"
-	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -74,53 +67,10 @@ func TestShimKilledDuringRestore(tb *testing.T) {
 	original.checkpoint("--exit")
 	original.remove()
 
-	// With a user namespace this hook runs when CRIU has begun.
-	pidFile := filepath.Join(t.TempDir(), "pid")
-	hook := []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", `echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep 1000`, pidFile}}}
-	id := newID(t)
-	img, err := t.Client.GetImage(t.Ctx, image)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := img.Unpack(t.Ctx, ""); err != nil {
-		t.Fatal(err)
-	}
-	n := newContainer(t, config{
-		id:        id,
-		container: []containerd.NewContainerOpts{containerd.WithNewSnapshot(id, img, containerd.WithRemapperLabels(0, 100000, 0, 100000, 65536))},
-		spec: []oci.SpecOpts{
-			oci.WithImageConfigArgs(img, nil), oci.WithProcessArgs("sh", "-c", tick),
-			oci.WithUserNamespace([]specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}, []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}),
-			oci.WithAnnotations(map[string]string{"io.containerd.crac.restore": "require"}),
-			func(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
-				s.Hooks = &specs.Hooks{CreateRuntime: hook}
-				return nil
-			},
-		},
-	}).create()
-	started := make(chan error, 1)
-	go func() { started <- n.task.Start(t.Ctx) }()
-	t.Eventually("CRIU has begun", func() bool {
-		select {
-		case err := <-started:
-			t.Fatalf("the start ended before its hook: %v", err)
-		default:
-		}
-		text, err := os.ReadFile(pidFile)
-		if err != nil {
-			return false
-		}
-		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGKILL) }) // nobody knows of it any more
-		return true
-	})
+	// With a user namespace CRIU begins at Create, and waits for the start.
+	n := newContainer(t, usernsClone(t, image)).create()
+	id := n.ID()
 	killShim(t, id)
-	if err := <-started; err == nil {
-		t.Error("the start went well without a shim")
-	}
 	if left := t.Leftovers(id); len(left) > 0 {
 		t.Errorf("left behind: %s", strings.Join(left, "; "))
 	}

@@ -50,13 +50,17 @@ type Container struct {
 	cfg  Config
 	spec *specs.Spec
 
+	// userNetwork: it gets a new network namespace, and a user namespace that this belongs to.
+	userNetwork bool
+
 	// mu guards what follows, and orders the operations that change it. It may be
 	// held for as long as a dump or a hook takes.
 	mu      sync.Mutex
 	machine machine
 	config  *configs.Config
-	held    *heldNetwork // a restore's, until the container is deleted
-	tmpfs   readyTmpfs   // for a restore
+	held    *heldNetwork  // a restore's, until the container is deleted
+	tmpfs   readyTmpfs    // for a restore
+	begun   *begunRestore // from BeginRestore to Restore
 
 	// look guards what follows for those who do not wait for mu: it is written with
 	// both held, and read with either. What is read is as safe to use as Container.
@@ -86,6 +90,7 @@ func New(cfg Config, spec *specs.Spec) (*Container, error) {
 		return nil, err
 	}
 	c := &Container{cfg: cfg, spec: spec, machine: machine{id: cfg.ID}}
+	c.userNetwork = private(spec, specs.NetworkNamespace) && private(spec, specs.UserNamespace)
 	if err := c.make(); err != nil {
 		return nil, err
 	}

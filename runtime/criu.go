@@ -147,6 +147,10 @@ func (c *Container) criuOptions(o CRIUOptions, log string) (*criurpc.CriuOpts, e
 	if err != nil {
 		return nil, err
 	}
+	if c.userNetwork {
+		// A clone's interfaces are its own, and CRIU makes the namespace that they are put into.
+		emptyNS |= unix.CLONE_NEWNET
+	}
 	level := int32(2) // LOG_WARN in CRIU's sources
 	if o.Debug {
 		level = 4 // LOG_DEBUG

@@ -40,6 +40,8 @@ type container struct {
 
 	// warm is the restore that Start is to do; nil once done, or for a cold start.
 	warm *restore
+	// begun is how that was begun at Create; nil unless it was.
+	begun *restorePlan
 	// dumped is the manifest of the dump that this container was restored from;
 	// nil if it was started cold, or from a dump without one.
 	dumped *oci.Manifest
@@ -171,6 +173,9 @@ func (c *container) delete(ctx context.Context) error {
 	// First, because it ends the init of a container that was never started,
 	// which holds its streams open.
 	err := c.rt.Delete()
+	if c.begun != nil {
+		c.begun.order.done()
+	}
 	c.init.abandon(0)
 	c.init.closeIO()
 	for _, p := range c.takeExecs() {

@@ -81,8 +81,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	read()
 	found := s.find(c, r, opts, spec)
+	looked := false
 	defer func() {
-		if found.warm != nil && c.warm == nil { // nobody will look at it
+		if found.warm != nil && !looked { // nobody will look at it
 			found.warm.dump.Close()
 		}
 	}()
@@ -159,6 +160,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		}
 	}()
 	if c.warm = found.warm; c.warm != nil {
+		looked = true
 		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) {
 			return s.ownImages(c, found.warm, spec)
 		})
@@ -167,9 +169,13 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			defer steps.On(trace.Background, "read the memory ahead")()
 			runtime.Prefetch(append([]string{w.dir}, w.parents...)...)
 		}(c.warm)
-		defer steps.Step("make the namespaces")()
+		end := steps.Step("make the namespaces")
 		c.init.pid, err = c.rt.PrepareRestore(ctx, io.child)
-		return c, err
+		end()
+		if err != nil || !c.rt.Begins() {
+			return c, err
+		}
+		return c, s.beginRestore(ctx, c)
 	}
 	return c, s.createInit(ctx, c)
 }
