@@ -82,6 +82,33 @@ func TestEventsOutliveTheirPublishing(t *testing.T) {
 	}
 }
 
+// Multipath TCP is off in a network namespace that the container gets, also in one that belongs to a
+// user namespace, unless the request says otherwise.
+func TestAdaptMPTCP(t *testing.T) {
+	if _, err := os.Stat("/proc/sys/net/mptcp/enabled"); err != nil {
+		t.Skip("this kernel has no Multipath TCP")
+	}
+	s, _, _ := newTestService(t)
+	network := specs.LinuxNamespace{Type: specs.NetworkNamespace}
+	for name, tt := range map[string]struct {
+		namespaces []specs.LinuxNamespace
+		sysctl     map[string]string
+		want       string
+	}{
+		"a new one":           {[]specs.LinuxNamespace{network}, nil, "0"},
+		"of a user namespace": {[]specs.LinuxNamespace{{Type: specs.UserNamespace}, network}, nil, "0"},
+		"asked for":           {[]specs.LinuxNamespace{network}, map[string]string{mptcpSysctl: "1"}, "1"},
+		"somebody's":          {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/run/netns/x"}}, nil, ""},
+		"the host's":          {nil, nil, ""},
+	} {
+		spec := &specs.Spec{Linux: &specs.Linux{Namespaces: tt.namespaces, Sysctl: tt.sysctl}}
+		s.adapt(spec, "c")
+		if got := spec.Linux.Sysctl[mptcpSysctl]; got != tt.want {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+}
+
 // A client's pause waits for a dump: what stands still answers nobody.
 func TestPauseDuringDump(t *testing.T) {
 	c := newTestContainer(t, "c")
