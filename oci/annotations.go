@@ -8,10 +8,11 @@ import (
 
 // Annotations of a checkpoint image's manifest, and of an index that lists it.
 // The org.criu.checkpoint.* names are those that checkpointctl defines and
-// other tools read.
+// other tools read, but for container.name: Kubernetes' engines (containerd 2.1 to 2.3,
+// CRI-O) take an image that has it for an archive of their own, and start no container
+// from it but by restoring that.
 const (
 	AnnotationEngine        = "org.criu.checkpoint.engine.name"
-	AnnotationContainer     = "org.criu.checkpoint.container.name"
 	AnnotationRootfsImage   = "org.criu.checkpoint.rootfsImageName"
 	AnnotationRootfsSha     = "org.criu.checkpoint.rootfsImageSha"
 	AnnotationRuntime       = "org.criu.checkpoint.runtime.name"
@@ -21,6 +22,7 @@ const (
 	AnnotationCgroupVersion = "org.criu.checkpoint.cgroup.version"
 
 	AnnotationVersion        = ImagePrefix + "version"
+	AnnotationContainer      = ImagePrefix + "container"
 	AnnotationBaseName       = ImagePrefix + "base.name"
 	AnnotationBaseDigest     = ImagePrefix + "base.digest"
 	AnnotationCPUVendor      = ImagePrefix + "cpu.vendor"
@@ -75,7 +77,6 @@ func Annotations(m *Manifest) map[string]string {
 	}
 	all := map[string]string{
 		AnnotationEngine:        "containerd",
-		AnnotationContainer:     m.Container.ID,
 		AnnotationRootfsImage:   m.Base.Name,
 		AnnotationRootfsSha:     strings.TrimPrefix(m.Base.Digest, "sha256:"),
 		AnnotationRuntime:       RuntimeName,
@@ -85,6 +86,7 @@ func Annotations(m *Manifest) map[string]string {
 		AnnotationCgroupVersion: "v" + strconv.Itoa(m.Host.CgroupVersion),
 
 		AnnotationVersion:     m.Version,
+		AnnotationContainer:   m.Container.ID,
 		AnnotationBaseName:    m.Base.Name,
 		AnnotationBaseDigest:  m.Base.Digest,
 		AnnotationCPUVendor:   m.Host.CPU.Vendor,
