@@ -279,7 +279,7 @@ func TestFindParents(t *testing.T) {
 		t.Fatal(err)
 	}
 	remove(t, filepath.Join(l[2], ".crac/v1/criu/pages-1.img"))
-	if err := c.Verify(); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), l[2]) {
+	if err := c.Verify(); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "in parent 2: ") {
 		t.Errorf("a damaged parent: %v", err)
 	}
 }
@@ -333,7 +333,7 @@ func TestContinuesPreDump(t *testing.T) {
 			if !got {
 				return
 			}
-			if n, err := Merge([]string{dir, pre}, page); err != nil || n != 1 {
+			if n, err := Merge(t.Context(), []string{dir, pre}, page); err != nil || n != 1 {
 				t.Fatalf("%d pages came from the pre-dump, want 1; %v", n, err)
 			}
 			pages, err := os.ReadFile(filepath.Join(dir, "pages-3.img"))
@@ -380,7 +380,7 @@ func TestMerge(t *testing.T) {
 		{"parent cut off", []string{level(runs(true, at(1, 1, 1)), ""), level(runs(true, at(0, 2, 4)), "a")}, "!EOF"},
 		{"broken parent", []string{level(runs(true, at(0, 1, 1)), ""), level("x", "a")}, "!pagemap-7.img"},
 	} {
-		_, err := Merge(tt.dirs, page)
+		_, err := Merge(t.Context(), tt.dirs, page)
 		if want, bad := strings.CutPrefix(tt.want, "!"); bad {
 			if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, want ErrDamaged with %q", tt.name, err, want)
@@ -412,4 +412,47 @@ func TestMerge(t *testing.T) {
 			t.Errorf("%s: left %v", tt.name, left)
 		}
 	}
+}
+
+// FuzzMerge: whatever page maps say, what they are put together to is a whole dump, of pages
+// that are there, or damaged.
+func FuzzMerge(f *testing.F) {
+	f.Add([]byte(runs(true, Run{0x1000, 2, 1}, Run{0x8000, 1, 4})), []byte(runs(true, Run{0x1000, 2, 4})))
+	f.Add([]byte(runs(true, Run{0, 1 << 51, 1})), []byte(runs(true, Run{0, 1 << 51, 4})))
+	f.Add([]byte(runs(false, Run{0, 1 << 51, 4})), []byte(nil))
+	good := f.TempDir()
+	f.Fuzz(func(t *testing.T, top, below []byte) {
+		dirs := []string{filepath.Join(good, "0"), filepath.Join(good, "1")}
+		for i, maps := range [][]byte{top, below} {
+			if err := os.RemoveAll(dirs[i]); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(dirs[i], 0o700); err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(dirs[i], "inventory.img"), "")
+			write(t, filepath.Join(dirs[i], "pagemap-7.img"), string(maps))
+			write(t, filepath.Join(dirs[i], "pages-3.img"), pagesFile("abcd"))
+		}
+		fromParents, err := Merge(t.Context(), dirs, page)
+		if err != nil && !errors.Is(err, ErrDamaged) {
+			t.Fatalf("%v does not wrap ErrDamaged", err)
+		}
+		if err != nil || fromParents == 0 {
+			return // it was whole, and is left alone
+		}
+		data, err := os.ReadFile(filepath.Join(dirs[0], "pagemap-7.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ParsePagemap(data, page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range p.Runs {
+			if r.InParent() || r.Present() && r.Pages > 4+4 {
+				t.Errorf("run %+v", r)
+			}
+		}
+	})
 }

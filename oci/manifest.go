@@ -19,6 +19,8 @@ const (
 	MaxFiles        = 1 << 16
 	maxList         = 1 << 14
 	maxString       = 1 << 16
+	// Pages are of 4 KiB to 64 KiB wherever CRIU runs.
+	minPage, maxPage = 1 << 12, 1 << 20
 )
 
 // ErrInvalid is wrapped by every error about a manifest's content.
@@ -216,7 +218,7 @@ func (m *Manifest) Validate() error {
 	switch {
 	case m.Platform.OS == "" || m.Platform.Architecture == "":
 		return invalid("no platform")
-	case m.Host.PageSize <= 0 || m.Host.PageSize&(m.Host.PageSize-1) != 0:
+	case m.Host.PageSize < minPage || m.Host.PageSize > maxPage || m.Host.PageSize&(m.Host.PageSize-1) != 0:
 		return invalid("page size %d", m.Host.PageSize)
 	case m.Host.CgroupVersion != 1 && m.Host.CgroupVersion != 2:
 		return invalid("cgroup version %d", m.Host.CgroupVersion)

@@ -203,6 +203,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"version that begins alike", func(m *Manifest) { m.Version = "10" }, `"10"`},
 		{"no platform", func(m *Manifest) { m.Platform.Architecture = "" }, "platform"},
 		{"odd page size", func(m *Manifest) { m.Host.PageSize = 4097 }, "page size"},
+		{"tiny pages", func(m *Manifest) { m.Host.PageSize = 2048 }, "page size"},
+		{"huge pages", func(m *Manifest) { m.Host.PageSize = 1 << 40 }, "page size"},
 		{"no page size", func(m *Manifest) { m.Host.PageSize = 0 }, "page size"},
 		{"cgroup version", func(m *Manifest) { m.Host.CgroupVersion = 3 }, "cgroup"},
 		{"CRIU version", func(m *Manifest) { m.CRIU.Minimum = 0 }, "CRIU"},

@@ -1,8 +1,10 @@
-// Package blob writes what images are made of into containerd's content store.
+// Package blob reads what images are made of out of containerd's content store, and
+// writes it.
 package blob
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -122,4 +124,39 @@ func (w *ctxWriter) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	return w.w.Write(p)
+}
+
+// maxSmall bounds what is read as a whole: manifests, indexes, configurations. The
+// registries take half of that.
+const maxSmall = 8 << 20
+
+// Small is a store out of which nothing large is read: what is no layer is read as a
+// whole, and whoever made an image chose how large it is.
+type Small struct{ content.Provider }
+
+// ReaderAt refuses what is large.
+func (s Small) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	ra, err := s.Provider.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	if n := ra.Size(); n > maxSmall {
+		ra.Close()
+		return nil, fmt.Errorf("%s %s has %d bytes, and no more than %d are read of what is no layer", desc.MediaType, desc.Digest, n, maxSmall)
+	}
+	return ra, nil
+}
+
+// ReadJSON reads one blob of JSON into each of these.
+func ReadJSON(ctx context.Context, from content.Provider, desc ocispec.Descriptor, into ...any) error {
+	data, err := content.ReadBlob(ctx, Small{from}, desc)
+	if err != nil {
+		return err
+	}
+	for _, v := range into {
+		if err := json.Unmarshal(data, v); err != nil {
+			return fmt.Errorf("%s %s: %w", desc.MediaType, desc.Digest, err)
+		}
+	}
+	return nil
 }

@@ -149,3 +149,27 @@ func TestNotStored(t *testing.T) {
 		t.Errorf("stored: %v", err)
 	}
 }
+
+func TestReadJSON(t *testing.T) {
+	ctx, cs := newStore(t)
+	write := func(data string) ocispec.Descriptor {
+		t.Helper()
+		desc := ocispec.Descriptor{MediaType: "m", Digest: digest.FromString(data), Size: int64(len(data))}
+		if err := Write(ctx, cs, desc, []byte(data), nil); err != nil {
+			t.Fatal(err)
+		}
+		return desc
+	}
+	var a, b struct{ A int }
+	if err := ReadJSON(ctx, cs, write(`{"a":7}`), &a, &b); err != nil || a.A != 7 || b.A != 7 {
+		t.Errorf("%+v, %+v, %v", a, b, err)
+	}
+	for text, want := range map[string]string{"{": "m sha256:", `{"a":7}` + strings.Repeat(" ", maxSmall): "no more than"} {
+		if err := ReadJSON(ctx, cs, write(text), &a); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.20q: %v, want %q", text, err, want)
+		}
+	}
+	if err := ReadJSON(ctx, cs, of, &a); !errdefs.IsNotFound(err) {
+		t.Errorf("what is not there: %v", err)
+	}
+}

@@ -63,9 +63,9 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 		return none, err
 	}
 	if missing := b.missing(ctx, s.content); missing != "" {
-		return none, fmt.Errorf("layer %s of the base image %s is not in the content store; fetch the image again (ctr content fetch)", missing, b.name)
+		return none, fmt.Errorf("layer %s of the base image %s is not in the content store; fetch the image again (ctr content fetch)", missing, b.Name)
 	}
-	if err := mustEncrypt(b.name, b.manifest.Layers, r.EncryptTo); err != nil {
+	if err := mustEncrypt(b.Name, b.manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
 	w := wrapping{id: fmt.Sprintf("import-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: r.DumpDir, spec: r.Spec, comp: comp}
@@ -97,7 +97,7 @@ func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error
 	}
 	b, err := readBase(ctx, s, r.Base, *target)
 	if err != nil {
-		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
+		return nil, fmt.Errorf("base %w", err)
 	}
 	b.dropCheckpoints()
 	return b, nil

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -21,9 +22,8 @@ import (
 // base is the image a container was made from, without what an earlier
 // checkpoint added on top and without what its name was moved to since.
 type base struct {
-	name     string
-	desc     ocispec.Descriptor // of the manifest
-	manifest ocispec.Manifest   // with layers as kept
+	*inspect.Image                  // as it is
+	manifest       ocispec.Manifest // with layers as kept
 	// config is the image's configuration as found: a field that this code
 	// does not know (Docker's Healthcheck) stays.
 	config  map[string]json.RawMessage
@@ -44,7 +44,7 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	}
 	b, err := readBase(ctx, s, image, img.Target)
 	if err != nil {
-		return nil, fmt.Errorf("read its image %s: %w", image, err)
+		return nil, fmt.Errorf("its %w", err)
 	}
 	if err := b.cut(parent); err != nil {
 		return nil, err
@@ -56,49 +56,23 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 
 // readBase reads an image as it is.
 func readBase(ctx context.Context, s services, name string, target ocispec.Descriptor) (*base, error) {
-	b := &base{name: name}
-	var err error
-	if b.desc, err = inspect.ManifestOf(ctx, s.content, target, s.platform); err != nil {
-		return nil, err
-	}
-	// The digest that the image is named by is worth more than its parts.
-	data, err := content.ReadBlob(ctx, s.content, b.desc)
+	img, err := inspect.Open(ctx, s.content, name, target, s.platform)
 	if err != nil {
 		return nil, err
 	}
-	if err := json.Unmarshal(data, &b.manifest); err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", b.desc.Digest, err)
+	b := &base{
+		Image: img, manifest: img.Manifest, diffIDs: img.Config.RootFS.DiffIDs, history: img.Config.History,
+		args: slices.Concat(img.Config.Config.Entrypoint, img.Config.Config.Cmd),
 	}
-	return b, b.readConfig(ctx, s.content)
-}
-
-func (b *base) readConfig(ctx context.Context, cs content.Store) error {
-	data, err := content.ReadBlob(ctx, cs, b.manifest.Config)
-	if err != nil {
-		return err
-	}
-	var known struct {
-		Config  ocispec.ImageConfig `json:"config"`
-		RootFS  ocispec.RootFS      `json:"rootfs"`
-		History []ocispec.History   `json:"history"`
-	}
-	if err := json.Unmarshal(data, &b.config); err != nil {
-		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
-	}
-	if err := json.Unmarshal(data, &known); err != nil {
-		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
-	}
-	b.diffIDs, b.history = known.RootFS.DiffIDs, known.History
-	b.args = slices.Concat(known.Config.Entrypoint, known.Config.Cmd)
-	if len(b.diffIDs) != len(b.manifest.Layers) {
-		return fmt.Errorf("manifest %s has %d layers and its configuration %d", b.desc.Digest, len(b.manifest.Layers), len(b.diffIDs))
+	if err := blob.ReadJSON(ctx, s.content, b.manifest.Config, &b.config); err != nil {
+		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
 	if layers := layersOf(b.history); layers != len(b.diffIDs) {
 		// Tools reject a history that does not fit; one that tells nothing is fine,
 		// and lets the new layers be told apart.
 		b.history = make([]ocispec.History, len(b.diffIDs))
 	}
-	return nil
+	return b, nil
 }
 
 func layersOf(history []ocispec.History) (n int) {
@@ -122,32 +96,13 @@ func (b *base) cut(parent string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("its root file system was not made from what the name %s means now (it was made from %s); tag the image it was made from with this name again", b.name, parent)
+	return fmt.Errorf("its root file system was not made from what the name %s means now (it was made from %s); tag the image it was made from with this name again", b.Name, parent)
 }
 
 // dropCheckpoints leaves out the checkpoint layers: a new checkpoint replaces
-// them.
+// them. Of the image's layers none but the last must have been left out before.
 func (b *base) dropCheckpoints() {
-	b.keep(func(i int) bool { return !b.isCheckpoint(i) })
-}
-
-// isCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost
-// the annotations by the history.
-func (b *base) isCheckpoint(i int) bool {
-	if b.manifest.Layers[i].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
-		return true
-	}
-	n := 0
-	for _, h := range b.history {
-		if h.EmptyLayer {
-			continue
-		}
-		if n == i {
-			return h.CreatedBy == oci.CreatedByCheckpoint
-		}
-		n++
-	}
-	return false
+	b.keep(func(i int) bool { return b.Kind(i) != "checkpoint" })
 }
 
 // keep drops layers from everything that lists them.
@@ -184,7 +139,7 @@ func (b *base) identity() oci.Base {
 	if d := b.manifest.Annotations[oci.AnnotationBaseDigest]; d != "" {
 		return oci.Base{Name: b.manifest.Annotations[oci.AnnotationBaseName], Digest: d, Args: b.args}
 	}
-	return oci.Base{Name: b.name, Digest: b.desc.Digest.String(), Args: b.args}
+	return oci.Base{Name: b.Name, Digest: b.Desc.Digest.String(), Args: b.args}
 }
 
 // missing names a layer whose content is not stored (containerd can be told to

@@ -137,7 +137,7 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	if !r.Frozen.IsZero() {
 		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
 	}
-	preDumped, err := mergePreDump(r, continues)
+	preDumped, err := mergePreDump(ctx, r, continues)
 	if err != nil {
 		return none, fmt.Errorf("put the dump of container %s together: %w", c.ID, err)
 	}
@@ -211,12 +211,12 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 
 // mergePreDump makes a whole dump of one that continues a pre-dump, and tells how many
 // bytes of its memory were copied ahead.
-func mergePreDump(r Request, continues bool) (int64, error) {
+func mergePreDump(ctx context.Context, r Request, continues bool) (int64, error) {
 	if !continues {
 		return 0, nil
 	}
 	page := uint64(r.Manifest.Host.PageSize)
-	pages, err := images.Merge([]string{r.DumpDir, r.PreDumpDir}, page)
+	pages, err := images.Merge(ctx, []string{r.DumpDir, r.PreDumpDir}, page)
 	if err != nil {
 		return 0, err
 	}

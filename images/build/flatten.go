@@ -84,7 +84,7 @@ func (s services) rewrap(ctx context.Context, r FlattenRequest, img *inspect.Ima
 	none := ocispec.Descriptor{}
 	b, err := readBase(ctx, s, r.From, img.Target)
 	if err != nil {
-		return none, fmt.Errorf("read image %s: %w", r.From, err)
+		return none, err
 	}
 	b.dropCheckpoints()
 	m := *top.Manifest

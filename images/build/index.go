@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -88,14 +89,7 @@ func readList(ctx context.Context, cs content.Provider, target ocispec.Descripto
 		entry, err := entryOf(ctx, cs, target)
 		return ocispec.Index{Manifests: []ocispec.Descriptor{entry}}, err
 	}
-	data, err := content.ReadBlob(ctx, cs, target)
-	if err != nil {
-		return list, err
-	}
-	if err := json.Unmarshal(data, &list); err != nil {
-		return list, fmt.Errorf("index %s: %w", target.Digest, err)
-	}
-	return list, nil
+	return list, blob.ReadJSON(ctx, cs, target, &list)
 }
 
 // entryOf is an image as an index lists it: with its platform and, if it is a
@@ -106,17 +100,11 @@ func entryOf(ctx context.Context, cs content.Provider, desc ocispec.Descriptor) 
 		manifest ocispec.Manifest
 		config   struct{ ocispec.Platform }
 	)
-	for _, part := range []struct {
-		desc *ocispec.Descriptor
-		into any
-	}{{&desc, &manifest}, {&manifest.Config, &config}} {
-		data, err := content.ReadBlob(ctx, cs, *part.desc)
-		if err != nil {
-			return entry, err
-		}
-		if err := json.Unmarshal(data, part.into); err != nil {
-			return entry, fmt.Errorf("%s %s: %w", part.desc.MediaType, part.desc.Digest, err)
-		}
+	if err := blob.ReadJSON(ctx, cs, desc, &manifest); err != nil {
+		return entry, err
+	}
+	if err := blob.ReadJSON(ctx, cs, manifest.Config, &config); err != nil {
+		return entry, err
 	}
 	platform := platforms.Normalize(config.Platform)
 	entry.Platform = &platform

@@ -43,7 +43,7 @@ var may = map[string][]string{
 	"images/build":                {"images", "images/blob", "images/crypt", "images/inspect", "images/registry", "oci"},
 	"images/convert":              {"oci/criuimage", "images", "images/blob", "images/build", "images/crypt", "images/inspect", "oci"},
 	"images/crypt":                {"oci"},
-	"images/inspect":              {"oci/criuimage", "images", "images/crypt", "oci"},
+	"images/inspect":              {"oci/criuimage", "images", "images/blob", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
 	"images/trust":                {"images", "images/blob", "images/build", "images/inspect", "oci"},
 	"oci":                         {},
