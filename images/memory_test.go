@@ -156,6 +156,16 @@ func TestMemoryIsStored(t *testing.T) {
 		"no pages":        func(dir string) { remove(t, filepath.Join(dir, "pages-3.img")) },
 		"another's, too":  func(dir string) { write(t, filepath.Join(dir, "pagemap-8.img"), runs(true, Run{a, 2, 4})) },
 		"broken page map": func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), "x") },
+		"link to a page map": func(dir string) {
+			file := filepath.Join(dir, "pagemap-7.img")
+			write(t, filepath.Join(dir, "x"), runs(true, Run{a, 2, 4}))
+			remove(t, file)
+			if err := os.Symlink("x", file); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"large page map":  func(dir string) { grow(t, filepath.Join(dir, "pagemap-7.img")) },
+		"large mappings":  func(dir string) { grow(t, filepath.Join(dir, "mm-7.img")) },
 		"broken mappings": func(dir string) { write(t, filepath.Join(dir, "mm-7.img"), "x") },
 		"unaligned":       func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{a + 1, 2, 4})) },
 		"over the end":    func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{1<<64 - page, 2, 4})) },
@@ -174,6 +184,14 @@ func TestMemoryIsStored(t *testing.T) {
 		if err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
 			t.Errorf("%s: %v, want ErrNotDump", name, err)
 		}
+	}
+}
+
+// grow makes a file larger than what is read of one, with a hole.
+func grow(t *testing.T, file string) {
+	t.Helper()
+	if err := os.Truncate(file, maxMap+1); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -378,6 +396,11 @@ func TestMerge(t *testing.T) {
 		{"not in the parent", []string{level(runs(true, at(0, 1, 1)), ""), level(runs(true, at(1, 1, 4)), "b")}, "!0x10000"},
 		{"parent without the process", []string{level(runs(true, at(0, 1, 1)), ""), level("", "")}, "!none of the dumps"},
 		{"parent cut off", []string{level(runs(true, at(1, 1, 1)), ""), level(runs(true, at(0, 2, 4)), "a")}, "!EOF"},
+		{"large parent", []string{level(runs(true, at(0, 1, 1)), ""), func() string {
+			dir := level(runs(true, at(0, 1, 4)), "a")
+			grow(t, filepath.Join(dir, "pagemap-7.img"))
+			return dir
+		}()}, "!more than"},
 		{"broken parent", []string{level(runs(true, at(0, 1, 1)), ""), level("x", "a")}, "!pagemap-7.img"},
 	} {
 		_, err := Merge(t.Context(), tt.dirs, page)

@@ -141,7 +141,7 @@ type level struct {
 }
 
 func openLevel(dir, name string, pageSize uint64) (*level, error) {
-	data, err := os.ReadFile(filepath.Join(dir, name))
+	data, err := readMap(dir, name)
 	if err != nil {
 		return nil, err
 	}
