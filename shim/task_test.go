@@ -413,7 +413,7 @@ func TestCheckpointOptions(t *testing.T) {
 // A dump that failed half-way over an older one does not pass for it.
 func TestDumpManifest(t *testing.T) {
 	dir := t.TempDir()
-	m := &oci.Manifest{Container: oci.Container{Args: []string{"true"}}}
+	m := &oci.Manifest{Created: time.Now(), Container: oci.Container{ID: "c", Args: []string{"true"}}}
 	images.ThisHost(40200).Describe(m)
 	if err := clearDump(dir); err != nil {
 		t.Errorf("an empty directory: %v", err)

@@ -123,7 +123,7 @@ func (d *Difference) facts(a, b *Layer) {
 	add("base", m.Base.Digest, n.Base.Digest)
 	add("container", m.Container.ID, n.Container.ID)
 	add("host name", m.Container.Hostname, n.Container.Hostname)
-	add("arguments", m.Container.Args, n.Container.Args)
+	add("arguments", fmt.Sprintf("%q", m.Container.Args), fmt.Sprintf("%q", n.Container.Args))
 	add("platform", m.Platform, n.Platform)
 	add("kernel", m.Host.Kernel, n.Host.Kernel)
 	add("CPU", m.Host.CPU.Model, n.Host.CPU.Model)

@@ -582,11 +582,12 @@ func TestDiff(t *testing.T) {
 		t.Errorf("with itself: %+v, %v", same, err)
 	}
 	b.Manifest.Host.CPU.Model = "Other"
+	b.Manifest.Container.Args = []string{"a\x1b[2J"}
 	d, err := Diff(t.Context(), imgA, imgB, []*Layer{a}, []*Layer{b})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.Memory != (Pages{Equal: total - 2*images.SumSize, Changed: 2 * images.SumSize}) || len(d.Facts) != 1 || d.Facts[0].To != "Other" {
+	if d.Memory != (Pages{Equal: total - 2*images.SumSize, Changed: 2 * images.SumSize}) || len(d.Facts) != 2 || d.Facts[0].To != `["a\x1b[2J"]` || d.Facts[1].To != "Other" {
 		t.Errorf("%+v", d)
 	}
 	for _, p := range d.Processes {
