@@ -49,8 +49,9 @@ type ParentMemory interface {
 // must not share (see area.wiped), and without those that a parent has. Files that
 // are as CRIU wrote them are not in it.
 type memory struct {
-	maps  map[string][]byte // pagemap-*.img
-	pages map[string]kept   // pages-*.img
+	maps   map[string][]byte // pagemap-*.img
+	pages  map[string]kept   // pages-*.img
+	reused int64             // bytes that the parent has
 }
 
 // kept are the parts of a file that are stored, in order.
@@ -143,6 +144,7 @@ func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent Pare
 			case anonymous && (own.wiped || isZero(page)):
 			case parent != nil && sameAs(parent, pid, at, page):
 				left.append(at, 1, pageInParent, pageSize)
+				m.reused += int64(pageSize)
 			default:
 				left.append(at, 1, r.flags, pageSize)
 				stored.add(offset, int64(pageSize))

@@ -115,7 +115,7 @@ func TestMemoryIsStored(t *testing.T) {
 				m.Parent = &oci.Parent{Manifest: "sha256:" + strings.Repeat("a", 64), Depth: 1}
 			}
 			var buf bytes.Buffer
-			if err := WriteLayer(&buf, dir, []byte("{}"), &m, tt.parent); err != nil {
+			if _, err := WriteLayer(&buf, dir, []byte("{}"), &m, tt.parent); err != nil {
 				t.Fatal(err)
 			}
 			out := t.TempDir()
@@ -181,7 +181,7 @@ func TestMemoryIsStored(t *testing.T) {
 		change(dir)
 		m := facts()
 		m.Host.PageSize = page
-		if err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
+		if _, err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
 			t.Errorf("%s: %v, want ErrNotDump", name, err)
 		}
 	}
@@ -226,7 +226,7 @@ func chained(t *testing.T, depth int, tag string) (layers []string) {
 		m.Container.ID = fmt.Sprint(tag, i)
 		m.Parent = parent
 		var buf bytes.Buffer
-		if err := WriteLayer(&buf, dump(t), []byte("{}"), &m, nil); err != nil {
+		if _, err := WriteLayer(&buf, dump(t), []byte("{}"), &m, nil); err != nil {
 			t.Fatal(err)
 		}
 		dir := t.TempDir()

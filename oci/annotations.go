@@ -163,6 +163,10 @@ func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
 		// By which profiles, they do not say.
 		m.Container.LSM = &LSM{Name: name}
 	}
+	if depth := number(annotations[AnnotationDepth]); depth > 0 {
+		// What it continues, they do not say.
+		m.Parent = &Parent{Depth: int(depth)}
+	}
 	if created, err := time.Parse(time.RFC3339, annotations[annotationCreated]); err == nil {
 		m.Created = created
 	}

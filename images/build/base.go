@@ -7,7 +7,6 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images/converter"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -29,6 +28,8 @@ type base struct {
 	config  map[string]json.RawMessage
 	args    []string             // what the image runs when nothing else is asked for
 	made    []ocispec.Descriptor // what the container was made from, earlier checkpoints included
+	absent  absent
+	kinds   []string // of the layers as kept: see inspect.Image.Kind
 	diffIDs []digest.Digest
 	history []ocispec.History // empty entries when it did not fit the layers
 }
@@ -54,25 +55,35 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	return b, nil
 }
 
-// readBase reads an image as it is.
+// readBase reads an image as it is, and holds it.
 func readBase(ctx context.Context, s services, name string, target ocispec.Descriptor) (*base, error) {
-	img, err := inspect.Open(ctx, s.content, name, target, s.platform)
+	img, err := s.openTarget(ctx, name, target)
 	if err != nil {
 		return nil, err
 	}
+	return baseOf(ctx, s, img)
+}
+
+// baseOf is readBase for an image that is held.
+func baseOf(ctx context.Context, s services, img *inspect.Image) (*base, error) {
 	b := &base{
 		Image: img, manifest: img.Manifest, diffIDs: img.Config.RootFS.DiffIDs, history: img.Config.History,
 		args: slices.Concat(img.Config.Config.Entrypoint, img.Config.Config.Cmd),
 	}
+	for n := range b.manifest.Layers {
+		b.kinds = append(b.kinds, b.Kind(n))
+	}
 	if err := blob.ReadJSON(ctx, s.content, b.manifest.Config, &b.config); err != nil {
-		return nil, fmt.Errorf("image %s: %w", name, err)
+		return nil, fmt.Errorf("image %s: %w", b.Name, err)
 	}
 	if layers := layersOf(b.history); layers != len(b.diffIDs) {
 		// Tools reject a history that does not fit; one that tells nothing is fine,
 		// and lets the new layers be told apart.
 		b.history = make([]ocispec.History, len(b.diffIDs))
 	}
-	return b, nil
+	var err error
+	b.absent, err = s.absentOf(ctx, b.manifest)
+	return b, err
 }
 
 func layersOf(history []ocispec.History) (n int) {
@@ -100,15 +111,16 @@ func (b *base) cut(parent string) error {
 }
 
 // dropCheckpoints leaves out the checkpoint layers: a new checkpoint replaces
-// them. Of the image's layers none but the last must have been left out before.
+// them.
 func (b *base) dropCheckpoints() {
-	b.keep(func(i int) bool { return b.Kind(i) != "checkpoint" })
+	b.keep(func(i int) bool { return b.kinds[i] != "checkpoint" })
 }
 
 // keep drops layers from everything that lists them.
 func (b *base) keep(want func(i int) bool) {
 	var (
 		layers  []ocispec.Descriptor
+		kinds   []string
 		diffIDs []digest.Digest
 		history []ocispec.History
 		kept    = make([]bool, len(b.diffIDs))
@@ -116,6 +128,7 @@ func (b *base) keep(want func(i int) bool) {
 	for i := range b.diffIDs {
 		if kept[i] = want(i); kept[i] {
 			layers = append(layers, b.manifest.Layers[i])
+			kinds = append(kinds, b.kinds[i])
 			diffIDs = append(diffIDs, b.diffIDs[i])
 		}
 	}
@@ -130,7 +143,7 @@ func (b *base) keep(want func(i int) bool) {
 		}
 		n++
 	}
-	b.manifest.Layers, b.diffIDs, b.history = layers, diffIDs, history
+	b.manifest.Layers, b.kinds, b.diffIDs, b.history = layers, kinds, diffIDs, history
 }
 
 // identity is what the manifest says about the base. An image that is a
@@ -140,17 +153,6 @@ func (b *base) identity() oci.Base {
 		return oci.Base{Name: b.manifest.Annotations[oci.AnnotationBaseName], Digest: d, Args: b.args}
 	}
 	return oci.Base{Name: b.Name, Digest: b.Desc.Digest.String(), Args: b.args}
-}
-
-// missing names a layer whose content is not stored (containerd can be told to
-// discard it once unpacked).
-func (b *base) missing(ctx context.Context, cs content.Store) string {
-	for _, l := range b.manifest.Layers {
-		if _, err := cs.Info(ctx, l.Digest); errdefs.IsNotFound(err) {
-			return l.Digest.String()
-		}
-	}
-	return ""
 }
 
 // annotations of the new manifest: the base's own, without what an earlier

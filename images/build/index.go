@@ -9,6 +9,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -137,6 +138,45 @@ func writeIndex(ctx context.Context, cs content.Store, own ocispec.Descriptor, l
 	return writeBlob(ctx, cs, ocispec.MediaTypeImageIndex, data, gcLabels(index.Manifests))
 }
 
+// replaced gives what a name is to mean that meant an image, or an index with that image,
+// now that another is made of it: the others of the index are kept as they are. from may be
+// nil.
+func (s services) replaced(ctx context.Context, from *inspect.Image, own ocispec.Descriptor) (ocispec.Descriptor, error) {
+	if from == nil || !coreimages.IsIndexType(from.Target.MediaType) {
+		return own, nil
+	}
+	if own.Digest == from.Desc.Digest {
+		return from.Target, nil
+	}
+	list, err := s.list(ctx, from.Target)
+	if err != nil {
+		return own, err
+	}
+	entry, err := entryOf(ctx, s.content, own)
+	if err != nil {
+		return own, err
+	}
+	for i, m := range list.Manifests {
+		if m.Digest == from.Desc.Digest {
+			// However its platform was said, if at all.
+			list.Manifests[i].Platform = entry.Platform
+		}
+	}
+	return writeIndex(ctx, s.content, own, list)
+}
+
+// list reads what an image's name means as a list, and holds what is in it.
+func (s services) list(ctx context.Context, target ocispec.Descriptor) (ocispec.Index, error) {
+	if err := s.keep(ctx, target); err != nil {
+		return ocispec.Index{}, err
+	}
+	list, err := readList(ctx, s.content, target)
+	if err != nil {
+		return list, err
+	}
+	return list, s.keep(ctx, list.Manifests...)
+}
+
 // lists are those that a new index starts from: of the image that the container
 // came from, and of what the new name means so far.
 func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, error) {
@@ -149,7 +189,7 @@ func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, 
 		if err != nil {
 			return nil, err
 		}
-		list, err := readList(ctx, s.content, record.Target)
+		list, err := s.list(ctx, record.Target)
 		if err != nil {
 			return nil, fmt.Errorf("read image %s: %w", name, err)
 		}
@@ -167,17 +207,18 @@ func MakeIndex(ctx context.Context, client *containerd.Client, config registry.C
 
 func makeIndex(ctx context.Context, s services, config registry.Config, ref string) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
-	ctx, release, err := withLease(ctx, s.leases)
+	l, err := newLease(ctx, s.leases)
 	if err != nil {
 		return none, err
 	}
 	// What is stored has its name by then, or is of no use.
-	defer func() { _ = release() }()
+	defer func() { _ = endLease(ctx, s.leases, l) }()
+	ctx = leases.WithLease(ctx, l.ID)
 	record, err := s.images.Get(ctx, ref)
 	if err != nil {
 		return none, fmt.Errorf("find image %s: %w", ref, err)
 	}
-	img, err := inspect.Open(ctx, s.content, ref, record.Target, s.platform)
+	img, err := s.openTarget(ctx, ref, record.Target)
 	if err != nil {
 		return none, err
 	}

@@ -113,12 +113,14 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 	return l, nil
 }
 
-// writeDump stores the checkpoint layer and fills m.Files.
-func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, p *parent, comp compression, total int64, emit func(Event)) (newLayer, error) {
-	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
-		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m, p.memoryOrNil())
+// writeDump stores the checkpoint layer, whose ingest is named ref, and fills m.Files. It
+// tells how many bytes of the memory parent has, which may be nil.
+func (s services) writeDump(ctx context.Context, ref, dir string, spec []byte, m *oci.Manifest, parent images.ParentMemory, comp compression, total int64, emit func(Event)) (_ newLayer, reused int64, _ error) {
+	l, err := writeLayer(ctx, s.content, ref, comp, func(w io.Writer) (err error) {
+		reused, err = images.WriteLayer(&progress{w: w, total: total, emit: emit}, dir, spec, m, parent)
+		return err
 	})
-	return l.asCheckpoint(), err
+	return l.asCheckpoint(), reused, err
 }
 
 // asCheckpoint marks a layer as a checkpoint layer. Of its annotations it keeps those

@@ -74,7 +74,7 @@ func tarLayer(tb testing.TB, dir string) []byte {
 	tb.Helper()
 	m := facts()
 	var buf bytes.Buffer
-	if err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
+	if _, err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
 		tb.Fatal(err)
 	}
 	return buf.Bytes()
@@ -704,7 +704,10 @@ func TestLargeFiles(t *testing.T) {
 	}
 	m := facts()
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(images.WriteLayer(w, dir, []byte("{}"), &m, nil)) }()
+	go func() {
+		_, err := images.WriteLayer(w, dir, []byte("{}"), &m, nil)
+		_ = w.CloseWithError(err)
+	}()
 	l, err := readLayer(r, Options{Digests: true})
 	if err != nil {
 		t.Fatal(err)
