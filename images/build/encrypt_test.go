@@ -348,7 +348,7 @@ func TestEncryptedForTheNewRecipients(t *testing.T) {
 				if n := w.readers("new:1", step.readers...); n != tt.encrypted && step.readers != nil {
 					t.Errorf("for %v: %d layers are encrypted, want %d", step.to, n, tt.encrypted)
 				}
-				if l := w.load("new:1"); step.readers != nil && len(step.readers) == 1 {
+				if l := w.load("new:1"); len(step.readers) == 1 {
 					other := map[string]string{keyA: keyB, keyB: keyA}[step.readers[0]]
 					k, err := crypt.ParseKeys([]string{other})
 					w.must(err)

@@ -54,9 +54,16 @@ type ProcessDifference struct {
 	Kinds  map[string]Pages `json:"kinds,omitempty"` // by Mapping.Kind
 }
 
-// Diff compares two checkpoints: chains of layers that were read with Pages.
+// Diff compares two checkpoints: chains of layers that were read with Digests and Pages, and
+// are whole.
 func Diff(ctx context.Context, from, to *Image, x, y []*Layer) (*Difference, error) {
 	a, b := x[0], y[0]
+	if err := VerifyChain(x); err != nil {
+		return nil, fmt.Errorf("%s: %w", from.Name, err)
+	}
+	if err := VerifyChain(y); err != nil {
+		return nil, fmt.Errorf("%s: %w", to.Name, err)
+	}
 	before, err := NewMemory(x)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from.Name, err)

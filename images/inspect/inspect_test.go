@@ -13,6 +13,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -554,7 +555,7 @@ func TestDiff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := img.Read(t.Context(), s, Options{Pages: true})
+		l, err := img.Read(t.Context(), s, Options{Digests: true, Pages: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -622,6 +623,15 @@ func TestDiff(t *testing.T) {
 		}
 	}
 
+	// What is read is what was checked.
+	bad := *b
+	bad.Found = slices.Clone(b.Found)
+	bad.Found[len(bad.Found)-1].Digest = "sha256:" + strings.Repeat("0", 64)
+	for _, pair := range [][2]*Layer{{a, &bad}, {&bad, a}} {
+		if _, err := Diff(t.Context(), imgA, imgB, []*Layer{pair[0]}, []*Layer{pair[1]}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "digest") {
+			t.Errorf("a changed file: %v", err)
+		}
+	}
 	// Memory that is not what the page map says.
 	a.Pages["pages-1.img"] = a.Pages["pages-1.img"][1:]
 	if _, err := Diff(t.Context(), imgA, imgB, []*Layer{a}, []*Layer{b}); !errors.Is(err, images.ErrDamaged) {
