@@ -100,12 +100,14 @@ func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit f
 	}
 	defer func() { p.Close(ctx, err) }()
 	emit(images.BuildEvent{Event: images.EventReady})
-	var d images.BuildDump
-	if err := dec.Decode(&d); err != nil {
-		if errors.Is(err, io.EOF) {
-			return errors.New("there was no dump")
+	d := r.BuildDump
+	if d.DumpDir == "" { // else it is a shim that runs since before this was installed
+		if err := dec.Decode(&d); err != nil {
+			if errors.Is(err, io.EOF) {
+				return errors.New("there was no dump")
+			}
+			return fmt.Errorf("read about the dump on standard input: %w", err)
 		}
-		return fmt.Errorf("read about the dump on standard input: %w", err)
 	}
 	_, err = p.Finish(ctx, d)
 	return err

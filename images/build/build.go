@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -384,9 +385,32 @@ func (s services) openTarget(ctx context.Context, name string, target ocispec.De
 	if err != nil {
 		return nil, err
 	}
-	// It may have come without the labels by which containerd keeps them together.
-	return img, s.keep(ctx, append(img.Manifest.Layers, img.Desc, img.Manifest.Config)...)
+	if img.Desc.Digest != target.Digest {
+		if err := s.keepParts(ctx, target, img.Desc); err != nil {
+			return nil, err
+		}
+	}
+	return img, s.keepParts(ctx, img.Desc, append([]ocispec.Descriptor{img.Manifest.Config}, img.Manifest.Layers...)...)
 }
+
+// keepParts is keep for what is held with what refers to it, whole, unless that came
+// without containerd's labels. To hold more costs containerd a write to its disk each.
+func (s services) keepParts(ctx context.Context, whole ocispec.Descriptor, parts ...ocispec.Descriptor) error {
+	info, err := s.content.Info(ctx, whole.Digest)
+	if err != nil {
+		return err
+	}
+	held := make(map[string]bool)
+	for k, v := range info.Labels {
+		if strings.HasPrefix(k, gcContent) {
+			held[v] = true
+		}
+	}
+	return s.keep(ctx, slices.DeleteFunc(slices.Clone(parts), func(d ocispec.Descriptor) bool { return held[d.Digest.String()] })...)
+}
+
+// gcContent begins the labels by which containerd keeps content with what refers to it.
+const gcContent = "containerd.io/gc.ref.content"
 
 // keep makes the lease of ctx hold content that is there already, and that only the name
 // of an image holds otherwise: somebody may remove that name.

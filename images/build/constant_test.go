@@ -23,7 +23,7 @@ func TestConstantMemory(t *testing.T) {
 		buildLarge(t, mib)
 		return
 	}
-	const small, large = 16, 128
+	const small, large = 16, 80
 	peak := func(mib int) int {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestConstantMemory$", "-test.v")
 		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", sizeEnv, mib), "TMPDIR="+t.TempDir())

@@ -174,7 +174,7 @@ func (s services) list(ctx context.Context, target ocispec.Descriptor) (ocispec.
 	if err != nil {
 		return list, err
 	}
-	return list, s.keep(ctx, list.Manifests...)
+	return list, s.keepParts(ctx, target, list.Manifests...)
 }
 
 // lists are those that a new index starts from: of the image that the container
