@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -120,8 +121,11 @@ func Annotations(m *Manifest) map[string]string {
 
 // FactsOf reads what Annotations wrote, as far as a restore can be judged by it:
 // the manifest in the layer is what counts. ok tells whether the annotations are a
-// checkpoint image's. What they lack or misspell is zero.
+// checkpoint image's. What they lack or misspell is zero, and so is what would do
+// something to a terminal.
 func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
+	annotations = maps.Clone(annotations)
+	maps.DeleteFunc(annotations, func(_, v string) bool { return hasControls(v) })
 	version := annotations[AnnotationVersion]
 	if version == "" {
 		return nil, false
@@ -156,6 +160,14 @@ func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
 		Requires:       list(AnnotationRequires),
 		// How many files, they do not say.
 		Files: []File{{Size: number(annotations[AnnotationDumpBytes])}},
+	}
+	if name := annotations[AnnotationLSM]; name != "" {
+		// By which profiles, they do not say.
+		m.Container.LSM = &LSM{Name: name}
+	}
+	if depth := number(annotations[AnnotationDepth]); depth > 0 {
+		// What it continues, they do not say.
+		m.Parent = &Parent{Depth: int(depth)}
 	}
 	if created, err := time.Parse(time.RFC3339, annotations[annotationCreated]); err == nil {
 		m.Created = created

@@ -474,7 +474,7 @@ func TestCheckpointOptions(t *testing.T) {
 // A dump that failed half-way over an older one does not pass for it.
 func TestDumpManifest(t *testing.T) {
 	dir := t.TempDir()
-	m := &oci.Manifest{Container: oci.Container{Args: []string{"true"}}}
+	m := &oci.Manifest{Created: time.Now(), Container: oci.Container{ID: "c", Args: []string{"true"}}}
 	images.ThisHost(40200).Describe(m)
 	if err := clearDump(dir); err != nil {
 		t.Errorf("an empty directory: %v", err)
@@ -584,12 +584,22 @@ func TestImageBuild(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := b.ask(s.buildRequest(c, &checkpointRequest{ref: "r", dir: c.bundle}, &oci.Manifest{}, time.Now())); err != nil {
+		if err := b.say(s.buildRequest(c, &checkpointRequest{ref: "r"}, &oci.Manifest{})); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.ready(t.Context()); err != nil {
+			b.abort()
+			t.Fatal(err)
+		}
+		if err := b.ask(images.BuildDump{DumpDir: c.bundle}); err != nil {
 			t.Fatal(err)
 		}
 		return b
 	}
-	const request = "read -r request\ncase $1$request in build-image{*'\"r\"'*) ;; *) echo \"asked for $1 $request\" >&2; exit 1 ;; esac\n"
+	const (
+		first   = "read -r request\ncase $1$request in build-image{*'\"r\"'*) ;; *) echo \"asked for $1 $request\" >&2; exit 1 ;; esac\n"
+		request = first + "echo '{\"event\":\"ready\"}'\nread -r dump\ncase $dump in {'\"dumpDir\"'*) ;; *) echo \"a dump $dump\" >&2; exit 1 ;; esac\n"
+	)
 	for name, tt := range map[string]struct {
 		script          string
 		diff, wait, end string // what the errors say; none if empty
@@ -640,31 +650,61 @@ func TestImageBuild(t *testing.T) {
 			}
 		})
 	}
-	t.Run("gone before it is asked", func(t *testing.T) {
-		noMoreFiles(t)
-		fakeBuilder(t, "echo no socket >&2; exit 1")
-		b, err := s.startBuilder()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer b.abort()
-		for unix.Waitid(unix.P_PID, b.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
-		}
-		if err := b.ask(images.BuildRequest{}); err != nil {
-			t.Fatal(err)
-		}
-		if err := b.untilDiffed(); err == nil || !strings.Contains(err.Error(), "no socket") {
-			t.Errorf("error is %v, want what the builder said", err)
-		}
-	})
+	for name, tt := range map[string]struct{ script, want string }{
+		"gone before it is asked": {"echo no socket >&2; exit 1", "no socket"},
+		"something in the way":    {first + `echo '{"event":"warning","error":"w"}'; echo '{"event":"error","error":"no such parent"}'; exit 1`, "no such parent"},
+		"ends without a word":     {first + "exit 0", "ended early"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			noMoreFiles(t)
+			fakeBuilder(t, tt.script)
+			b, err := s.startBuilder()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.abort()
+			if name == "gone before it is asked" {
+				for unix.Waitid(unix.P_PID, b.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+				}
+			}
+			if err := b.say(images.BuildRequest{Ref: "r"}); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.ready(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error is %v, want %q", err, tt.want)
+			}
+		})
+	}
+	// What has something to give back does so.
 	t.Run("never asked", func(t *testing.T) {
 		noMoreFiles(t)
-		fakeBuilder(t, request)
+		gaveBack := filepath.Join(t.TempDir(), "gave-back")
+		fakeBuilder(t, "read -r request; touch '"+gaveBack+"'")
 		b, err := s.startBuilder()
 		if err != nil {
 			t.Fatal(err)
 		}
 		b.abort()
+		if _, err := os.Stat(gaveBack); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("nobody waits for the answer", func(t *testing.T) {
+		noMoreFiles(t)
+		fakeBuilder(t, first+"exec sleep 1000")
+		b, err := s.startBuilder()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.abort()
+		if err := b.say(images.BuildRequest{Ref: "r"}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := b.ready(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
 	})
 	t.Run("aborted", func(t *testing.T) {
 		fakeBuilder(t, request+`echo '{"event":"diffed"}'; exec sleep 1000`)
@@ -685,6 +725,9 @@ func TestImageBuild(t *testing.T) {
 	})
 	var none *imageBuild
 	none.abort()
+	if err := none.ready(t.Context()); err != nil {
+		t.Error(err)
+	}
 	if done, err := none.wait(); done != nil || err != nil {
 		t.Errorf("of no build: %v, %v", done, err)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/crac-shim/crac/cmd/cracctl/check"
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -74,7 +75,7 @@ container as cracctl check does, with its exit statuses.`,
 	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
 	encryptToFlag(cmd, &f.encryptTo)
-	keyFlag(cmd, &f.keys, "of an encrypted parent")
+	keyFlag(cmd, &f.keys, "of an encrypted parent, or of the image that the container came from (default: those in "+crypt.NodeKeyDir+")")
 	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
@@ -180,7 +181,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	if err != nil {
 		return explain(err)
 	}
-	if err := report(ctx, client, ref, took, f.quiet, out); err != nil || !f.push {
+	if err := report(ctx, client, ref, f.parent, took, f.quiet, out, errOut); err != nil || !f.push {
 		return err
 	}
 	// Here and not in the shim: whoever asks has the credentials, and waits.
@@ -239,11 +240,15 @@ func explain(err error) error {
 	return err
 }
 
-// report prints what was made.
-func report(ctx context.Context, client *containerd.Client, ref string, took time.Duration, quiet bool, out io.Writer) error {
+// report prints what was made, on top of parent, if there is one.
+func report(ctx context.Context, client *containerd.Client, ref, parent string, took time.Duration, quiet bool, out, errOut io.Writer) error {
 	img, err := client.ImageService().Get(ctx, ref)
 	if err != nil {
 		return fmt.Errorf("the shim reported success, but image %s is not there: %w", ref, err)
+	}
+	reused, memory, continues := build.Reused(img.Labels)
+	if warning := build.ReusedWarning(parent, reused, memory); warning != "" {
+		fmt.Fprintln(errOut, "cracctl: warning:", warning)
 	}
 	if quiet {
 		_, err := fmt.Fprintln(out, img.Target.Digest)
@@ -268,6 +273,9 @@ func report(ctx context.Context, client *containerd.Client, ref string, took tim
 	}
 	if ahead, _ := strconv.ParseInt(img.Labels[build.LabelPreDumped], 10, 64); ahead > 0 {
 		fmt.Fprintf(out, "Pre-dumped  %s of the memory\n", size(ahead))
+	}
+	if continues {
+		fmt.Fprintf(out, "From parent %s of %s of memory\n", size(reused), size(memory))
 	}
 	return nil
 }

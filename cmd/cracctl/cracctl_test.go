@@ -191,6 +191,14 @@ func TestBuildImageErrors(t *testing.T) {
 	}
 }
 
+// Arguments may hold anything, and a terminal obeys.
+func TestQuoted(t *testing.T) {
+	got := strings.Join(quoted([]string{"/bin/sh", "-c", "a b", "", "\x1b[2J", "\u009b2J", "ä"}), " ")
+	if want := `/bin/sh -c "a b" "" "\x1b[2J" "\u009b2J" ä`; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
+
 func TestIsOurs(t *testing.T) {
 	for name, want := range map[string]bool{
 		"io.containerd.crac.v2":                  true,

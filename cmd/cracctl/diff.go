@@ -38,11 +38,11 @@ a checkpoint of the second continuing the first would store.`,
 			if images[i], err = s.image(ref); err != nil {
 				return err
 			}
-			if layers[i], err = s.readChain(images[i], inspect.Options{Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
+			if layers[i], err = s.readChain(images[i], inspect.Options{Digests: true, Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 		}
-		d, err := inspect.Diff(images[0], images[1], layers[0], layers[1])
+		d, err := inspect.Diff(cmd.Context(), images[0], images[1], layers[0], layers[1])
 		if err != nil {
 			return err
 		}

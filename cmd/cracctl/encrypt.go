@@ -16,7 +16,7 @@ import (
 
 // encryptToFlag adds --encrypt-to to a command that makes layers.
 func encryptToFlag(cmd *cobra.Command, to *[]string) {
-	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the new layers for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
+	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
 }
 
 // keyFlag adds --key to a command that reads layers.

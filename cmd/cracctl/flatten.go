@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -16,8 +17,8 @@ func newFlatten(t *target) *cobra.Command {
 		Short: "Make one whole checkpoint of one that continues others",
 		Long: `Make a checkpoint image with a whole dump of one that continues others (checkpoint
 --parent): with the same memory and files, in one checkpoint layer. Without NEW the
-name REF is moved to it. The dumps are unpacked for as long as it takes, so it needs
-as much room as their memory.`,
+name REF is moved to it. In an index it takes the old one's place. The dumps are
+unpacked for as long as it takes, so it needs as much room as their memory.`,
 	}
 	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
 		before, err := s.find(r.From)
@@ -64,7 +65,7 @@ func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenR
 	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
 	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
 	encryptToFlag(cmd, &r.EncryptTo)
-	keyFlag(cmd, &r.Keys, "of an encrypted image")
+	keyFlag(cmd, &r.Keys, "of an encrypted image (default: those in "+crypt.NodeKeyDir+")")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 }

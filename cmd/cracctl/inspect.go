@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -126,7 +127,7 @@ func quoted(args []string) []string {
 	out := make([]string, len(args))
 	for i, a := range args {
 		out[i] = a
-		if a == "" || strings.ContainsFunc(a, func(r rune) bool { return r <= ' ' || r == '"' || r == 0x7f }) {
+		if a == "" || strings.ContainsFunc(a, func(r rune) bool { return r == ' ' || r == '"' || unicode.IsControl(r) }) {
 			out[i] = fmt.Sprintf("%q", a)
 		}
 	}

@@ -77,10 +77,8 @@ func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdi
 	}
 	v := &verdict{Name: ref}
 	chain, err := s.readChain(img, inspect.Options{Digests: true, Keys: keys}, errOut)
-	for _, l := range chain {
-		if err == nil {
-			err = l.Verify()
-		}
+	if err == nil {
+		err = inspect.VerifyChain(chain)
 	}
 	if err == nil {
 		_, err = chain[0].Processes()

@@ -105,6 +105,76 @@ func TestEachRecipientReads(t *testing.T) {
 	}
 }
 
+// A layer is passed on as it is: those who get it read it, and those who had it are not named
+// any more.
+func TestPass(t *testing.T) {
+	first, firstPublic := keyPair(t)
+	second, secondPublic := keyPair(t)
+	third, thirdPublic := keyPair(t)
+	plain := []byte("the password is hunter2\n")
+	sealed, desc := seal(t, plain, "jwe:"+firstPublic)
+	to, err := ParseRecipients([]string{"jwe:" + secondPublic, "jwe:" + thirdPublic})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, keys := range map[string][]string{"another key": {second}, "no key": nil} {
+		k, err := ParseKeys(keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.Fit(desc); !errors.Is(err, ErrEncrypted) {
+			t.Errorf("%s fits: %v", name, err)
+		}
+		if _, err := k.Pass(desc, to); !errors.Is(err, ErrEncrypted) {
+			t.Errorf("%s passes it on: %v", name, err)
+		}
+	}
+	k, err := ParseKeys([]string{second, first})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Fit(desc); err != nil {
+		t.Error(err)
+	}
+	if desc.Annotations, err = k.Pass(desc, to); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{second, third} {
+		if got, err := open(t, sealed, desc, key); err != nil || !bytes.Equal(got, plain) {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	if _, err := open(t, sealed, desc, first); !errors.Is(err, ErrEncrypted) {
+		t.Errorf("the first still reads it: %v", err)
+	}
+}
+
+func TestKeysIn(t *testing.T) {
+	private, public := keyPair(t)
+	sealed, desc := seal(t, []byte("x"), "jwe:"+public)
+	dir := filepath.Dir(private) // has the public key as well
+	if err := os.WriteFile(filepath.Join(dir, "README"), []byte("keys"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "old"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	k, err := KeysIn(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := k.Decrypt(bytes.NewReader(sealed), desc); err != nil {
+		t.Error(err)
+	} else if got, err := io.ReadAll(r); err != nil || string(got) != "x" {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, none := range []string{t.TempDir(), filepath.Join(dir, "none")} {
+		if k, err := KeysIn(none); k != nil || err != nil {
+			t.Errorf("%s: %v, %v", none, k, err)
+		}
+	}
+}
+
 func TestWriterPassesErrorsOn(t *testing.T) {
 	_, public := keyPair(t)
 	r, err := ParseRecipients([]string{"jwe:" + public})
