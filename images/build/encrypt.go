@@ -38,21 +38,20 @@ func (c compression) storedType() string {
 }
 
 // seal gives a writer that encrypts into w, if there are recipients. end has to be
-// called, and tells what the layer has become.
-func (c compression) seal(w io.Writer) (out io.Writer, end func() (mediaType string, annotations map[string]string, err error), err error) {
+// called, and gives the annotations that the layer is decrypted by.
+func (c compression) seal(w io.Writer) (out io.Writer, end func() (annotations map[string]string, err error), err error) {
 	if c.recipients == nil {
-		return w, func() (string, map[string]string, error) { return c.mediaType, nil, nil }, nil
+		return w, func() (map[string]string, error) { return nil, nil }, nil
 	}
 	e, err := c.recipients.Encrypt(w)
 	if err != nil {
 		return nil, nil, err
 	}
-	return e, func() (string, map[string]string, error) {
+	return e, func() (map[string]string, error) {
 		if err := e.Close(); err != nil {
-			return "", nil, err
+			return nil, err
 		}
-		annotations, err := e.Annotations()
-		return c.storedType(), annotations, err
+		return e.Annotations()
 	}, nil
 }
 
@@ -146,7 +145,7 @@ func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l
 	// Under a name that no other build has.
 	ref := fmt.Sprintf("crac-encrypt-%d-%d", os.Getpid(), time.Now().UnixNano())
 	return storeLayer(ctx, cs, ref, compression{mediaType: l.desc.MediaType, recipients: to}, func(w io.Writer) (digest.Digest, error) {
-		_, err := io.Copy(&ctxWriter{ctx, w}, content.NewReader(ra))
+		_, err := io.Copy(w, content.NewReader(ra))
 		return l.diffID, err
 	})
 }

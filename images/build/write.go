@@ -1,11 +1,9 @@
 package build
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -14,7 +12,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/labels"
-	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -22,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
@@ -82,7 +80,7 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 		if err != nil {
 			return "", err
 		}
-		if err := write(&ctxWriter{ctx, io.MultiWriter(z, diffID.Hash())}); err != nil {
+		if err := write(io.MultiWriter(z, diffID.Hash())); err != nil {
 			z.Close()
 			return "", err
 		}
@@ -92,87 +90,27 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 
 // storeLayer stores a layer that write writes, compressed, and tells the diff ID of:
 // encrypted, if it is to be.
-func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (_ newLayer, err error) {
-	cw, ref, err := layerWriter(ctx, cs, ref, comp.storedType())
+func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (newLayer, error) {
+	var (
+		l           newLayer
+		annotations map[string]string
+		err         error
+	)
+	l.desc, err = blob.Store(ctx, cs, ref, comp.storedType(), func(w io.Writer) (map[string]string, error) {
+		out, end, err := comp.seal(w)
+		if err != nil {
+			return nil, err
+		}
+		l.diffID, err = write(out)
+		var serr error
+		annotations, serr = end()
+		return map[string]string{labels.LabelUncompressed: l.diffID.String()}, cmp.Or(err, serr)
+	})
 	if err != nil {
 		return newLayer{}, err
 	}
-	defer func() {
-		cerr := cw.Close()
-		if err == nil {
-			err = cerr
-			return
-		}
-		// A failed build leaves nothing, also not for a resume.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer cancel()
-		if aerr := cs.Abort(ctx, ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-			err = errors.Join(err, fmt.Errorf("remove the unfinished layer: %w", aerr))
-		}
-	}()
-	// A builder that was killed may have left a beginning.
-	if err := cw.Truncate(0); err != nil {
-		return newLayer{}, err
-	}
-
-	ahead := newAheadWriter(cw)
-	defer ahead.close()
-	out, end, err := comp.seal(ahead)
-	if err != nil {
-		return newLayer{}, err
-	}
-	var l newLayer
-	l.diffID, err = write(out)
-	mediaType, annotations, serr := end()
-	if err = cmp.Or(err, serr); err != nil {
-		return newLayer{}, err
-	}
-	if err := ahead.close(); err != nil {
-		return newLayer{}, err
-	}
-	dgst := cw.Digest()
-	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
-	if err := cw.Commit(ctx, 0, dgst, content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
-		return newLayer{}, err
-	}
-	info, err := cs.Info(ctx, dgst)
-	if err != nil {
-		return newLayer{}, err
-	}
-	if info.Labels[labels.LabelUncompressed] == "" {
-		// The content was there before, from somebody who did not say.
-		if _, err := cs.Update(ctx, content.Info{Digest: dgst, Labels: uncompressed}, "labels."+labels.LabelUncompressed); err != nil {
-			return newLayer{}, err
-		}
-	}
-	l.desc = ocispec.Descriptor{MediaType: mediaType, Digest: dgst, Size: info.Size, Annotations: annotations}
+	l.desc.Annotations = annotations
 	return l, nil
-}
-
-// layerWriter opens the ingest named ref for one layer, or one whose name begins so when
-// that is locked, and tells which. containerd 2.4.2 locks a name until it restarts when it
-// could not record the ingest, as on a full disk (core/metadata/content.go, Writer).
-func layerWriter(ctx context.Context, cs content.Store, ref, mediaType string) (content.Writer, string, error) {
-	desc := content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType})
-	cw, err := cs.Writer(ctx, content.WithRef(ref), desc)
-	if errdefs.IsUnavailable(err) {
-		ref = fmt.Sprintf("%s@%d", ref, time.Now().UnixNano())
-		cw, err = cs.Writer(ctx, content.WithRef(ref), desc)
-	}
-	return cw, ref, err
-}
-
-// ctxWriter makes a long copy stop when its context ends.
-type ctxWriter struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-func (w *ctxWriter) Write(p []byte) (int, error) {
-	if err := w.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return w.w.Write(p)
 }
 
 // writeDump stores the checkpoint layer and fills m.Files.
@@ -314,13 +252,5 @@ func gcLabels(children []ocispec.Descriptor) map[string]string {
 
 func writeBlob(ctx context.Context, cs content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	ref := "crac-" + desc.Digest.String()
-	var opts []content.Opt
-	if len(gc) > 0 {
-		opts = append(opts, content.WithLabels(gc))
-	}
-	if err := content.WriteBlob(ctx, cs, ref, bytes.NewReader(data), desc, opts...); err != nil {
-		return desc, err
-	}
-	return desc, nil
+	return desc, blob.Write(ctx, cs, desc, data, gc)
 }
