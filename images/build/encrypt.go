@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -32,9 +33,9 @@ func encrypts(to []string) bool { return len(to) > 0 && !slices.Equal(to, []stri
 // storedType is the media type of a layer that is stored so.
 func (c compression) storedType() string {
 	if c.recipients == nil {
-		return c.mediaType
+		return c.MediaType
 	}
-	return crypt.EncryptedType(c.mediaType)
+	return crypt.EncryptedType(c.MediaType)
 }
 
 // seal gives a writer that encrypts into w, if there are recipients. end has to be
@@ -144,7 +145,7 @@ func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l
 	defer ra.Close()
 	// Under a name that no other build has.
 	ref := fmt.Sprintf("crac-encrypt-%d-%d", os.Getpid(), time.Now().UnixNano())
-	return storeLayer(ctx, cs, ref, compression{mediaType: l.desc.MediaType, recipients: to}, func(w io.Writer) (digest.Digest, error) {
+	return storeLayer(ctx, cs, ref, compression{compress.Format{MediaType: l.desc.MediaType}, to}, func(w io.Writer) (digest.Digest, error) {
 		_, err := io.Copy(w, content.NewReader(ra))
 		return l.diffID, err
 	})

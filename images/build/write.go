@@ -12,22 +12,20 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/labels"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
 // compression is how new layers are stored.
 type compression struct {
-	mediaType  string
-	writer     func(io.Writer) (io.WriteCloser, error)
+	compress.Format
 	recipients *crypt.Recipients // nil: whoever has the image can read it
 }
 
@@ -42,26 +40,8 @@ func newCompression(name oci.Compression, encryptTo []string) (c compression, er
 		}
 		name = cmp.Or(name, oci.CompressionGzip)
 	}
-	if c, err = compressionOf(name); err == nil {
-		c.recipients = recipients
-	}
-	return c, err
-}
-
-func compressionOf(name oci.Compression) (compression, error) {
-	switch name {
-	case "", oci.CompressionZstd:
-		// The fastest level: on a JVM's dump the default one takes twice as
-		// long to save 5 %.
-		return compression{mediaType: ocispec.MediaTypeImageLayerZstd, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
-		}}, nil
-	case oci.CompressionGzip:
-		return compression{mediaType: ocispec.MediaTypeImageLayerGzip, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return gzip.NewWriterLevel(w, gzip.BestSpeed)
-		}}, nil
-	}
-	return compression{}, fmt.Errorf("unknown compression %q; known are zstd and gzip", name)
+	format, err := compress.Of(name)
+	return compression{format, recipients}, err
 }
 
 // newLayer is a layer that a build made; the zero value is no layer.
@@ -76,7 +56,7 @@ func (l newLayer) size() int64 { return l.desc.Size }
 func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (newLayer, error) {
 	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
 		diffID := digest.SHA256.Digester()
-		z, err := comp.writer(w)
+		z, err := comp.NewWriter(w)
 		if err != nil {
 			return "", err
 		}

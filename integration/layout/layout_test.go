@@ -40,10 +40,11 @@ var may = map[string][]string{
 	"runtime/trace":               {},
 	"images":                      {"oci/criuimage", "oci"},
 	"images/blob":                 {},
-	"images/build":                {"images", "images/blob", "images/crypt", "images/inspect", "images/registry", "oci"},
-	"images/convert":              {"oci/criuimage", "images", "images/blob", "images/build", "images/crypt", "images/inspect", "oci"},
+	"images/build":                {"images", "images/blob", "images/compress", "images/crypt", "images/inspect", "images/registry", "oci"},
+	"images/compress":             {"oci"},
+	"images/convert":              {"oci/criuimage", "images", "images/blob", "images/build", "images/compress", "images/crypt", "images/inspect", "oci"},
 	"images/crypt":                {"oci"},
-	"images/inspect":              {"oci/criuimage", "images", "images/crypt", "oci"},
+	"images/inspect":              {"oci/criuimage", "images", "images/compress", "images/crypt", "oci"},
 	"images/registry":             {"oci"},
 	"images/trust":                {"images", "images/blob", "images/build", "images/inspect", "oci"},
 	"oci":                         {},
@@ -70,7 +71,7 @@ var never = []struct {
 	},
 	{
 		[]string{"cmd/containerd-shim-crac-v2", "shim", "runtime"},
-		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/blob", module + "images/build", module + "images/convert", module + "images/crypt", module + "images/inspect", module + "images/registry", module + "images/trust", "github.com/klauspost/", "github.com/containers/ocicrypt", "github.com/notaryproject/"},
+		[]string{"github.com/containerd/containerd/v2/client", "github.com/containerd/containerd/v2/core/content", module + "images/blob", module + "images/build", module + "images/compress", module + "images/convert", module + "images/crypt", module + "images/inspect", module + "images/registry", module + "images/trust", "github.com/klauspost/", "github.com/containers/ocicrypt", "github.com/notaryproject/"},
 		"a shim lives as long as its container; what packs images is a program of its own",
 	},
 	{
