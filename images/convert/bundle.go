@@ -89,11 +89,10 @@ func readSpec(path string) (*specs.Spec, error) {
 func rootfsChanges(ctx context.Context, client *containerd.Client, base, rootfs string, maxSize int64) func(io.Writer) error {
 	return func(w io.Writer) error {
 		return withImage(ctx, client, base, func(lower string) error {
-			r, pipe := io.Pipe()
-			go func() { pipe.CloseWithError(tararchive.WriteDiff(ctx, pipe, lower, rootfs)) }()
-			defer r.Close()
 			c := newChanges(w, maxSize)
-			if err := c.copy(r, true); err != nil {
+			err := piped(func(w io.Writer) error { return tararchive.WriteDiff(ctx, w, lower, rootfs) },
+				func(r io.Reader) error { return c.copy(ctx, r, true) })
+			if err != nil {
 				return fmt.Errorf("compare %s with %s: %w", rootfs, base, err)
 			}
 			return c.close()

@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/compress"
 )
 
 // bundle writes a directory with the dump in images/, and in bundle/ the spec and the
@@ -62,7 +63,7 @@ func (e *export) bundle(ctx context.Context) (err error) {
 // unpack applies a layer to a directory.
 func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, dir string) error {
 	return e.read(ctx, desc, func(r io.Reader) error {
-		plain, err := decompress(r)
+		plain, err := compress.Detect(r)
 		if err != nil {
 			return err
 		}

@@ -96,21 +96,13 @@ func (e *export) native(ctx context.Context) error {
 
 // layer writes the changes as one layer.
 func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (int, error) {
-	r, pipe := io.Pipe()
 	var deleted []string
-	go func() {
-		var err error
-		deleted, err = e.flatten(ctx, pipe, changed, base)
-		pipe.CloseWithError(err)
-	}()
-	defer r.Close()
 	c := newChanges(w, 0)
-	if err := c.copy(r, true); err != nil {
-		return 0, err
-	}
-	// The writer of the pipe ends before its reader sees the end; what follows the
-	// tar's is nothing.
-	if _, err := io.Copy(io.Discard, r); err != nil {
+	err := piped(func(w io.Writer) (err error) {
+		deleted, err = e.flatten(ctx, w, changed, base)
+		return err
+	}, func(r io.Reader) error { return c.copy(ctx, r, true) })
+	if err != nil {
 		return 0, err
 	}
 	for _, name := range deleted {

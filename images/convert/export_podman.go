@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -15,11 +14,9 @@ import (
 	"time"
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/crac-shim/crac/images"
-	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/images/compress"
 )
 
 // podmanConfig is what podman has to know of a container that it did not make
@@ -114,15 +111,11 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	}
 	defer os.Remove(out.Name())
 	defer out.Close()
-	var z io.WriteCloser
-	switch e.r.Compression {
-	case "", oci.CompressionZstd:
-		z, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest))
-	case oci.CompressionGzip:
-		z, err = gzip.NewWriterLevel(out, gzip.BestSpeed)
-	default:
-		err = fmt.Errorf("unknown compression %q; known are zstd and gzip", e.r.Compression)
+	format, err := compress.Of(e.r.Compression)
+	if err != nil {
+		return err
 	}
+	z, err := format.NewWriter(out)
 	if err != nil {
 		return err
 	}

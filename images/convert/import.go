@@ -62,7 +62,7 @@ func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emi
 	if s.created.IsZero() {
 		s.created = time.Now()
 	}
-	if err := s.adapt(r.Keep); err != nil {
+	if err := s.adapt(ctx, r.Keep); err != nil {
 		return none, s.report, err
 	}
 	m, err := s.manifest(r.Ref)
@@ -140,7 +140,7 @@ func (r *ImportRequest) openImage(ctx context.Context, store content.Store, reco
 	if len(a.seen) == 0 {
 		return nil, fmt.Errorf("image %s: %w: it is an ordinary image", record.Name, ErrSource)
 	}
-	s, err := engineArchive(a, work, img.Manifest.Annotations)
+	s, err := engineArchive(ctx, a, work, r.MaxSize, img.Manifest.Annotations)
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", record.Name, err)
 	}
@@ -149,7 +149,7 @@ func (r *ImportRequest) openImage(ctx context.Context, store content.Store, reco
 }
 
 // readBlob unpacks a tar in the content store.
-func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, a *archive, place func(string) (string, bool)) error {
+func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, a *archive, place func(string) string) error {
 	ra, err := store.ReaderAt(ctx, desc)
 	if err != nil {
 		if errdefs.IsNotFound(err) {

@@ -88,7 +88,7 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 			}
 			defer ra.Close()
 			c := newChanges(w, maxSize)
-			if err := c.copy(content.NewReader(ra), true); err != nil {
+			if err := c.copy(ctx, content.NewReader(ra), true); err != nil {
 				return err
 			}
 			return c.close()
