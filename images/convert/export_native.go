@@ -2,7 +2,6 @@ package convert
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +9,6 @@ import (
 	"io"
 	goruntime "runtime"
 
-	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
@@ -21,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -114,44 +113,11 @@ func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec
 }
 
 // blob stores what write produces.
-func (e *export) blob(ctx context.Context, mediaType string, write func(io.Writer) error) (_ ocispec.Descriptor, err error) {
+func (e *export) blob(ctx context.Context, mediaType string, write func(io.Writer) error) (ocispec.Descriptor, error) {
 	ref := fmt.Sprintf("crac-export-%s-%s", e.r.Dest, mediaType)
-	store := e.client.ContentStore()
-	cw, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType}))
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer func() {
-		err = errors.Join(err, cw.Close())
-		if err != nil {
-			if aerr := store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-				err = errors.Join(err, aerr)
-			}
-		}
-	}()
-	if err := cw.Truncate(0); err != nil { // of one that was killed
-		return ocispec.Descriptor{}, err
-	}
-	h := digest.SHA256.Digester()
-	n := &count{w: io.MultiWriter(cw, h.Hash())}
-	if err := write(n); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	if err := cw.Commit(ctx, n.n, h.Digest()); err != nil && !errdefs.IsAlreadyExists(err) {
-		return ocispec.Descriptor{}, err
-	}
-	return ocispec.Descriptor{MediaType: mediaType, Digest: h.Digest(), Size: n.n}, nil
-}
-
-type count struct {
-	w io.Writer
-	n int64
-}
-
-func (c *count) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.n += int64(n)
-	return n, err
+	return blob.Store(ctx, e.client.ContentStore(), ref, mediaType, func(w io.Writer) (labels map[string]string, err error) {
+		return nil, write(w)
+	})
 }
 
 // index stores the index, and last names it.
@@ -165,7 +131,7 @@ func (e *export) index(ctx context.Context, index ocispec.Index) error {
 	for i, m := range index.Manifests {
 		keep[fmt.Sprintf("containerd.io/gc.ref.content.%d", i)] = m.Digest.String()
 	}
-	if err := content.WriteBlob(ctx, e.client.ContentStore(), "crac-export-"+desc.Digest.String(), bytes.NewReader(data), desc, content.WithLabels(keep)); err != nil {
+	if err := blob.Write(ctx, e.client.ContentStore(), desc, data, keep); err != nil {
 		return err
 	}
 	_, err = e.client.ImageService().Create(ctx, coreimages.Image{

@@ -98,10 +98,18 @@ func (i *Image) Kind(layer int) string {
 	return "base"
 }
 
-// isCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost
-// the annotations by the history.
 func (i *Image) isCheckpoint(layer int) bool {
-	return i.Manifest.Layers[layer].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint || i.createdBy(layer) == oci.CreatedByCheckpoint
+	return IsCheckpoint(i.Manifest.Layers, i.Config.History, layer)
+}
+
+// IsCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost the
+// annotations by the history.
+func IsCheckpoint(layers []ocispec.Descriptor, history []ocispec.History, layer int) bool {
+	if layers[layer].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
+		return true
+	}
+	h := historyOf(history, layer)
+	return h != nil && h.CreatedBy == oci.CreatedByCheckpoint
 }
 
 func (i *Image) createdBy(layer int) string {
@@ -113,13 +121,17 @@ func (i *Image) createdBy(layer int) string {
 
 // History is what the configuration says of a layer; nil if it does not.
 func (i *Image) History(layer int) *ocispec.History {
+	return historyOf(i.Config.History, layer)
+}
+
+func historyOf(history []ocispec.History, layer int) *ocispec.History {
 	n := 0
-	for k := range i.Config.History {
-		if i.Config.History[k].EmptyLayer {
+	for k := range history {
+		if history[k].EmptyLayer {
 			continue
 		}
 		if n == layer {
-			return &i.Config.History[k]
+			return &history[k]
 		}
 		n++
 	}
