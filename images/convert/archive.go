@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 
@@ -38,7 +39,8 @@ type archive struct {
 	root    *os.Root
 	allowed *allowance
 	seen    map[string]bool
-	volumes []string // what else it has, that the report tells of
+	dumped  time.Time // when CRIU was done
+	volumes []string  // what else it has, that the report tells of
 }
 
 // maxVolumes bounds how many volumes the report tells of.
@@ -77,6 +79,9 @@ func (a *archive) read(ctx context.Context, r io.Reader, place func(name string)
 		}
 		if err := a.write(to, content); err != nil {
 			return fmt.Errorf("unpack %s: %w", h.Name, err)
+		}
+		if to == metadata.CheckpointDirectory+"/"+inventoryName {
+			a.dumped = h.ModTime
 		}
 		return nil
 	})

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 	"github.com/klauspost/compress/gzip"
@@ -83,6 +84,40 @@ func TestArchive(t *testing.T) {
 		}
 		if got := listed(t, changes.Bytes()); !slices.Equal(got, []string{"n 1", "bin/.wh.vi"}) {
 			t.Errorf("%q: changes %q", how, got)
+		}
+	}
+}
+
+// An image says when the source was dumped, not when it was imported: the same source
+// gives the same image.
+func TestArchiveTime(t *testing.T) {
+	dumped := time.Date(2026, 5, 6, 7, 8, 9, 0, time.UTC)
+	for config, want := range map[string]time.Time{`{}`: dumped, `{"checkpointedTime":"2026-01-02T03:04:05Z"}`: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)} {
+		var file bytes.Buffer
+		tw := tar.NewWriter(&file)
+		for name, data := range map[string]string{"config.dump": config, "spec.dump": "{}", "checkpoint/inventory.img": "i", "checkpoint/a.img": "a"} {
+			h := &tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: int64(len(data)), ModTime: dumped.Add(-time.Hour)}
+			if name == "checkpoint/inventory.img" {
+				h.ModTime = dumped
+			}
+			if err := tw.WriteHeader(h); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(tw, data); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tw.Close(); err != nil {
+			t.Fatal(err)
+		}
+		at := t.TempDir()
+		put(t, at, "a", file.Bytes())
+		s, err := unpackArchive(t.Context(), filepath.Join(at, "a"), t.TempDir(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !s.created.Equal(want) {
+			t.Errorf("%s: made at %s, want %s", config, s.created, want)
 		}
 	}
 }

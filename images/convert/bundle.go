@@ -47,6 +47,11 @@ func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Clien
 			return nil, err
 		}
 	}
+	st, err := os.Stat(filepath.Join(s.dump.dir, inventoryName))
+	if err != nil {
+		return nil, err
+	}
+	s.created = st.ModTime()
 	if s.spec, err = readSpec(filepath.Join(r.Bundle, "config.json")); err != nil {
 		return nil, err
 	}

@@ -54,12 +54,16 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 	if name == "." || inDump(name) {
 		return nil, nil
 	}
-	if strings.HasPrefix(path.Base(name), whiteout) && !layer {
+	deletes := strings.HasPrefix(path.Base(name), whiteout)
+	if deletes && !layer {
 		return nil, fmt.Errorf("%w: the container has a file %s, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
 	}
 	out := &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid,
 		ModTime: h.ModTime.Truncate(time.Second), Format: tar.FormatPAX,
+	}
+	if deletes {
+		out.ModTime = time.Unix(0, 0) // containerd's is when it was written
 	}
 	switch h.Typeflag {
 	case tar.TypeReg, tar.TypeGNUSparse:

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestChanges(t *testing.T) {
@@ -74,6 +75,14 @@ func TestDelete(t *testing.T) {
 	}
 	if got := listed(t, out.Bytes()); !slices.Equal(got, []string{"bin/.wh.vi", ".wh.top"}) {
 		t.Errorf("got %q", got)
+	}
+}
+
+// A deletion has no time: whoever compares directories gives it the moment in which it does.
+func TestDeletionHasNoTime(t *testing.T) {
+	h, err := changed(&tar.Header{Typeflag: tar.TypeReg, Name: "bin/.wh.vi", ModTime: time.Now()}, true)
+	if err != nil || h.ModTime.Unix() != 0 {
+		t.Errorf("%+v, %v", h, err)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
@@ -257,7 +258,8 @@ func TestDumpRefuses(t *testing.T) {
 func TestManifest(t *testing.T) {
 	spec := &specs.Spec{Linux: &specs.Linux{}, Process: &specs.Process{Args: []string{"app"}}}
 	whole := filepath.Join("..", "inspect", "testdata", "dump")
-	s := &source{report: &Report{}, dump: dump{whole}, spec: spec, id: "c"}
+	made := time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600))
+	s := &source{report: &Report{}, dump: dump{whole}, spec: spec, id: "c", created: made}
 	m, err := s.manifest("ref")
 	if goruntime.GOARCH != "amd64" {
 		if !errors.Is(err, ErrSource) {
@@ -268,7 +270,7 @@ func TestManifest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.Container.ID != "c" || m.Name != "ref" || m.CRIU.Version < 40100 || m.TCPEstablished || m.Host.Kernel != "unknown" {
+	if m.Container.ID != "c" || m.Name != "ref" || m.CRIU.Version < 40100 || m.TCPEstablished || m.Host.Kernel != "unknown" || m.Created.Format(time.RFC3339) != "2026-01-02T02:04:05Z" {
 		t.Errorf("%+v", m)
 	}
 	large := dump{t.TempDir()}
@@ -284,13 +286,14 @@ func TestManifest(t *testing.T) {
 	other := dump{t.TempDir()}
 	put(t, other.dir, "core-1.img", criuimage.New(criuimage.Core, []byte{0x08, 0x06})) // march 6
 	for name, s := range map[string]*source{
-		"architecture": {report: &Report{}, dump: other, spec: spec},
-		"page maps":    {report: &Report{}, dump: large, spec: spec},
-		"no process":   {report: &Report{}, dump: dump{t.TempDir()}, spec: spec},
+		"architecture": {report: &Report{}, dump: other, spec: spec, created: made},
+		"page maps":    {report: &Report{}, dump: large, spec: spec, created: made},
+		"no process":   {report: &Report{}, dump: dump{t.TempDir()}, spec: spec, created: made},
 		"user namespace": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{
 			Process: spec.Process, Linux: &specs.Linux{UIDMappings: []specs.LinuxIDMapping{{Size: 1}}},
-		}},
-		"no spec": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{}},
+		}, created: made},
+		"no time": {report: &Report{}, dump: dump{whole}, spec: spec},
+		"no spec": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{}, created: made},
 	} {
 		if _, err := s.manifest("ref"); !errors.Is(err, ErrSource) {
 			t.Errorf("%s: %v", name, err)

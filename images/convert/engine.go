@@ -30,6 +30,9 @@ func engineArchive(ctx context.Context, a *archive, dir string, maxSize int64, a
 		return nil, err
 	}
 	s.id, s.created = config.ID, config.CheckpointedAt
+	if s.created.IsZero() {
+		s.created = a.dumped
+	}
 	s.base = cmp.Or(config.RootfsImageName, annotationOf(annotations, "rootfs.image.name"), config.RootfsImageRef)
 	s.criu, _ = strconv.Atoi(annotationOf(annotations, "criu.version"))
 	s.kernel = annotationOf(annotations, "host.kernel")

@@ -43,7 +43,8 @@ func (e *export) bundle(ctx context.Context) (err error) {
 		return err
 	}
 	for _, f := range files {
-		if err := copyFile(filepath.Join(e.dump.dir, f.Name), filepath.Join(dir, "images", f.Name)); err != nil {
+		to := filepath.Join(dir, "images", f.Name)
+		if err := errors.Join(copyFile(filepath.Join(e.dump.dir, f.Name), to), os.Chtimes(to, e.m.Created, e.m.Created)); err != nil {
 			return err
 		}
 	}

@@ -49,7 +49,7 @@ func (e *export) native(ctx context.Context) error {
 
 	criu, err := e.blob(ctx, coreimages.MediaTypeContainerd1Checkpoint, func(w io.Writer) error {
 		tw := tar.NewWriter(w)
-		return errors.Join(packDump(ctx, tw, e.dump, ""), tw.Close())
+		return errors.Join(packDump(ctx, tw, e.dump, e.m.Created, ""), tw.Close())
 	})
 	if err != nil {
 		return err

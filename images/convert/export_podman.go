@@ -121,11 +121,11 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	}
 	tw := tar.NewWriter(z)
 	for _, name := range []string{metadata.SpecDumpFile, metadata.ConfigDumpFile, metadata.RootFsDiffTar, metadata.DeletedFilesFile, metadata.NetworkStatusFile} {
-		if err := packFile(ctx, tw, filepath.Join(dir, name), name); err != nil {
+		if err := packFile(ctx, tw, filepath.Join(dir, name), name, e.m.Created); err != nil {
 			return err
 		}
 	}
-	if err := packDump(ctx, tw, e.dump, metadata.CheckpointDirectory+"/"); err != nil {
+	if err := packDump(ctx, tw, e.dump, e.m.Created, metadata.CheckpointDirectory+"/"); err != nil {
 		return err
 	}
 	if err := errors.Join(tw.Close(), z.Close(), out.Close()); err != nil {
@@ -134,27 +134,27 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	return replace(out.Name(), e.r.Dest)
 }
 
-// packDump writes the files of a dump into a tar, below a prefix that is empty or a
+// packDump writes the files of a dump that was made then into a tar, below a prefix that is empty or a
 // directory's.
-func packDump(ctx context.Context, tw *tar.Writer, d dump, prefix string) error {
+func packDump(ctx context.Context, tw *tar.Writer, d dump, created time.Time, prefix string) error {
 	files, err := images.DumpFiles(d.dir)
 	if err != nil {
 		return err
 	}
 	if prefix != "" {
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: time.Unix(0, 0)}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: created}); err != nil {
 			return err
 		}
 	}
 	for _, f := range files {
-		if err := packFile(ctx, tw, filepath.Join(d.dir, f.Name), prefix+f.Name); err != nil {
+		if err := packFile(ctx, tw, filepath.Join(d.dir, f.Name), prefix+f.Name, created); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func packFile(ctx context.Context, tw *tar.Writer, file, name string) error {
+func packFile(ctx context.Context, tw *tar.Writer, file, name string, created time.Time) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -167,7 +167,7 @@ func packFile(ctx context.Context, tw *tar.Writer, file, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: time.Unix(0, 0)}); err != nil {
+	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: created}); err != nil {
 		return err
 	}
 	_, err = io.Copy(tw, f)

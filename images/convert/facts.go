@@ -162,13 +162,16 @@ func (s *source) manifest(ref string) (oci.Manifest, error) {
 	if len(s.spec.Linux.UIDMappings)+len(s.spec.Linux.GIDMappings) > 0 {
 		return none, fmt.Errorf("%w: its container has a user namespace, and each engine keeps the owners of files in its own way; make the checkpoint of a container without one", ErrSource)
 	}
+	if y := s.created.Year(); y < 1970 || y > 9999 { // what JSON can say of them
+		return none, fmt.Errorf("%w: it says that it was made in the year %d", ErrSource, y)
+	}
 	version, err := s.dump.criuVersion()
 	if err != nil {
 		return none, err
 	}
 	version = max(version, s.criu)
 	m := oci.Manifest{
-		Name: ref, Created: s.created, Container: oci.ContainerOf(s.spec), Mounts: oci.MountsOf(s.spec),
+		Name: ref, Created: s.created.UTC(), Container: oci.ContainerOf(s.spec), Mounts: oci.MountsOf(s.spec),
 		TCPEstablished: s.dump.established() > 0,
 	}
 	images.ThisHost(version).Describe(&m)

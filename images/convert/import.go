@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -58,9 +57,6 @@ func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emi
 	s, err := r.open(ctx, client, work)
 	if err != nil {
 		return none, nil, err
-	}
-	if s.created.IsZero() {
-		s.created = time.Now()
 	}
 	if err := s.adapt(ctx, r.Keep); err != nil {
 		return none, s.report, err

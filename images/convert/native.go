@@ -69,6 +69,7 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 	if err := readBlob(ctx, store, *i.find(coreimages.MediaTypeContainerd1Checkpoint), a, dumpPlace); err != nil {
 		return nil, err
 	}
+	s.created = a.dumped
 	config := i.find(coreimages.MediaTypeContainerd1CheckpointConfig)
 	if config == nil {
 		return nil, fmt.Errorf("%w: its index has no spec of the container", ErrSource)
