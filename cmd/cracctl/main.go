@@ -19,7 +19,7 @@ import (
 func main() {
 	// What containerd's client says at the level info is for a daemon's log.
 	_ = log.SetLevel("warn")
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	ctx, stop := untilSignal()
 	err := newCommand().ExecuteContext(ctx)
 	stop()
 	if err != nil {
@@ -32,6 +32,23 @@ func main() {
 		}
 		os.Exit(1)
 	}
+}
+
+// untilSignal gives a context that ends with a signal which asks for that: then what was
+// begun is cleaned up, with a second one it is not. Signals that are ignored (nohup) stay so.
+func untilSignal() (ctx context.Context, stop func()) {
+	var ends []os.Signal
+	for _, s := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
+		if !signal.Ignored(s) {
+			ends = append(ends, s)
+		}
+	}
+	if len(ends) == 0 { // would be all
+		return context.WithCancel(context.Background())
+	}
+	ctx, stop = signal.NotifyContext(context.Background(), ends...)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // errReported ends a command that has already said what is wrong.

@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -64,12 +66,12 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 		return none, err
 	}
 	defer release(&err)
-	work, err := os.MkdirTemp(r.WorkDir, "crac-flatten-")
+	work, err := workdir.New(r.WorkDir)
 	if err != nil {
 		return none, err
 	}
-	defer os.RemoveAll(work)
-	chain, dump, err := img.ReadWhole(ctx, s.content, work, keys)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, keys)
 	if err != nil {
 		return none, err
 	}

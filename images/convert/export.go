@@ -22,6 +22,7 @@ import (
 
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -71,23 +72,23 @@ type export struct {
 
 // Export writes a checkpoint image so that another tool can restore it. A failure
 // leaves nothing at Dest. ctx must carry the namespace.
-func Export(ctx context.Context, client *containerd.Client, r ExportRequest) (*Report, error) {
+func Export(ctx context.Context, client *containerd.Client, r ExportRequest) (_ *Report, err error) {
 	write := map[Format]func(*export, context.Context) error{
 		FormatPodman: (*export).podman, FormatContainerd: (*export).native, FormatBundle: (*export).bundle,
 	}[r.Format]
 	if write == nil {
 		return nil, fmt.Errorf("unknown format %q; known are %s", r.Format, strings.Join(Formats(), ", "))
 	}
-	work, err := os.MkdirTemp(r.WorkDir, "crac-export-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(work)
 	keys, err := crypt.ParseKeys(r.Keys)
 	if err != nil {
 		return nil, err
 	}
-	e := &export{client: client, r: r, report: &Report{}, work: work, keys: keys}
+	work, err := workdir.New(r.WorkDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	e := &export{client: client, r: r, report: &Report{}, work: work.Path, keys: keys}
 	if err := e.open(ctx); err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/images/workdir"
 )
 
 // bundle writes a directory with the dump in images/, and in bundle/ the spec and the
@@ -21,13 +22,14 @@ import (
 func (e *export) bundle(ctx context.Context) (err error) {
 	e.report.From = "a directory for runc restore --image-path DIR/images --bundle DIR/bundle"
 	// Beside the place where it goes: it is moved there as a whole.
-	dir, err := os.MkdirTemp(filepath.Dir(e.r.Dest), "."+filepath.Base(e.r.Dest)+".")
+	work, err := workdir.New(filepath.Dir(e.r.Dest))
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	dir := filepath.Join(work.Path, "export")
 	rootfs := filepath.Join(dir, "bundle", "rootfs")
-	if err := errors.Join(os.Mkdir(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
 		return err
 	}
 	for i, desc := range e.img.Manifest.Layers {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/images/workdir"
 )
 
 // podmanConfig is what podman has to know of a container that it did not make
@@ -105,11 +106,15 @@ func (e *export) podman(ctx context.Context) error {
 // archive packs the files of a directory, and the dump, into the file that was asked
 // for.
 func (e *export) archive(ctx context.Context, dir string) (err error) {
-	out, err := os.CreateTemp(filepath.Dir(e.r.Dest), "."+filepath.Base(e.r.Dest)+".*")
+	work, err := workdir.New(filepath.Dir(e.r.Dest))
 	if err != nil {
 		return err
 	}
-	defer os.Remove(out.Name())
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	out, err := os.OpenFile(filepath.Join(work.Path, "archive"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
 	defer out.Close()
 	format, err := compress.Of(e.r.Compression)
 	if err != nil {

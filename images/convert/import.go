@@ -18,6 +18,7 @@ import (
 
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -44,17 +45,17 @@ type ImportRequest struct {
 
 // Import makes a checkpoint image of another tool's checkpoint. The report is there
 // beside an error, too, as far as it got. ctx must carry the namespace.
-func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emit func(build.Event)) (ocispec.Descriptor, *Report, error) {
+func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emit func(build.Event)) (_ ocispec.Descriptor, _ *Report, err error) {
 	none := ocispec.Descriptor{}
 	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, nil, err
 	}
-	work, err := os.MkdirTemp(r.WorkDir, "crac-import-")
+	work, err := workdir.New(r.WorkDir)
 	if err != nil {
 		return none, nil, err
 	}
-	defer os.RemoveAll(work)
-	s, err := r.open(ctx, client, work)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	s, err := r.open(ctx, client, work.Path)
 	if err != nil {
 		return none, nil, err
 	}
