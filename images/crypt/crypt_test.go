@@ -143,11 +143,56 @@ func TestKeysAndRecipientsThatAreNone(t *testing.T) {
 		}
 	}
 	for one, want := range map[string]string{
+		private + ":fd=7": "fd=", private + ":pass=a:secret": "colon",
 		text: "no private key", text + ".gone:pass=secret": "no such file", public + ":pass=secret": "no private key",
 	} {
 		if _, err := ParseKeys([]string{one}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("key %s: %v, want %q", one, err, want)
 		}
+	}
+}
+
+// A key with a password reads what was encrypted for it, named from wherever: the builder of
+// a checkpoint works in another directory.
+func TestKeyWithPassword(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	block, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key), []byte("secret"), x509.PEMCipherAES256) //nolint:staticcheck // what ocicrypt reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{
+		"key.pem": pem.EncodeToMemory(block), "pub.pem": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), "password": []byte("secret"),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sealed, desc := seal(t, []byte("layer"), "jwe:"+filepath.Join(dir, "pub.pem"))
+	other, _ := keyPair(t)
+	for _, list := range [][]string{{"key.pem:file=password"}, {"key.pem:pass=secret"}, {other, filepath.Join(dir, "key.pem") + ":file=password"}} {
+		t.Chdir(dir)
+		located, err := AbsoluteKeys(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Chdir("/")
+		if got, err := open(t, sealed, desc, located...); err != nil || string(got) != "layer" {
+			t.Errorf("%v as %v: %q, %v", list, located, got, err)
+		}
+	}
+	if located, err := AbsoluteKeys([]string{"provider:vault"}); err != nil || located[0] != "provider:vault" {
+		t.Errorf("%v, %v", located, err)
+	}
+	if _, err := AbsoluteKeys([]string{"key.pem:fd=3"}); err == nil {
+		t.Error("a descriptor is taken")
 	}
 }
 
