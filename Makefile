@@ -141,7 +141,7 @@ fmt: ## format the Go source with gofumpt
 .PHONY: man
 man: build
 	@rm -rf $(BUILD)/man $(BUILD)/completions && mkdir -p $(BUILD)/completions
-	@env -u CONTAINERD_ADDRESS -u CONTAINERD_NAMESPACE SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
+	@env -u CONTAINERD_ADDRESS -u CONTAINERD_NAMESPACE NERDCTL_TOML=/dev/null SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
 	  $(BUILD)/bin/cracctl man $(BUILD)/man
 	@$(BUILD)/bin/cracctl completion bash >$(BUILD)/completions/cracctl
 	@$(BUILD)/bin/cracctl completion zsh >$(BUILD)/completions/_cracctl

@@ -16,8 +16,8 @@ import (
 
 func newSign(t *target) *cobra.Command {
 	var (
-		key, cert string
-		push      bool
+		key, cert   string
+		push, quiet bool
 	)
 	cmd := &cobra.Command{
 		Use:   "sign REF",
@@ -60,7 +60,9 @@ docs/security.md.`,
 			if err := trust.Sign(ctx, s.ContentStore(), record.Target, key, cert); err != nil {
 				return fmt.Errorf("sign %s: %w", ref, err)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", record.Target.Digest)
+			if !quiet {
+				fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", record.Target.Digest)
+			}
 			if !push {
 				return nil
 			}
@@ -74,6 +76,7 @@ docs/security.md.`,
 	cmd.Flags().StringVar(&key, "key", "", "the private key's file (PEM)")
 	cmd.Flags().StringVar(&cert, "cert", "", "the file with its certificate, and those between it and the one that nodes trust (PEM)")
 	cmd.Flags().BoolVar(&push, "push", false, "send the image's signatures to its registry")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
 	_ = cmd.MarkFlagRequired("key")
 	_ = cmd.MarkFlagRequired("cert")
 	return cmd

@@ -86,7 +86,7 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 		return none, err
 	}
 	if !encrypts(r.To) {
-		return none, errors.New("nobody is named who could read it: say whom with --to")
+		return none, errors.New("nobody is named who could read it: say whom with --encrypt-to")
 	}
 	recipients, err := crypt.ParseRecipients(r.To)
 	if err != nil {
@@ -106,16 +106,23 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	defer release(&err)
 	manifest := img.Manifest
 	manifest.Layers = slices.Clone(manifest.Layers)
+	inOpen := func(n int) bool { return img.Kind(n) != "base" && !crypt.IsEncrypted(img.Manifest.Layers[n].MediaType) }
+	total := int64(0)
 	for n, l := range manifest.Layers {
-		kind := img.Kind(n)
-		if kind == "base" || crypt.IsEncrypted(l.MediaType) {
+		if inOpen(n) {
+			total += l.Size
+		}
+	}
+	tell := Telling(Event{Event: images.EventProgress, Total: total}, emit)
+	for n, l := range manifest.Layers {
+		if !inOpen(n) {
 			continue
 		}
-		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]})
+		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]}, tell)
 		if err != nil {
 			return none, fmt.Errorf("encrypt layer %s of %s: %w", l.Digest, r.From, err)
 		}
-		if kind == "checkpoint" {
+		if img.Kind(n) == "checkpoint" {
 			sealed = sealed.asCheckpoint()
 		}
 		manifest.Layers[n] = sealed.desc
@@ -137,7 +144,7 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 }
 
 // encryptLayer stores a layer once more, encrypted: compressed as it is.
-func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer) (newLayer, error) {
+func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer, tell func(n int64)) (newLayer, error) {
 	ra, err := cs.ReaderAt(ctx, l.desc)
 	if err != nil {
 		return newLayer{}, err
@@ -146,7 +153,7 @@ func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l
 	// Under a name that no other build has.
 	ref := fmt.Sprintf("crac-encrypt-%d-%d", os.Getpid(), time.Now().UnixNano())
 	return storeLayer(ctx, cs, ref, compression{compress.Format{MediaType: l.desc.MediaType}, to}, func(w io.Writer) (digest.Digest, error) {
-		_, err := io.Copy(w, content.NewReader(ra))
+		_, err := io.Copy(&progress{w, tell}, content.NewReader(ra))
 		return l.diffID, err
 	})
 }

@@ -10,6 +10,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/workdir"
@@ -71,7 +72,7 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 		return none, err
 	}
 	defer func() { err = errors.Join(err, work.Remove()) }()
-	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, keys)
+	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, Reading(img, keys, emit))
 	if err != nil {
 		return none, err
 	}
@@ -79,6 +80,11 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 		return none, err
 	}
 	return s.rewrap(ctx, r, img, chain[0], dump, comp, emit)
+}
+
+// Reading are options for reading an image's dumps that tell how it gets on.
+func Reading(img *inspect.Image, keys *crypt.Keys, emit func(Event)) inspect.Options {
+	return inspect.Options{Keys: keys, Progress: Telling(Event{Event: images.EventReading, Name: img.Name, Total: img.CheckpointSize()}, emit)}
 }
 
 // rewrap writes an image with another dump in place of its checkpoint layers.

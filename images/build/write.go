@@ -96,7 +96,7 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 // writeDump stores the checkpoint layer and fills m.Files.
 func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, p *parent, comp compression, total int64, emit func(Event)) (newLayer, error) {
 	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
-		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m, p.memoryOrNil())
+		return images.WriteLayer(&progress{w, Telling(Event{Event: images.EventProgress, Total: total}, emit)}, r.DumpDir, spec, m, p.memoryOrNil())
 	})
 	return l.asCheckpoint(), err
 }
@@ -112,22 +112,34 @@ func (l newLayer) asCheckpoint() newLayer {
 	return l
 }
 
-// progress reports how much was written, a few times a second.
+// Telling gives a function that is told how many bytes more are done, and emits e with how
+// many that are in all, a few times a second.
+func Telling(e Event, emit func(Event)) func(n int64) {
+	var (
+		done int64
+		last time.Time
+	)
+	return func(n int64) {
+		if done += n; time.Since(last) < 200*time.Millisecond {
+			return
+		}
+		last = time.Now()
+		if e.Done = done; e.Total > 0 {
+			e.Done = min(done, e.Total) // a tar's headers are not part of a dump
+		}
+		emit(e)
+	}
+}
+
+// progress tells how much was written.
 type progress struct {
-	w           io.Writer
-	done, total int64
-	last        time.Time
-	emit        func(Event)
+	w    io.Writer
+	tell func(n int64)
 }
 
 func (p *progress) Write(b []byte) (int, error) {
 	n, err := p.w.Write(b)
-	p.done += int64(n)
-	if now := time.Now(); now.Sub(p.last) > 200*time.Millisecond {
-		p.last = now
-		// The tar's headers are not part of the dump.
-		p.emit(Event{Event: images.EventProgress, Done: min(p.done, p.total), Total: p.total})
-	}
+	p.tell(int64(n))
 	return n, err
 }
 

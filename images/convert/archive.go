@@ -75,10 +75,10 @@ func (a *archive) read(ctx context.Context, r io.Reader, place func(name string)
 			return nil
 		}
 		if h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeGNUSparse {
-			return fmt.Errorf("%w: %s is not a regular file", ErrSource, h.Name)
+			return fmt.Errorf("%w: %q is not a regular file", ErrSource, h.Name)
 		}
 		if err := a.write(to, content); err != nil {
-			return fmt.Errorf("unpack %s: %w", h.Name, err)
+			return fmt.Errorf("unpack %q: %w", h.Name, err)
 		}
 		if to == metadata.CheckpointDirectory+"/"+inventoryName {
 			a.dumped = h.ModTime

@@ -64,7 +64,7 @@ func TestArchive(t *testing.T) {
 		dir := t.TempDir()
 		file := filepath.Join(t.TempDir(), "a")
 		put(t, filepath.Dir(file), "a", packed(t, how, podmanArchive(t, entry{name: "deleted.files", data: `["/bin/vi"]`}, entry{name: "rootfs-diff.tar", data: string(tarOf(t, entry{name: "n", data: "1"}))})))
-		s, err := unpackArchive(t.Context(), file, dir, 0)
+		s, err := unpackArchive(t.Context(), file, dir, 0, silent)
 		if err != nil {
 			t.Fatalf("%q: %v", how, err)
 		}
@@ -112,7 +112,7 @@ func TestArchiveTime(t *testing.T) {
 		}
 		at := t.TempDir()
 		put(t, at, "a", file.Bytes())
-		s, err := unpackArchive(t.Context(), filepath.Join(at, "a"), t.TempDir(), 0)
+		s, err := unpackArchive(t.Context(), filepath.Join(at, "a"), t.TempDir(), 0, silent)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,7 +128,7 @@ func TestArchiveOfContainerd(t *testing.T) {
 	dir, at := t.TempDir(), t.TempDir()
 	put(t, at, "a", tarOf(t, entry{name: "config.dump", data: `{"rootfsImageRef":"x@sha256:1"}`}, entry{name: "spec.dump", data: "{}"},
 		entry{name: "status", data: "{}"}, entry{name: "status.dump", data: "{}"}, entry{name: "rootfs-diff.tar", data: string(layer)}))
-	s, err := unpackArchive(t.Context(), filepath.Join(at, "a"), dir, 0)
+	s, err := unpackArchive(t.Context(), filepath.Join(at, "a"), dir, 0, silent)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +182,7 @@ func TestArchiveRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			put(t, top, "archive", tt.data)
-			_, err := unpackArchive(t.Context(), filepath.Join(top, "archive"), dir, tt.size)
+			_, err := unpackArchive(t.Context(), filepath.Join(top, "archive"), dir, tt.size, silent)
 			if !errors.Is(err, ErrSource) || !strings.Contains(err.Error(), tt.says) {
 				t.Errorf("got %v, want ErrSource that says %s", err, tt.says)
 			}

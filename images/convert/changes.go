@@ -56,7 +56,7 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 	}
 	deletes := strings.HasPrefix(path.Base(name), whiteout)
 	if deletes && !layer {
-		return nil, fmt.Errorf("%w: the container has a file %s, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
+		return nil, fmt.Errorf("%w: the container has a file %q, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
 	}
 	out := &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid,
@@ -77,7 +77,7 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 			return nil, err
 		}
 		if inDump(out.Linkname) {
-			return nil, fmt.Errorf("%w: %s is a link into a dump", ErrSource, name)
+			return nil, fmt.Errorf("%w: %q is a link into a dump", ErrSource, name)
 		}
 	case tar.TypeChar, tar.TypeBlock:
 		out.Devmajor, out.Devminor = h.Devmajor, h.Devminor

@@ -86,7 +86,7 @@ func TestAdapt(t *testing.T) {
 			s := &source{report: &Report{}, dump: d, shm: shm, spec: &specs.Spec{Mounts: []specs.Mount{
 				{Destination: "/etc/hosts", Type: "bind"}, {Destination: "/dev/shm", Type: "bind"}, {Destination: "/data", Type: "bind"},
 			}}}
-			if err := s.adapt(t.Context(), tt.keep); err != nil {
+			if err := s.adapt(t.Context(), tt.keep, silent); err != nil {
 				t.Fatal(err)
 			}
 			want := slices.Sorted(slices.Values(slices.Concat(base, tt.more)))
@@ -247,7 +247,7 @@ func TestDumpRefuses(t *testing.T) {
 			}
 			change(d)
 			s := &source{report: &Report{}, dump: d, spec: &specs.Spec{}}
-			if err := s.adapt(t.Context(), nil); !errors.Is(err, ErrSource) {
+			if err := s.adapt(t.Context(), nil, silent); !errors.Is(err, ErrSource) {
 				t.Errorf("got %v, want ErrSource", err)
 			}
 		})
@@ -322,7 +322,7 @@ func FuzzDump(f *testing.F) {
 		}
 		put(t, d.dir, name, data)
 		s := &source{report: &Report{}, dump: d, spec: &specs.Spec{}}
-		if err := s.adapt(t.Context(), nil); err != nil && !errors.Is(err, ErrSource) {
+		if err := s.adapt(t.Context(), nil, silent); err != nil && !errors.Is(err, ErrSource) {
 			t.Errorf("%v does not wrap ErrSource", err)
 		}
 		if left, err := os.ReadDir(top); err != nil || len(left) != 1 {

@@ -14,6 +14,9 @@ import (
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 )
 
 // engineArchive makes a source of an archive that was unpacked: podman's, CRI-O's or
@@ -123,7 +126,7 @@ func engineOf(spec *specs.Spec, annotations map[string]string, status bool) stri
 }
 
 // unpackArchive reads an archive file.
-func unpackArchive(ctx context.Context, file, dir string, maxSize int64) (*source, error) {
+func unpackArchive(ctx context.Context, file, dir string, maxSize int64, emit func(build.Event)) (*source, error) {
 	a, err := prepare(dir, maxSize)
 	if err != nil {
 		return nil, err
@@ -134,7 +137,12 @@ func unpackArchive(ctx context.Context, file, dir string, maxSize int64) (*sourc
 		return nil, err
 	}
 	defer f.Close()
-	if err := a.read(ctx, f, archivePlace); err != nil {
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	tell := build.Telling(build.Event{Event: images.EventReading, Name: file, Total: st.Size()}, emit)
+	if err := a.read(ctx, &meter{ctx: ctx, r: f, tell: tell}, archivePlace); err != nil {
 		return nil, err
 	}
 	return engineArchive(ctx, a, dir, maxSize, nil)

@@ -32,11 +32,15 @@ func (e *export) bundle(ctx context.Context) (err error) {
 	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
 		return err
 	}
+	var layers []ocispec.Descriptor
 	for i, desc := range e.img.Manifest.Layers {
-		if e.img.Kind(i) == "checkpoint" {
-			continue
+		if e.img.Kind(i) != "checkpoint" {
+			layers = append(layers, desc)
 		}
-		if err := e.unpack(ctx, desc, rootfs); err != nil {
+	}
+	tell := reading(e.emit, "the root file system", layers...)
+	for _, desc := range layers {
+		if err := e.unpack(ctx, desc, tell, rootfs); err != nil {
 			return fmt.Errorf("unpack: %w", err)
 		}
 	}
@@ -44,9 +48,10 @@ func (e *export) bundle(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	tell = e.packing()
 	for _, f := range files {
 		to := filepath.Join(dir, "images", f.Name)
-		if err := errors.Join(copyFile(filepath.Join(e.dump.dir, f.Name), to), os.Chtimes(to, e.m.Created, e.m.Created)); err != nil {
+		if err := errors.Join(copyFile(ctx, filepath.Join(e.dump.dir, f.Name), to, tell), os.Chtimes(to, e.m.Created, e.m.Created)); err != nil {
 			return err
 		}
 	}
@@ -64,8 +69,8 @@ func (e *export) bundle(ctx context.Context) (err error) {
 }
 
 // unpack applies a layer to a directory.
-func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, dir string) error {
-	return e.read(ctx, desc, func(r io.Reader) error {
+func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, tell func(n int64), dir string) error {
+	return e.read(ctx, desc, tell, func(r io.Reader) error {
 		plain, err := compress.Detect(r)
 		if err != nil {
 			return err

@@ -2,6 +2,7 @@ package convert
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,7 +21,6 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/images/blob"
-	"github.com/crac-shim/crac/oci"
 )
 
 const (
@@ -33,9 +33,6 @@ const (
 // native writes an index into containerd that ctr containers restore takes.
 func (e *export) native(ctx context.Context) error {
 	e.report.From = "an image for ctr containers restore --live --rw"
-	if err := oci.CheckRef(e.r.Dest); err != nil {
-		return err
-	}
 	name, target, base, err := e.base(ctx)
 	if err != nil {
 		return err
@@ -49,7 +46,7 @@ func (e *export) native(ctx context.Context) error {
 
 	criu, err := e.blob(ctx, coreimages.MediaTypeContainerd1Checkpoint, func(w io.Writer) error {
 		tw := tar.NewWriter(w)
-		return errors.Join(packDump(ctx, tw, e.dump, e.m.Created, ""), tw.Close())
+		return errors.Join(e.packDump(ctx, tw, "", e.packing()), tw.Close())
 	})
 	if err != nil {
 		return err
@@ -88,7 +85,7 @@ func (e *export) native(ctx context.Context) error {
 		MediaType: ocispec.MediaTypeImageIndex,
 		Manifests: []ocispec.Descriptor{target, criu, config, rw},
 		Annotations: map[string]string{
-			indexImage: name, indexRuntime: runcRuntime, indexSnapshotter: defaults.DefaultSnapshotter,
+			indexImage: name, indexRuntime: runcRuntime, indexSnapshotter: cmp.Or(e.r.Snapshotter, defaults.DefaultSnapshotter),
 		},
 	})
 }
@@ -138,7 +135,7 @@ func (e *export) index(ctx context.Context, index ocispec.Index) error {
 		Name: e.r.Dest, Target: desc, Labels: map[string]string{"containerd.io/checkpoint": "true"},
 	})
 	if errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("the name %s is taken; remove that image or say another name: %w", e.r.Dest, err)
+		return errTaken(e.r.Dest)
 	}
 	return err
 }

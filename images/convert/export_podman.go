@@ -16,6 +16,7 @@ import (
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/workdir"
 )
@@ -124,13 +125,13 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	tw := tar.NewWriter(z)
+	tw, tell := tar.NewWriter(z), e.packing()
 	for _, name := range []string{metadata.SpecDumpFile, metadata.ConfigDumpFile, metadata.RootFsDiffTar, metadata.DeletedFilesFile, metadata.NetworkStatusFile} {
-		if err := packFile(ctx, tw, filepath.Join(dir, name), name, e.m.Created); err != nil {
+		if err := e.packFile(ctx, tw, filepath.Join(dir, name), name, tell); err != nil {
 			return err
 		}
 	}
-	if err := packDump(ctx, tw, e.dump, e.m.Created, metadata.CheckpointDirectory+"/"); err != nil {
+	if err := e.packDump(ctx, tw, metadata.CheckpointDirectory+"/", tell); err != nil {
 		return err
 	}
 	if err := errors.Join(tw.Close(), z.Close(), out.Close()); err != nil {
@@ -139,30 +140,36 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	return replace(out.Name(), e.r.Dest)
 }
 
-// packDump writes the files of a dump that was made then into a tar, below a prefix that is empty or a
+// packing tells how much of the dump is written.
+func (e *export) packing() (tell func(n int64)) {
+	total := int64(0)
+	for _, f := range e.m.Files {
+		total += f.Size
+	}
+	return build.Telling(build.Event{Event: images.EventProgress, Total: total}, e.emit)
+}
+
+// packDump writes the files of the dump into a tar, below a prefix that is empty or a
 // directory's.
-func packDump(ctx context.Context, tw *tar.Writer, d dump, created time.Time, prefix string) error {
-	files, err := images.DumpFiles(d.dir)
+func (e *export) packDump(ctx context.Context, tw *tar.Writer, prefix string, tell func(n int64)) error {
+	files, err := images.DumpFiles(e.dump.dir)
 	if err != nil {
 		return err
 	}
 	if prefix != "" {
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: created}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: e.m.Created}); err != nil {
 			return err
 		}
 	}
 	for _, f := range files {
-		if err := packFile(ctx, tw, filepath.Join(d.dir, f.Name), prefix+f.Name, created); err != nil {
+		if err := e.packFile(ctx, tw, filepath.Join(e.dump.dir, f.Name), prefix+f.Name, tell); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func packFile(ctx context.Context, tw *tar.Writer, file, name string, created time.Time) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+func (e *export) packFile(ctx context.Context, tw *tar.Writer, file, name string, tell func(n int64)) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
@@ -172,9 +179,9 @@ func packFile(ctx context.Context, tw *tar.Writer, file, name string, created ti
 	if err != nil {
 		return err
 	}
-	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: created}); err != nil {
+	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: e.m.Created}); err != nil {
 		return err
 	}
-	_, err = io.Copy(tw, f)
+	_, err = io.Copy(tw, &meter{ctx: ctx, r: f, tell: tell})
 	return err
 }

@@ -86,7 +86,7 @@ func (f *flat) layer(ctx context.Context, r io.Reader) error {
 			return nil
 		}
 		if h.Typeflag == tar.TypeLink && !has(decided, h.Linkname) {
-			return fmt.Errorf("%s is a link to %s, which another layer brings; make a new checkpoint of a container of this image", name, h.Linkname)
+			return fmt.Errorf("%q is a link to %q, which another layer brings; make a new checkpoint of a container of this image", name, h.Linkname)
 		}
 		decided[name] = h.Typeflag == tar.TypeDir
 		if err := f.tw.WriteHeader(h); err != nil {
@@ -154,14 +154,16 @@ func (f *flat) goes(name string) bool {
 // flatten writes the changes of a checkpoint image's layers as a tar.
 func (e *export) flatten(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (deleted []string, err error) {
 	f := newFlat(w)
+	tell := reading(e.emit, "the changed files", changed...)
 	for _, desc := range slices.Backward(changed) {
-		if err := e.read(ctx, desc, func(r io.Reader) error { return f.layer(ctx, r) }); err != nil {
+		if err := e.read(ctx, desc, tell, func(r io.Reader) error { return f.layer(ctx, r) }); err != nil {
 			return nil, err
 		}
 	}
 	if f.needsBase() {
+		tell := reading(e.emit, "the base image, for what was deleted of it", base...)
 		for _, desc := range base {
-			if err := e.read(ctx, desc, func(r io.Reader) error { return f.base(ctx, r) }); err != nil {
+			if err := e.read(ctx, desc, tell, func(r io.Reader) error { return f.base(ctx, r) }); err != nil {
 				return nil, err
 			}
 		}

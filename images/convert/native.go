@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/crac-shim/crac/images/build"
 )
 
 // Annotations of containerd's index: client.Container.Checkpoint writes the first,
@@ -59,14 +61,15 @@ func (i *nativeIndex) find(mediaTypes ...string) *ocispec.Descriptor {
 func (i *nativeIndex) has(mediaType string) bool { return i.find(mediaType) != nil }
 
 // open makes a source of the index.
-func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work string, maxSize int64) (*source, error) {
+func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work string, maxSize int64, emit func(build.Event)) (*source, error) {
 	a, err := prepare(work, maxSize)
 	if err != nil {
 		return nil, err
 	}
 	defer a.close()
 	s := &source{report: &Report{From: "containerd's own checkpoint"}, dump: dump{filepath.Join(work, metadata.CheckpointDirectory)}, id: name}
-	if err := readBlob(ctx, store, *i.find(coreimages.MediaTypeContainerd1Checkpoint), a, dumpPlace); err != nil {
+	criu := *i.find(coreimages.MediaTypeContainerd1Checkpoint)
+	if err := readBlob(ctx, store, criu, a, dumpPlace, reading(emit, name, criu)); err != nil {
 		return nil, err
 	}
 	s.created = a.dumped
@@ -89,7 +92,8 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 			}
 			defer ra.Close()
 			c := newChanges(w, maxSize)
-			if err := c.copy(ctx, content.NewReader(ra), true); err != nil {
+			tell := reading(emit, "the changed files", *rw)
+			if err := c.copy(ctx, &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}, true); err != nil {
 				return err
 			}
 			return c.close()

@@ -94,7 +94,8 @@ func readTar(ctx context.Context, r io.Reader, a *allowance, take func(*tar.Head
 type meter struct {
 	ctx  context.Context
 	r    io.Reader
-	left *int64 // nil: any number
+	left *int64        // nil: any number
+	tell func(n int64) // nil: nobody
 	read int64
 }
 
@@ -104,6 +105,9 @@ func (m *meter) Read(p []byte) (int, error) {
 	}
 	n, err := m.r.Read(p)
 	m.read += int64(n)
+	if m.tell != nil {
+		m.tell(int64(n))
+	}
 	if m.left == nil {
 		return n, err
 	}

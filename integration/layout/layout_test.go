@@ -25,8 +25,9 @@ const module = "github.com/crac-shim/crac/"
 var may = map[string][]string{
 	"cmd/containerd-shim-crac-v2": {"runtime", "runtime/pager", "shim"},
 	"cmd/cracctl":                 {"cmd/cracctl/...", "images", "images/build", "images/convert", "images/crypt", "images/inspect", "images/registry", "images/trust", "oci", "runtime", "runtime/pager", "runtime/trace"},
-	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
+	"cmd/cracctl/check":           {"cmd/cracctl/doctor", "cmd/cracctl/plain", "oci", "runtime/fdpolicy", "runtime/hook", "runtime/inspect"},
 	"cmd/cracctl/doctor":          {"images", "oci", "runtime"},
+	"cmd/cracctl/plain":           {},
 	"oci/criuimage":               {},
 	"shim":                        {"runtime", "runtime/fdpolicy", "runtime/hook", "runtime/inspect", "runtime/load", "runtime/trace", "images", "oci"},
 	"runtime":                     {"oci/criuimage", "oci", "runtime/hook", "runtime/inspect", "runtime/pager", "runtime/thread", "runtime/tmpfs", "runtime/trace"},
