@@ -62,8 +62,8 @@ test-unit: host ## unit tests with the race detector
 	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
-# Every fuzz target, each with one worker, and three for a CPU: two dozen targets
-# for a minute each take five minutes on two CPUs then, and twelve otherwise.
+# Every fuzz target, each with one worker, and three for a CPU: three dozen targets
+# for a minute each take six minutes on two CPUs then, and eighteen otherwise.
 # Minimizing would take most of the time.
 FUZZTIME ?= 1m
 FUZZJOBS ?= $(shell echo $$((3 * $$(nproc))))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -54,7 +55,10 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 	if name == "." || inDump(name) {
 		return nil, nil
 	}
-	deletes := strings.HasPrefix(path.Base(name), whiteout)
+	target, deletes := strings.CutPrefix(path.Base(name), whiteout)
+	if deletes && slices.Contains([]string{"", ".", ".."}, target) {
+		return nil, fmt.Errorf("%w: %q deletes no file that could be there", ErrSource, name)
+	}
 	if deletes && !layer {
 		return nil, fmt.Errorf("%w: the container has a file %q, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
 	}

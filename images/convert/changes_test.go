@@ -32,6 +32,8 @@ func TestChanges(t *testing.T) {
 		{name: "a dump", in: []entry{{name: ".crac/v1/manifest.json", data: "x"}, {name: ".crac", kind: tar.TypeDir}, {name: ".cracker", data: "y"}}, want: []string{".cracker y"}},
 		{name: "deletion in a layer", in: []entry{{name: "bin/.wh.vi"}}, layer: true, want: []string{"bin/.wh.vi"}},
 		{name: "no deletion elsewhere", in: []entry{{name: "bin/.wh.vi"}}, err: "means a deletion"},
+		{name: "deletion of nothing", in: []entry{{name: "bin/.wh."}}, layer: true, err: "deletes no file"},
+		{name: "deletion upward", in: []entry{{name: "bin/.wh..."}}, layer: true, err: "deletes no file"},
 		{name: "upward", in: []entry{{name: "../x"}}, err: "leads out"},
 		{name: "too large", in: []entry{{name: "a", data: strings.Repeat("x", 10000)}, {name: "b", data: strings.Repeat("x", 10000)}}, err: "--max-size"},
 		{name: "link upward", in: []entry{{name: "x", link: "../../etc/shadow", kind: tar.TypeLink}}, err: "leads out"},
@@ -138,6 +140,12 @@ func TestFlat(t *testing.T) {
 			layers: [][]entry{{dir("d"), {name: "d/x", data: "1"}}, {dir("d"), {name: "d/.wh..wh..opq"}, {name: "d/new", data: "2"}}},
 			base:   []entry{dir("d"), {name: "d/old", data: "0"}, {name: "d/new", data: "0"}, {name: "other/old", data: "0"}},
 			want:   []string{"d/", "d/new 2"}, deleted: []string{"d/old"},
+		},
+		{
+			name:   "all is cleared",
+			layers: [][]entry{{{name: "x", data: "1"}}, {{name: ".wh..wh..opq"}, {name: "y", data: "2"}}},
+			base:   []entry{dir("d"), {name: "d/old", data: "0"}, {name: "y", data: "0"}},
+			want:   []string{"y 2"}, deleted: []string{"d"},
 		},
 		{
 			name:   "a directory in a cleared one",

@@ -49,7 +49,7 @@ func (f *flat) hidden(name string) bool {
 			return true
 		}
 	}
-	return false
+	return f.cleared["."]
 }
 
 // read gives take the entries of a layer, as those of a set of changes. Some tools leave

@@ -32,10 +32,7 @@ const (
 type nativeIndex struct{ ocispec.Index }
 
 func readIndex(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*nativeIndex, error) {
-	if desc.Size > maxJSON {
-		return nil, fmt.Errorf("%w: its index has %d bytes", ErrSource, desc.Size)
-	}
-	data, err := content.ReadBlob(ctx, store, desc)
+	data, err := readSmall(ctx, store, desc, "index")
 	if err != nil {
 		return nil, err
 	}
@@ -44,6 +41,19 @@ func readIndex(ctx context.Context, store content.Provider, desc ocispec.Descrip
 		return nil, fmt.Errorf("%w: its index: %w", ErrSource, err)
 	}
 	return i, nil
+}
+
+// readSmall reads a blob that is what it is called. Its size is not what a descriptor says.
+func readSmall(ctx context.Context, store content.Provider, desc ocispec.Descriptor, what string) ([]byte, error) {
+	ra, err := store.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer ra.Close()
+	if ra.Size() > maxJSON {
+		return nil, fmt.Errorf("%w: its %s has %d bytes", ErrSource, what, ra.Size())
+	}
+	return io.ReadAll(content.NewReader(ra))
 }
 
 // find gives the first blob of a type.
@@ -61,7 +71,7 @@ func (i *nativeIndex) find(mediaTypes ...string) *ocispec.Descriptor {
 func (i *nativeIndex) has(mediaType string) bool { return i.find(mediaType) != nil }
 
 // open makes a source of the index.
-func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work string, maxSize int64, emit func(build.Event)) (*source, error) {
+func (i *nativeIndex) open(ctx context.Context, store content.Provider, name, work string, maxSize int64, emit func(build.Event)) (*source, error) {
 	a, err := prepare(work, maxSize)
 	if err != nil {
 		return nil, err
@@ -106,10 +116,7 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 
 // readConfig reads the spec in the form in which containerd stores it.
 func readConfig(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*specs.Spec, error) {
-	if desc.Size > maxJSON {
-		return nil, fmt.Errorf("%w: its spec has %d bytes", ErrSource, desc.Size)
-	}
-	data, err := content.ReadBlob(ctx, store, desc)
+	data, err := readSmall(ctx, store, desc, "spec")
 	if err != nil {
 		return nil, err
 	}
