@@ -144,7 +144,7 @@ func checkpoint(ctx context.Context, t *target, f checkpointFlags, id, ref strin
 			return fmt.Errorf("parent: %w", err)
 		}
 		if img.Checkpoint < 0 {
-			return fmt.Errorf("parent: %v: %s; leave --parent out to make a whole checkpoint", inspect.ErrNoCheckpoint, f.parent)
+			return fmt.Errorf("there is no checkpoint in the parent %s; leave --parent out to make a whole one", f.parent)
 		}
 	}
 	id = containerID(ctx, client, id)

@@ -36,8 +36,10 @@ func (b byType) ReaderAt(_ context.Context, desc ocispec.Descriptor) (content.Re
 func FuzzNative(f *testing.F) {
 	index, err := json.Marshal(ocispec.Index{
 		Manifests: []ocispec.Descriptor{
-			{MediaType: ocispec.MediaTypeImageManifest}, {MediaType: coreimages.MediaTypeContainerd1Checkpoint, Size: 1 << 40},
-			{MediaType: coreimages.MediaTypeContainerd1CheckpointConfig}, {MediaType: ocispec.MediaTypeImageLayerGzip},
+			{MediaType: ocispec.MediaTypeImageManifest},
+			{MediaType: coreimages.MediaTypeContainerd1Checkpoint, Size: 1 << 40},
+			{MediaType: coreimages.MediaTypeContainerd1CheckpointConfig},
+			{MediaType: ocispec.MediaTypeImageLayerGzip},
 		},
 		Annotations: map[string]string{indexImage: "x:1"},
 	})

@@ -30,14 +30,15 @@ func (w writer) Write(p []byte) (int, error) {
 func escape(s, keep string) string {
 	clean := func(r rune) bool { return strconv.IsPrint(r) || strings.ContainsRune(keep, r) }
 	var b strings.Builder
-	for i, n := 0, 0; i < len(s); i += n {
-		var r rune
-		r, n = utf8.DecodeRuneInString(s[i:])
+	for len(s) > 0 {
+		r, n := utf8.DecodeRuneInString(s)
+		raw := s[:n]
+		s = s[n:]
 		switch {
 		case r == utf8.RuneError && n == 1:
-			fmt.Fprintf(&b, `\x%02x`, s[i])
+			fmt.Fprintf(&b, `\x%02x`, raw[0])
 		case clean(r):
-			b.WriteString(s[i : i+n])
+			b.WriteString(raw)
 		case r == '\n':
 			b.WriteString(`\n`)
 		case r == '\t':
