@@ -22,7 +22,7 @@ func newSign(t *target) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign REF",
 		Short: "Sign an image, so that nodes can tell whose it is",
-		Long: `Sign an image in the form of the Notary Project, as its own tool (notation) does.
+		Long: `Sign an image in the form of the Notary Project, with its library.
 The signature is kept in containerd for as long as the image, and with --push sent to
 the registry as a referrer of the image, which has to be there. cracctl push sends the
 signatures of an image with it.

@@ -2,17 +2,24 @@ package crypt
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"io"
+	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -149,6 +156,101 @@ func TestKeysAndRecipientsThatAreNone(t *testing.T) {
 		if _, err := ParseKeys([]string{one}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("key %s: %v, want %q", one, err, want)
 		}
+	}
+}
+
+// The kinds of keys that docs/security.md says were tried.
+func TestKindsOfKeys(t *testing.T) {
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ecKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "node"}, NotAfter: time.Now().Add(time.Hour)}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &rsaKey.PublicKey, rsaKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file := func(name, kind string, der []byte, err error) string {
+		t.Helper()
+		if kind != "" {
+			der = pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+		}
+		path := filepath.Join(dir, name)
+		if err := errors.Join(err, os.WriteFile(path, der, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	public := func(name, kind string, key any) string {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		return file(name, kind, der, err)
+	}
+	private := func(name, kind string, key any) string {
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		return file(name, kind, der, err)
+	}
+	jwk := func(name string, key any, algorithm string) string {
+		data, err := jose.JSONWebKey{Key: key, Algorithm: algorithm}.MarshalJSON()
+		return file(name, "", data, err)
+	}
+	for name, tt := range map[string]struct {
+		recipient string
+		keys      []string
+	}{
+		"RSA, PEM":      {"jwe:" + public("rsa.pem", "PUBLIC KEY", &rsaKey.PublicKey), []string{private("rsa.key", "PRIVATE KEY", rsaKey)}},
+		"elliptic":      {"jwe:" + public("ec.pem", "PUBLIC KEY", &ecKey.PublicKey), []string{private("ec.key", "PRIVATE KEY", ecKey)}},
+		"RSA, DER":      {"jwe:" + public("rsa.der", "", &rsaKey.PublicKey), []string{private("rsa.key.der", "", rsaKey)}},
+		"RSA, JWK":      {"jwe:" + jwk("rsa.jwk", &rsaKey.PublicKey, ""), []string{jwk("rsa.key.jwk", rsaKey, "")}},
+		"elliptic, JWK": {"jwe:" + jwk("ec.jwk", &ecKey.PublicKey, "ECDH-ES+A256KW"), []string{jwk("ec.key.jwk", ecKey, "ECDH-ES+A256KW")}},
+		"certificate":   {"pkcs7:" + file("cert.pem", "CERTIFICATE", certificate, nil), []string{private("cert.key", "PRIVATE KEY", rsaKey), filepath.Join(dir, "cert.pem")}},
+	} {
+		sealed, desc := seal(t, []byte("layer"), tt.recipient)
+		if got, err := open(t, sealed, desc, tt.keys...); err != nil || string(got) != "layer" {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+}
+
+// A key of gpg's: the recipient by its name in the key ring, the key as gpg exports it.
+func TestPGP(t *testing.T) {
+	gpg, err := exec.LookPath("gpg")
+	if err != nil {
+		t.Skip("no gpg on this host, which ocicrypt asks for public keys")
+	}
+	// Its socket has to have a short name.
+	home, err := os.MkdirTemp("", "gpg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = exec.Command("gpgconf", "--homedir", home, "--kill", "all").Run()
+		_ = os.RemoveAll(home)
+	})
+	t.Setenv("GNUPGHOME", home)
+	run := func(args ...string) []byte {
+		t.Helper()
+		out, err := exec.Command(gpg, append([]string{"--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""}, args...)...).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	run("--quick-generate-key", "node@example.org", "rsa2048", "encr")
+	ring := filepath.Join(home, "exported.gpg")
+	if err := os.WriteFile(ring, run("--export-secret-keys", "node@example.org"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sealed, desc := seal(t, []byte("layer"), "pgp:node@example.org")
+	if got, err := open(t, sealed, desc, ring); err != nil || string(got) != "layer" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if _, err := open(t, sealed, desc); !errors.Is(err, ErrEncrypted) {
+		t.Errorf("without the key: %v", err)
 	}
 }
 
