@@ -128,7 +128,26 @@ func (b *base) cut(parent string) error {
 // dropCheckpoints leaves out the checkpoint layers: a new checkpoint replaces
 // them.
 func (b *base) dropCheckpoints() {
-	b.keep(func(i int) bool { return !inspect.IsCheckpoint(b.manifest.Layers, b.history, i) })
+	b.keep(func(i int) bool { return !b.isCheckpoint(i) })
+}
+
+// isCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost
+// the annotations by the history.
+func (b *base) isCheckpoint(i int) bool {
+	if b.manifest.Layers[i].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
+		return true
+	}
+	n := 0
+	for _, h := range b.history {
+		if h.EmptyLayer {
+			continue
+		}
+		if n == i {
+			return h.CreatedBy == oci.CreatedByCheckpoint
+		}
+		n++
+	}
+	return false
 }
 
 // keep drops layers from everything that lists them.

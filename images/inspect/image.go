@@ -98,18 +98,10 @@ func (i *Image) Kind(layer int) string {
 	return "base"
 }
 
+// isCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost
+// the annotations by the history.
 func (i *Image) isCheckpoint(layer int) bool {
-	return IsCheckpoint(i.Manifest.Layers, i.Config.History, layer)
-}
-
-// IsCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost the
-// annotations by the history.
-func IsCheckpoint(layers []ocispec.Descriptor, history []ocispec.History, layer int) bool {
-	if layers[layer].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
-		return true
-	}
-	h := historyOf(history, layer)
-	return h != nil && h.CreatedBy == oci.CreatedByCheckpoint
+	return i.Manifest.Layers[layer].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint || i.createdBy(layer) == oci.CreatedByCheckpoint
 }
 
 func (i *Image) createdBy(layer int) string {
@@ -121,17 +113,13 @@ func (i *Image) createdBy(layer int) string {
 
 // History is what the configuration says of a layer; nil if it does not.
 func (i *Image) History(layer int) *ocispec.History {
-	return historyOf(i.Config.History, layer)
-}
-
-func historyOf(history []ocispec.History, layer int) *ocispec.History {
 	n := 0
-	for k := range history {
-		if history[k].EmptyLayer {
+	for k := range i.Config.History {
+		if i.Config.History[k].EmptyLayer {
 			continue
 		}
 		if n == layer {
-			return &history[k]
+			return &i.Config.History[k]
 		}
 		n++
 	}
