@@ -18,7 +18,7 @@ import (
 )
 
 // ErrSource is wrapped by errors about what a source holds.
-var ErrSource = errors.New("not a checkpoint that can be imported")
+var ErrSource = errors.New("not a checkpoint that can be converted")
 
 // maxJSON bounds how long a file is that is read into memory.
 const maxJSON = 16 << 20

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	goruntime "runtime"
 
 	coreimages "github.com/containerd/containerd/v2/core/images"
@@ -93,7 +94,7 @@ func (e *export) native(ctx context.Context) error {
 // layer writes the changes as one layer.
 func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (int, error) {
 	var deleted []string
-	c := newChanges(w, 0)
+	c := newChanges(w, math.MaxInt64) // flatten makes them
 	err := piped(func(w io.Writer) (err error) {
 		deleted, err = e.flatten(ctx, w, changed, base)
 		return err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"path"
 	"slices"
 	"strings"
@@ -34,7 +35,8 @@ type flat struct {
 
 func newFlat(w io.Writer) *flat {
 	return &flat{
-		tw: tar.NewWriter(w), allowed: newAllowance(0),
+		tw: tar.NewWriter(w), allowed: newAllowance(math.MaxInt64), // layers of an image that is here
+
 		decided: make(map[string]bool), gone: make(map[string]bool), cleared: make(map[string]bool), deleted: make(map[string]bool),
 	}
 }
