@@ -35,8 +35,8 @@ type flat struct {
 
 func newFlat(w io.Writer) *flat {
 	return &flat{
-		tw: tar.NewWriter(w), allowed: newAllowance(math.MaxInt64), // layers of an image that is here
-
+		tw:      tar.NewWriter(w),
+		allowed: newAllowance(math.MaxInt64), // its layers are here already
 		decided: make(map[string]bool), gone: make(map[string]bool), cleared: make(map[string]bool), deleted: make(map[string]bool),
 	}
 }
