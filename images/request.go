@@ -60,6 +60,9 @@ const (
 	EventReady = "ready"
 	// EventDiffed: the container's changes are taken; it may run again.
 	EventDiffed = "diffed"
+	// EventReading: Done of Total bytes of Name, which the image is made of, are read; Total
+	// is 0 where nobody knows it. The builder of the shim does not tell it.
+	EventReading = "reading"
 	// EventProgress: Done of Total bytes of the dump are packed.
 	EventProgress = "progress"
 	// EventWarning: the image will be made, but Error should be known.
@@ -80,7 +83,7 @@ const (
 type BuildEvent struct {
 	Event string `json:"event"`
 	// Name, Digest and Size are the image's; Size counts all that a registry
-	// stores for it.
+	// stores for it. Of EventReading Name is what is read.
 	Name   string `json:"name,omitempty"`
 	Digest string `json:"digest,omitempty"`
 	Size   int64  `json:"size,omitempty"`
@@ -95,8 +98,8 @@ type BuildEvent struct {
 	PreDumpedSize int64 `json:"preDumpedSize,omitempty"`
 	// ReusedSize is how much of the memory is not stored because the parent has it.
 	ReusedSize int64 `json:"reusedSize,omitempty"`
-	// Done and Total are bytes: of the dump while it is packed, of the image as
-	// stored while it is pushed. Uploaded of Done were sent to the registry.
+	// Done and Total are bytes: of what is read, of the dump while it is packed, of the
+	// image as stored while it is pushed. Uploaded of Done were sent to the registry.
 	Done     int64  `json:"done,omitempty"`
 	Total    int64  `json:"total,omitempty"`
 	Uploaded int64  `json:"uploaded,omitempty"`

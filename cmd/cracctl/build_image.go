@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -115,8 +116,12 @@ func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit f
 
 // connect returns a client of a containerd that answers.
 func connect(ctx context.Context, address string) (*containerd.Client, error) {
+	path, err := socketOf(address)
+	if err != nil {
+		return nil, err
+	}
 	// gRPC's own words for what can be wrong here are long, and say it last.
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", address)
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("containerd's socket: %w; run this as root, or as whoever may use the socket", err)
@@ -124,7 +129,7 @@ func connect(ctx context.Context, address string) (*containerd.Client, error) {
 		return nil, fmt.Errorf("containerd's socket: %w; start containerd, or say where it is with --address", err)
 	}
 	conn.Close()
-	client, err := containerd.New(address)
+	client, err := containerd.New(path)
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", address, err)
 	}
@@ -133,6 +138,15 @@ func connect(ctx context.Context, address string) (*containerd.Client, error) {
 		return nil, fmt.Errorf("containerd at %s does not answer: %w; is it containerd that listens there?", address, err)
 	}
 	return client, nil
+}
+
+// socketOf is the path that an address names: nerdctl and Docker write unix:// before it.
+func socketOf(address string) (string, error) {
+	path := strings.TrimPrefix(address, "unix://")
+	if scheme, _, ok := strings.Cut(path, "://"); ok {
+		return "", fmt.Errorf("containerd at %s: the socket is a file here, not something of %s; say its path", address, scheme)
+	}
+	return path, nil
 }
 
 // events writes one line for each event.

@@ -95,14 +95,11 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error) {
 	target := r.BaseTarget
 	if target == nil {
-		record, err := s.images.Get(ctx, r.Base)
-		if errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("its base image %s is not there; pull it, or name another with the same layers (cracctl import --base): %w", r.Base, err)
-		}
+		found, err := s.findBase(ctx, r.Base)
 		if err != nil {
 			return nil, err
 		}
-		target = &record.Target
+		target = &found
 	}
 	b, err := readBase(ctx, s, r.Base, *target)
 	if err != nil {
@@ -110,6 +107,20 @@ func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error
 	}
 	b.dropCheckpoints()
 	return b, nil
+}
+
+// CheckBase tells why an image cannot be a base: it is not there.
+func CheckBase(ctx context.Context, client *containerd.Client, name string) error {
+	_, err := servicesOf(client).findBase(ctx, name)
+	return err
+}
+
+func (s services) findBase(ctx context.Context, name string) (ocispec.Descriptor, error) {
+	record, err := s.images.Get(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return ocispec.Descriptor{}, fmt.Errorf("its base image %s is not there; pull it, or name another with the same layers (cracctl import --base): %w", name, err)
+	}
+	return record.Target, err
 }
 
 // wrapping is what goes around a base image's layers.

@@ -805,7 +805,7 @@ func TestBuildRefuses(t *testing.T) {
 		want   []string
 	}{
 		{"container", func(_ *world, r *Request) { r.Container = "other" }, []string{"other", "not found"}},
-		{"compression", func(_ *world, r *Request) { r.Compression = "lzma" }, []string{"lzma", "zstd and gzip"}},
+		{"compression", func(_ *world, r *Request) { r.Compression = "lzma" }, []string{"lzma", "zstd, gzip"}},
 		{"empty name", func(_ *world, r *Request) { r.Ref = "" }, []string{"image name"}},
 		{"name with a space", func(_ *world, r *Request) { r.Ref = "a b" }, []string{`"a b"`}},
 		{"unfinished dump", func(w *world, r *Request) { w.must(os.Remove(filepath.Join(r.DumpDir, "inventory.img"))) }, []string{"inventory.img"}},

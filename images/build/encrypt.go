@@ -17,6 +17,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -33,9 +34,9 @@ func encrypts(to []string) bool { return len(to) > 0 && !slices.Equal(to, []stri
 // storedType is the media type of a layer that is stored so.
 func (c compression) storedType() string {
 	if c.recipients == nil {
-		return c.mediaType
+		return c.MediaType
 	}
-	return crypt.EncryptedType(c.mediaType)
+	return crypt.EncryptedType(c.MediaType)
 }
 
 // seal gives a writer that encrypts into w, if there are recipients. end has to be
@@ -86,7 +87,7 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 		return none, err
 	}
 	if !encrypts(r.To) {
-		return none, errors.New("nobody is named who could read it: say whom with --to")
+		return none, errors.New("nobody is named who could read it: say whom with --encrypt-to")
 	}
 	recipients, err := crypt.ParseRecipients(r.To)
 	if err != nil {
@@ -110,16 +111,23 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	}
 	manifest := img.Manifest
 	manifest.Layers = slices.Clone(manifest.Layers)
+	inOpen := func(n int) bool { return img.Kind(n) != "base" && !crypt.IsEncrypted(img.Manifest.Layers[n].MediaType) }
+	total := int64(0)
 	for n, l := range manifest.Layers {
-		kind := img.Kind(n)
-		if kind == "base" || crypt.IsEncrypted(l.MediaType) {
+		if inOpen(n) {
+			total += l.Size
+		}
+	}
+	tell := Telling(Event{Event: images.EventProgress, Total: total}, emit)
+	for n, l := range manifest.Layers {
+		if !inOpen(n) {
 			continue
 		}
-		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]})
+		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]}, tell)
 		if err != nil {
 			return none, fmt.Errorf("encrypt layer %s of %s: %w", l.Digest, r.From, err)
 		}
-		if kind == "checkpoint" {
+		if img.Kind(n) == "checkpoint" {
 			sealed = sealed.asCheckpoint()
 		}
 		manifest.Layers[n] = sealed.desc
@@ -145,17 +153,21 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 }
 
 // encryptLayer stores a layer once more, encrypted: compressed as it is.
-func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer) (newLayer, error) {
-	return copyLayer(ctx, cs, l, compression{mediaType: l.desc.MediaType, recipients: to}, func(r io.Reader) (io.Reader, error) { return r, nil })
+func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer, tell func(n int64)) (newLayer, error) {
+	return copyLayer(ctx, cs, l, compression{compress.Format{MediaType: l.desc.MediaType}, to}, tell, func(r io.Reader) (io.Reader, error) { return r, nil })
 }
 
 // decryptLayer is the reverse.
 func decryptLayer(ctx context.Context, cs content.Store, keys *crypt.Keys, l newLayer) (newLayer, error) {
-	return copyLayer(ctx, cs, l, compression{mediaType: crypt.PlainType(l.desc.MediaType)}, func(r io.Reader) (io.Reader, error) { return keys.Decrypt(r, l.desc) })
+	plain := compression{compress.Format{MediaType: crypt.PlainType(l.desc.MediaType)}, nil}
+	return copyLayer(ctx, cs, l, plain, quietly, func(r io.Reader) (io.Reader, error) { return keys.Decrypt(r, l.desc) })
 }
 
+// quietly tells nobody how a copy gets on.
+func quietly(int64) {}
+
 // copyLayer stores what through makes of a layer's bytes.
-func copyLayer(ctx context.Context, cs content.Store, l newLayer, comp compression, through func(io.Reader) (io.Reader, error)) (newLayer, error) {
+func copyLayer(ctx context.Context, cs content.Store, l newLayer, comp compression, tell func(n int64), through func(io.Reader) (io.Reader, error)) (newLayer, error) {
 	ra, err := cs.ReaderAt(ctx, l.desc)
 	if err != nil {
 		return newLayer{}, err
@@ -168,7 +180,7 @@ func copyLayer(ctx context.Context, cs content.Store, l newLayer, comp compressi
 	// Under a name that no other build has.
 	ref := fmt.Sprintf("crac-copy-%d-%d", os.Getpid(), time.Now().UnixNano())
 	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
-		_, err := io.Copy(w, r)
+		_, err := io.Copy(&progress{w, tell}, r)
 		return l.diffID, err
 	})
 }
@@ -216,7 +228,7 @@ func (c compression) reseal(ctx context.Context, cs content.Store, l newLayer, k
 	var err error
 	switch c.resealing(had, kind) {
 	case isEncrypted:
-		l, err = encryptLayer(ctx, cs, c.recipients, l)
+		l, err = encryptLayer(ctx, cs, c.recipients, l, quietly)
 	case isDecrypted:
 		l, err = decryptLayer(ctx, cs, keys, l)
 	case isPassedOn:

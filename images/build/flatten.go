@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -9,7 +10,10 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -73,12 +77,12 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err := b.canReseal(comp, keys); err != nil {
 		return none, err
 	}
-	work, err := os.MkdirTemp(r.WorkDir, "crac-flatten-")
+	work, err := workdir.New(r.WorkDir)
 	if err != nil {
 		return none, err
 	}
-	defer os.RemoveAll(work)
-	chain, dump, err := img.ReadWhole(ctx, s.content, work, keys)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, Reading(img, keys, emit))
 	if err != nil {
 		return none, err
 	}
@@ -91,4 +95,9 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	return s.wrap(ctx, b, &m, wrapping{
 		id: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: dump, spec: chain[0].Spec, comp: comp, keys: keys, from: img,
 	}, emit)
+}
+
+// Reading are options for reading an image's dumps that tell how it gets on.
+func Reading(img *inspect.Image, keys *crypt.Keys, emit func(Event)) inspect.Options {
+	return inspect.Options{Keys: keys, Progress: Telling(Event{Event: images.EventReading, Name: img.Name, Total: img.CheckpointSize()}, emit)}
 }

@@ -54,7 +54,7 @@ func place(list []ocispec.Descriptor, own ocispec.Descriptor) []ocispec.Descript
 	}
 	kept := out[:0]
 	for _, m := range out {
-		if !gone[m.Annotations[attestationOf]] {
+		if of := m.Annotations[attestationOf]; of == "" || !gone[of] { // a broken entry may have no digest
 			kept = append(kept, m)
 		}
 	}

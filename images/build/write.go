@@ -12,22 +12,20 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/labels"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
 // compression is how new layers are stored.
 type compression struct {
-	mediaType  string
-	writer     func(io.Writer) (io.WriteCloser, error)
+	compress.Format
 	recipients *crypt.Recipients // nil: whoever has the image can read it
 }
 
@@ -42,26 +40,8 @@ func newCompression(name oci.Compression, encryptTo []string) (c compression, er
 		}
 		name = cmp.Or(name, oci.CompressionGzip)
 	}
-	if c, err = compressionOf(name); err == nil {
-		c.recipients = recipients
-	}
-	return c, err
-}
-
-func compressionOf(name oci.Compression) (compression, error) {
-	switch name {
-	case "", oci.CompressionZstd:
-		// The fastest level: on a JVM's dump the default one takes twice as
-		// long to save 5 %.
-		return compression{mediaType: ocispec.MediaTypeImageLayerZstd, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
-		}}, nil
-	case oci.CompressionGzip:
-		return compression{mediaType: ocispec.MediaTypeImageLayerGzip, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return gzip.NewWriterLevel(w, gzip.BestSpeed)
-		}}, nil
-	}
-	return compression{}, fmt.Errorf("unknown compression %q; known are zstd and gzip", name)
+	format, err := compress.Of(name)
+	return compression{format, recipients}, err
 }
 
 // newLayer is a layer that a build made; the zero value is no layer.
@@ -76,7 +56,7 @@ func (l newLayer) size() int64 { return l.desc.Size }
 func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (newLayer, error) {
 	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
 		diffID := digest.SHA256.Digester()
-		z, err := comp.writer(w)
+		z, err := comp.NewWriter(w)
 		if err != nil {
 			return "", err
 		}
@@ -117,7 +97,7 @@ func storeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 // tells how many bytes of the memory parent has, which may be nil.
 func (s services) writeDump(ctx context.Context, ref, dir string, spec []byte, m *oci.Manifest, parent images.ParentMemory, comp compression, total int64, emit func(Event)) (_ newLayer, reused int64, _ error) {
 	l, err := writeLayer(ctx, s.content, ref, comp, func(w io.Writer) (err error) {
-		reused, err = images.WriteLayer(&progress{w: w, total: total, emit: emit}, dir, spec, m, parent)
+		reused, err = images.WriteLayer(&progress{w, Telling(Event{Event: images.EventProgress, Total: total}, emit)}, dir, spec, m, parent)
 		return err
 	})
 	return l.asCheckpoint(), reused, err
@@ -134,22 +114,34 @@ func (l newLayer) asCheckpoint() newLayer {
 	return l
 }
 
-// progress reports how much was written, a few times a second.
+// Telling gives a function that is told how many bytes more are done, and emits e with how
+// many that are in all, a few times a second.
+func Telling(e Event, emit func(Event)) func(n int64) {
+	var (
+		done int64
+		last time.Time
+	)
+	return func(n int64) {
+		if done += n; time.Since(last) < 200*time.Millisecond {
+			return
+		}
+		last = time.Now()
+		if e.Done = done; e.Total > 0 {
+			e.Done = min(done, e.Total) // a tar's headers are not part of a dump
+		}
+		emit(e)
+	}
+}
+
+// progress tells how much was written.
 type progress struct {
-	w           io.Writer
-	done, total int64
-	last        time.Time
-	emit        func(Event)
+	w    io.Writer
+	tell func(n int64)
 }
 
 func (p *progress) Write(b []byte) (int, error) {
 	n, err := p.w.Write(b)
-	p.done += int64(n)
-	if now := time.Now(); now.Sub(p.last) > 200*time.Millisecond {
-		p.last = now
-		// The tar's headers are not part of the dump.
-		p.emit(Event{Event: images.EventProgress, Done: min(p.done, p.total), Total: p.total})
-	}
+	p.tell(int64(n))
 	return n, err
 }
 

@@ -174,26 +174,78 @@ func (e *Writer) Annotations() (map[string]string, error) {
 type Keys struct{ config *config.DecryptConfig }
 
 // ParseKeys reads private keys in ocicrypt's forms: FILE, FILE:pass=PASSWORD,
-// FILE:file=FILE, FILE:fd=N, provider:NAME; for pkcs7 also the certificate's file.
+// FILE:file=PASSWORD-FILE, provider:NAME; for pkcs7 also the certificate's file. Not
+// FILE:fd=N: who reads a descriptor takes it from those who read the key after him.
 func ParseKeys(list []string) (*Keys, error) {
 	if len(list) == 0 {
 		return nil, nil
 	}
+	var all []config.CryptoConfig
 	for _, one := range list {
+		if _, _, err := splitKey(one); err != nil {
+			return nil, err
+		}
 		cc, err := helpers.CreateDecryptCryptoConfig([]string{one}, nil)
 		if err != nil {
 			return nil, fmt.Errorf("key %s: %w", nameOf(one), err)
 		}
 		// The library passes over what it does not know, for directories of keys.
 		if cc.DecryptConfig == nil || len(cc.DecryptConfig.Parameters) == 0 {
-			return nil, fmt.Errorf("key %s is no private key that can be read (PEM, DER, JWK, a PGP key ring); a password goes behind it: FILE:file=PASSWORDFILE", nameOf(one))
+			return nil, fmt.Errorf("key %s is no private key that can be read (PEM, DER, JWK, a PGP key ring); a password goes behind it: FILE:file=PASSWORD-FILE", nameOf(one))
+		}
+		all = append(all, cc)
+	}
+	return &Keys{config.CombineCryptoConfigs(all).DecryptConfig}, nil
+}
+
+// AbsoluteKeys makes the names of files in keys absolute, for a process that works in
+// another directory.
+func AbsoluteKeys(list []string) ([]string, error) {
+	located := make([]string, len(list))
+	for i, one := range list {
+		if strings.HasPrefix(one, provider) {
+			located[i] = one
+			continue
+		}
+		file, password, err := splitKey(one)
+		if err != nil {
+			return nil, err
+		}
+		if located[i], err = filepath.Abs(file); err != nil {
+			return nil, fmt.Errorf("key %s: %w", file, err)
+		}
+		if name, ok := strings.CutPrefix(password, passwordFile); ok {
+			if name, err = filepath.Abs(name); err != nil {
+				return nil, fmt.Errorf("key %s: %w", file, err)
+			}
+			password = passwordFile + name
+		}
+		if password != "" {
+			located[i] += ":" + password
 		}
 	}
-	cc, err := helpers.CreateDecryptCryptoConfig(list, nil)
-	if err != nil {
-		return nil, err
+	return located, nil
+}
+
+const (
+	provider     = "provider:"
+	passwordFile = "file="
+)
+
+// splitKey takes a key of the form FILE:PASSWORD apart. The library splits at every colon, and
+// passes over a password if there are several.
+func splitKey(key string) (file, password string, err error) {
+	if strings.HasPrefix(key, provider) {
+		return key, "", nil
 	}
-	return &Keys{cc.DecryptConfig}, nil
+	file, password, _ = strings.Cut(key, ":")
+	switch {
+	case strings.HasPrefix(password, "fd="):
+		return "", "", fmt.Errorf("key %s: a password cannot come from a descriptor (fd=); write it to a file that only you can read, and say %[1]s:%s", file, passwordFile+"PASSWORD-FILE")
+	case strings.Contains(password, ":"):
+		return "", "", fmt.Errorf("key %s: there is a colon behind that of the password; write the password to a file, and say %[1]s:%s", file, passwordFile+"PASSWORD-FILE")
+	}
+	return file, password, nil
 }
 
 // NodeKeyDir is where containerd, as it is configured by default, has its keys.
@@ -219,7 +271,7 @@ func KeysIn(dir string) (*Keys, error) {
 
 // nameOf leaves a password out.
 func nameOf(key string) string {
-	if strings.HasPrefix(key, "provider:") {
+	if strings.HasPrefix(key, provider) {
 		return key
 	}
 	name, _, _ := strings.Cut(key, ":")

@@ -6,18 +6,16 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
@@ -186,7 +184,7 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 			return nil, err
 		}
 	}
-	unpacked, err := decompress(packed, crypt.PlainType(desc.MediaType))
+	unpacked, err := compress.NewReader(packed, crypt.PlainType(desc.MediaType))
 	if err != nil {
 		return nil, damaged(err)
 	}
@@ -236,24 +234,4 @@ func (c *counter) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.tell(int64(n))
 	return n, err
-}
-
-// maxWindow bounds the memory that a compressed stream can ask for. Ours needs
-// 4 MiB, zstd's highest level 128 MiB.
-const maxWindow = 256 << 20
-
-func decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
-	switch {
-	case strings.HasSuffix(mediaType, "zstd"):
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, err
-		}
-		return z.IOReadCloser(), nil
-	case strings.HasSuffix(mediaType, "gzip"):
-		return gzip.NewReader(r)
-	case strings.HasSuffix(mediaType, ".tar"):
-		return io.NopCloser(r), nil
-	}
-	return nil, fmt.Errorf("its media type is %q, which this version cannot unpack", mediaType)
 }

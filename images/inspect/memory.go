@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 
 	"github.com/crac-shim/crac/images"
-	"github.com/crac-shim/crac/images/crypt"
 )
 
 // ReadChain reads the image's checkpoint layer and those of the dumps that it
@@ -62,11 +61,12 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 
 // ReadWhole is ReadChain, checked, for a restore: the directory whole, below dir, holds
 // one dump then with all of the memory. dir has to be empty.
-func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir string, keys *crypt.Keys) (chain []*Layer, whole string, err error) {
+func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir string, o Options) (chain []*Layer, whole string, err error) {
 	if i.Covered() {
 		return nil, "", fmt.Errorf("%s: %w: its memory does not match the files", i.Name, images.ErrCovered)
 	}
-	if chain, err = i.ReadChain(ctx, store, Options{Digests: true, Extract: dir, Keys: keys}); err != nil {
+	o.Digests, o.Extract = true, dir
+	if chain, err = i.ReadChain(ctx, store, o); err != nil {
 		return nil, "", err
 	}
 	// What is put together here is not looked at again before it is restored.
@@ -81,6 +81,16 @@ func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir strin
 		return nil, "", fmt.Errorf("%s: %w", i.Name, err)
 	}
 	return chain, dirs[0], nil
+}
+
+// CheckpointSize is how many bytes a registry stores of all checkpoint layers.
+func (i *Image) CheckpointSize() (size int64) {
+	for n, l := range i.Manifest.Layers {
+		if i.isCheckpoint(n) {
+			size += l.Size
+		}
+	}
+	return size
 }
 
 // CheckpointLayers are the indexes of the layers that a chain of this length was

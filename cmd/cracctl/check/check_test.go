@@ -33,6 +33,11 @@ func TestTable(t *testing.T) {
 		want   string
 	}{
 		{"nothing", report(), "web: 3 processes. Nothing stands in the way of a checkpoint.\n"},
+		{"names that a workload has chosen", report(inspect.Finding{Level: inspect.Info, PID: 1, Inside: 1, Program: "a\x1b[2J\nerror", What: "/b\nc", Why: "d\te"}), `info     process 1 (a\u001b[2J\nerror, 1 inside): /b\nc
+         d\te
+
+web: 3 processes. Nothing stands in the way of a checkpoint.
+`},
 		{"a warning", report(exec, connection), `warning  process 700 (java, 1 inside), descriptors 5 and 6: tcp to 10.0.0.9:5432
          a clone finds it closed
          → connect again
