@@ -178,6 +178,7 @@ var musts = map[string]string{
 	"A reader MUST also refuse":                "TestDecodeManifestRefuses",
 	"MUST be quoted where they are shown":      "TestQuoted",
 	"MUST refuse a dump with a file":           "TestSameWords",
+	"and those below. A writer MUST NOT set":   "TestAnnotationsGolden",
 	"A writer MUST set it":                     "TestBuild",
 	"that requires signatures MUST compare it": "TestJudge",
 }

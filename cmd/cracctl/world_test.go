@@ -191,14 +191,14 @@ func tarOf(t *testing.T, files map[string]string) []byte {
 func TestHostileText(t *testing.T) {
 	const evil = "evil\x1b]0;title\a\u009b2J\u202eX\x7f\nFAKE line\tcolumn"
 	// The manifest of a checkpoint cannot have all of it.
-	shown := strings.NewReplacer("\x1b", "", "\a", "", "\n", "", "\t", "", "\x7f", "").Replace(evil)
+	shown := strings.NewReplacer("\x1b", "", "\a", "", "\n", "", "\t", "", "\x7f", "", "\u009b", "").Replace(evil)
 	w := newWorld(t)
 	w.image("base:1", "base "+evil)
 	w.checkpoint("hostile:1", 0, func(m *oci.Manifest) {
 		m.Container.ID, m.Container.Hostname, m.Container.Cwd = shown, shown, shown
 		m.Container.Args = []string{evil, evil}
 		m.Host.Kernel, m.Host.CPU.Model = shown, shown
-		m.Mounts = []oci.Mount{{Destination: "/" + strings.ReplaceAll(evil, "/", ""), Type: "bind"}}
+		m.Mounts = []oci.Mount{{Destination: "/" + shown, Type: "bind"}}
 	})
 	w.checkpoint("other:1", 0, nil)
 	// Annotations nobody has checked.
