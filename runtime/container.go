@@ -72,8 +72,8 @@ type Container struct {
 	// starting is held for reading while a process is being started in the container,
 	// and for writing while it is dumped: half a process cannot be.
 	starting sync.RWMutex
-	// killed: a client has, whatever was under way.
-	killed atomic.Bool
+	// killed: a client has, whatever was under way. deleted: it is being deleted.
+	killed, deleted atomic.Bool
 
 	// memory is the pager of a restored container, also when it has ended; nil
 	// if the memory came before it ran.
@@ -442,6 +442,7 @@ func (c *Container) Delete() error {
 		}
 	}
 	c.giveUpRestore() // nothing but CRIU could be in the cgroup
+	c.deleted.Store(true)
 	err := c.destroy()
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)
