@@ -31,6 +31,10 @@ type Container interface {
 	Dial(ctx context.Context, network, address string) (net.Conn, error)
 	// Signal sends a signal to the container's init.
 	Signal(sig unix.Signal) error
+	// User is the init's user and group, as this process sees them.
+	User() (uid, gid int, err error)
+	// Done is closed when the init has ended.
+	Done() <-chan struct{}
 }
 
 // Notifier tells a container's participants and adapters. It keeps nothing between
