@@ -114,7 +114,7 @@ func TestHTTPLocalhost(t *testing.T) {
 		})
 	}
 	c := &fakeContainer{}
-	n := Notifier{Timeout: short, Container: c, Adapters: map[Event]Adapter{Check: adapter(t, "http://127.77.0.1/")}}
+	n := Notifier{Timeout: long, Container: c, Adapters: map[Event]Adapter{Check: adapter(t, "http://127.77.0.1/")}}
 	wantErr(t, n.Notify(t.Context(), Message{Event: Check}).Err(), "adapter http://127.77.0.1/: dial tcp 127.77.0.1:80")
 	if !slices.Equal(c.dialed, []string{"127.77.0.1:80"}) {
 		t.Errorf("dialed %v", c.dialed)
