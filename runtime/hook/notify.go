@@ -173,6 +173,16 @@ func (e lateError) Is(t error) bool { return t == context.DeadlineExceeded }
 // Told is how many participants and adapters there were to tell.
 func (r Report) Told() int { return len(r.Results) }
 
+// Agreed is how many of them agreed.
+func (r Report) Agreed() (n int) {
+	for _, result := range r.Results {
+		if result.Err == nil {
+			n++
+		}
+	}
+	return n
+}
+
 // Err is nil if everyone agreed and nothing else went wrong, or all failures
 // together, each with the name of the participant or adapter.
 func (r Report) Err() error {

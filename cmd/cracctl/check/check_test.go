@@ -3,6 +3,7 @@ package check
 import (
 	"bytes"
 	"encoding/json"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/crac-shim/crac/cmd/cracctl/doctor"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime/hook"
 	"github.com/crac-shim/crac/runtime/inspect"
 )
 
@@ -173,6 +175,42 @@ func TestParticipants(t *testing.T) {
 	r.participants(t.Context(), Container{Bundle: bundle}, oci.Options{})
 	if r.Participants != 0 || len(r.Findings) != 0 {
 		t.Errorf("what is no participant: %d, %s", r.Participants, r.text())
+	}
+
+	// Nobody is asked while a checkpoint is being made. hooks=off does not matter to a clone of a
+	// dump that has the directory.
+	l, err := net.Listen("unix", filepath.Join(bundle, hooksDir, "p.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	asked := make(chan struct{}, 1)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			asked <- struct{}{}
+			_, _ = c.Write([]byte("{\"ok\":true}\n"))
+			c.Close()
+		}
+	}()
+	off := oci.Options{Hooks: oci.HooksOff}
+	end, err := hook.Turn(t.Context(), bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r = &Report{}
+	r.participants(t.Context(), Container{Bundle: bundle}, off)
+	if got := r.text(); !strings.HasPrefix(got, "info busy") || len(asked) > 0 {
+		t.Errorf("while a checkpoint is made: %q, asked: %d", got, len(asked))
+	}
+	end()
+	r = &Report{}
+	r.participants(t.Context(), Container{Bundle: bundle}, off)
+	if len(asked) != 1 || r.Participants != 1 || len(r.Findings) != 0 {
+		t.Errorf("a participant that agrees: asked %d, %d participants, %s", len(asked), r.Participants, r.text())
 	}
 }
 
