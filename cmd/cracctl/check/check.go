@@ -88,7 +88,7 @@ func Run(ctx context.Context, c Container) (*Report, error) {
 		return nil, err
 	}
 	r := &Report{Container: c.ID, Processes: len(held.Processes)}
-	closed := r.policy(options.FDPolicy, rootfs(c.Bundle, spec), held)
+	closed := r.policy(options, spec.Process, rootfs(c.Bundle, spec), held)
 	r.Findings = append(r.Findings, held.Judge(inspect.Conditions{
 		TCP:     cmp.Or(c.TCP, options.TCP),
 		Closed:  closed,
@@ -176,8 +176,8 @@ func rootfs(bundle string, spec *specs.Spec) string {
 
 // policy tells what a descriptor policy would do, and returns which descriptors it
 // would close.
-func (r *Report) policy(option, rootfs string, held *inspect.Container) (closed func(*inspect.FD) bool) {
-	p, err := fdpolicy.Load(option, rootfs)
+func (r *Report) policy(o oci.Options, process *specs.Process, rootfs string, held *inspect.Container) (closed func(*inspect.FD) bool) {
+	p, err := fdpolicy.For(o, process, rootfs)
 	if err != nil {
 		r.add(inspect.Error, "policy", "the descriptor policy", err.Error(), "correct it (docs/fd-policy.md)")
 		return nil

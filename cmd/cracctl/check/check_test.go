@@ -102,7 +102,7 @@ func TestPolicy(t *testing.T) {
 		socket(3, 30, "10.0.0.9:1"), socket(4, 40, "10.0.0.9:2"), {Number: 5, Kind: inspect.File, Path: "/f"}, {Number: 6, Kind: inspect.File, Path: "/g"},
 	}}}}
 	r := &Report{}
-	closed := r.policy("type: socket\nremotePort: 1\naction: close\n---\ntype: file\npath: /f\naction: close\n---\ntype: file\naction: ignore", t.TempDir(), held)
+	closed := r.policy(oci.Options{FDPolicy: "type: socket\nremotePort: 1\naction: close\n---\ntype: file\npath: /f\naction: close\n---\ntype: file\naction: ignore"}, nil, t.TempDir(), held)
 	got := r.text()
 	for _, want := range []string{
 		"error policy: file /f: the descriptor policy refuses it, by rule 2 (line 5",
@@ -118,8 +118,15 @@ func TestPolicy(t *testing.T) {
 		t.Error("the wrong ones count as closed")
 	}
 	r = &Report{}
-	r.policy("file:/none", t.TempDir(), held)
+	r.policy(oci.Options{FDPolicy: "file:/none"}, nil, t.TempDir(), held)
 	if got := r.text(); !strings.HasPrefix(got, "error policy: the descriptor policy: descriptor policy /none of the image") {
+		t.Error(got)
+	}
+	// A JVM's own rules are the same to it as to the shim.
+	r = &Report{}
+	jvm := &specs.Process{Args: []string{"java", "-Djdk.crac.resource-policies=p"}, Cwd: "/jvm"}
+	r.policy(oci.Options{Java: oci.JavaAuto}, jvm, t.TempDir(), held)
+	if got := r.text(); !strings.HasPrefix(got, "error policy: the descriptor policy: descriptor policy /jvm/p of the image") {
 		t.Error(got)
 	}
 }
