@@ -703,26 +703,32 @@ func TestCheckpointWhenReady(tb *testing.T) {
 	})
 }
 
-// The directory of hooks works in a container of a user namespace, whose root is nobody outside.
+// The directory of hooks works in a container of a user namespace, whose root is nobody outside,
+// and so does the message of a signal, which is for that root alone.
 func TestHooksInUserNamespace(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
-	t := setup(tb)
-	image := ref(t)
-	mapped := []string{"--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", option("checkpoint.image", image)}
-	b := participant(t, mapped)
-	bySocket.ready(b)
-	b.checkpoint("--exit")
-	if got := ofEvent(b.waitTold("before-checkpoint", 1), "before-checkpoint"); len(got) != 1 {
-		t.Errorf("told: %v", b.told())
+	for _, via := range []string{"socket", "signal"} {
+		tb.Run(via, func(tb *testing.T) { // not at the same time: both make ctr remap the image
+			t := setup(tb)
+			image := ref(t)
+			args := []string{"-via", via}
+			mapped := append(ways("", "", true)[via], "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", option("checkpoint.image", image))
+			b := participant(t, mapped, args...)
+			hookCase{via: via, participants: 1}.ready(b)
+			b.checkpoint("--exit")
+			if got := ofEvent(b.waitTold("before-checkpoint", 1), "before-checkpoint"); len(got) != 1 {
+				t.Errorf("told: %v", b.told())
+			}
+			b.remove()
+			clone := start(t, how{image: image, flags: append(mapped, option("restore", "require")), args: append([]string{"participant"}, args...)})
+			if got := ofEvent(clone.waitTold("after-restore", 1), "after-restore"); len(got) != 1 {
+				t.Errorf("the clone was told: %v", clone.told())
+			}
+			clone.waitTicks(2)
+			clone.remove()
+		})
 	}
-	b.remove()
-	clone := start(t, how{image: image, flags: append(mapped, option("restore", "require")), args: []string{"participant"}})
-	if got := ofEvent(clone.waitTold("after-restore", 1), "after-restore"); len(got) != 1 {
-		t.Errorf("the clone was told: %v", clone.told())
-	}
-	clone.waitTicks(2)
-	clone.remove()
 }
 
 // An image may bring its own way of being told.
