@@ -74,7 +74,7 @@ fuzz: host ## every fuzz target, for FUZZTIME=1m each
 
 .PHONY: test-e2e
 test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and registry (root; RUN=regexp for some)
-	@integration/tools/install.sh jdk
+	@integration/tools/install.sh jdk jdk25
 	$(if $(RUN),,CRAC_PAGER_TEST=require go test -tags '$(GOTAGS)' ./runtime/pager -count=1 -timeout 10m)
 	go test -tags '$(GOTAGS)' ./integration -count=1 -v -timeout 25m $(if $(RUN),-run '$(RUN)')
 

@@ -28,7 +28,6 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
-	"github.com/crac-shim/crac/runtime/hook"
 )
 
 // builder is the program that packs an image. It is not part of the shim, which
@@ -71,7 +70,7 @@ type checkpointRequest struct {
 // ownCheckpoint is the checkpoint that the container's options alone ask for.
 func (c *container) ownCheckpoint() *checkpointRequest {
 	return &checkpointRequest{
-		id:          hook.NewID(),
+		id:          c.hooks.newID(),
 		ref:         c.options.CheckpointImage,
 		push:        c.options.CheckpointPush,
 		exit:        c.options.CheckpointExit,
@@ -269,6 +268,11 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	if err != nil {
 		return 0, nil, err
 	}
+	end, err := c.hooks.turn(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer end()
 	release, err := c.holdDumps(ctx)
 	if err != nil {
 		return 0, nil, err

@@ -15,6 +15,7 @@ import (
 
 	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
+	"github.com/crac-shim/crac/runtime/inspect"
 )
 
 // hookTarget is a container as hooks that are no participants reach into it: by
@@ -38,6 +39,30 @@ func (t hookTarget) Dial(ctx context.Context, network, address string) (net.Conn
 
 // Signal implements hook.Container.
 func (t hookTarget) Signal(sig unix.Signal) error { return t.c.rt.Signal(sig, false) }
+
+// User implements hook.Container.
+func (t hookTarget) User() (uid, gid int, err error) {
+	proc := t.c.init.running()
+	if proc == nil {
+		return 0, 0, runtime.ErrNotRunning
+	}
+	uid, gid, err = inspect.User(proc.Pid())
+	select {
+	case <-proc.Done(): // its pid may be another's
+		return 0, 0, runtime.ErrNotRunning
+	default:
+		return uid, gid, err
+	}
+}
+
+// Done implements hook.Container. It is not init.done, which is closed only after a
+// start was announced.
+func (t hookTarget) Done() <-chan struct{} {
+	if proc := t.c.init.running(); proc != nil {
+		return proc.Done()
+	}
+	return nil
+}
 
 // execEnd is what a process gets to end when it is killed because its time is over.
 const execEnd = time.Second

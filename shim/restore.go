@@ -250,7 +250,7 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 	}
 	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
 	// Who insists on the restore passes arguments to the workload that runs.
-	request.AnyArgs = c.options.Restore == oci.RestoreRequire && c.options.Hooks != oci.HooksOff
+	request.AnyArgs = c.options.Restore == oci.RestoreRequire && (c.options.Hooks != oci.HooksOff || hasMount(m, oci.HooksDir))
 	request.Profile = profileOf(spec.Process)
 	return refusal(images.Gate(m, images.ThisHost(version), request))
 }
@@ -440,8 +440,8 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	go s.watchMemory(c, p.order)
 	restored := time.Since(began)
 	tell := c.trace.Step("tell after-restore")
-	told, err := c.hooks.afterRestore(ctx, r.manifest)
-	if err == nil && told == 0 {
+	agreed, err := c.hooks.afterRestore(ctx, r.manifest)
+	if err == nil && agreed == 0 {
 		err = untold(r.manifest, c.rt.Spec())
 	}
 	tell()
