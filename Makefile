@@ -62,8 +62,8 @@ test-unit: host ## unit tests with the race detector
 	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
-# Every fuzz target, each with one worker, and three for a CPU: two dozen targets
-# for a minute each take five minutes on two CPUs then, and twelve otherwise.
+# Every fuzz target, each with one worker, and three for a CPU: three dozen targets
+# for a minute each take six minutes on two CPUs then, and eighteen otherwise.
 # Minimizing would take most of the time.
 FUZZTIME ?= 1m
 FUZZJOBS ?= $(shell echo $$((3 * $$(nproc))))
@@ -74,7 +74,7 @@ fuzz: host ## every fuzz target, for FUZZTIME=1m each
 
 .PHONY: test-e2e
 test-e2e: tools build images ## end-to-end tests on real containerd, CRIU and registry (root; RUN=regexp for some)
-	@integration/tools/install.sh jdk
+	@integration/tools/install.sh jdk jdk25
 	$(if $(RUN),,CRAC_PAGER_TEST=require go test -tags '$(GOTAGS)' ./runtime/pager -count=1 -timeout 6m)
 	go test -tags '$(GOTAGS)' ./integration -count=1 -v -timeout 20m $(if $(RUN),-run '$(RUN)')
 
@@ -152,7 +152,7 @@ fmt: ## format the Go source with gofumpt
 .PHONY: man
 man: build
 	@rm -rf $(BUILD)/man $(BUILD)/completions && mkdir -p $(BUILD)/completions
-	@env -u CONTAINERD_ADDRESS -u CONTAINERD_NAMESPACE SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
+	@env -u CONTAINERD_ADDRESS -u CONTAINERD_NAMESPACE NERDCTL_TOML=/dev/null SOURCE_DATE_EPOCH="$$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
 	  $(BUILD)/bin/cracctl man $(BUILD)/man
 	@$(BUILD)/bin/cracctl completion bash >$(BUILD)/completions/cracctl
 	@$(BUILD)/bin/cracctl completion zsh >$(BUILD)/completions/_cracctl

@@ -58,7 +58,7 @@ func (c Confinement) Images(d *Dump) (map[string][]byte, error) {
 	}
 	r := confiner{Dump: d, want: c, cores: map[uint32]*threadImage{}, added: map[filterEntry]uint32{}}
 	if err := r.run(); err != nil {
-		return nil, d.damaged("", err)
+		return nil, damaged(d.path, err)
 	}
 	return r.images(), nil
 }

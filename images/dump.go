@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -92,11 +91,6 @@ func (d *Dump) Memory() (size int64) {
 		}
 	}
 	return size
-}
-
-// damaged is about one of the files.
-func (d *Dump) damaged(name string, err error) error {
-	return fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, filepath.Join(d.path, name), err)
 }
 
 // one reads an image that holds one message.

@@ -153,20 +153,34 @@ func (c *Checkpoint) continues(below []*Checkpoint) error {
 		want := last.Manifest.Parent
 		i := slices.IndexFunc(below, func(b *Checkpoint) bool { return b.digest == want.Manifest })
 		if i < 0 {
-			return fmt.Errorf("%w: %s continues the dump with the manifest %s, which is in no layer below it; on a snapshotter that is no overlay flatten the image (cracctl flatten), else pull it again",
-				ErrDamaged, last.Dir, want.Manifest)
+			return NoParent(want)
 		}
 		next := below[i]
-		depth := 0
-		if next.Manifest.Parent != nil {
-			depth = next.Manifest.Parent.Depth
-		}
-		if want.Depth != depth+1 || next.Manifest.Host.PageSize != c.Manifest.Host.PageSize {
-			return fmt.Errorf("%w: %s continues %s, which is not what its manifest says", ErrDamaged, last.Dir, next.Dir)
+		if err := Continues(last.Manifest, next.Manifest); err != nil {
+			return err
 		}
 		below = below[i+1:]
 		c.Parents = append(c.Parents, next)
 		last = next
+	}
+	return nil
+}
+
+// NoParent is an error about a dump that is missing below the one that continues it.
+func NoParent(p *oci.Parent) error {
+	return fmt.Errorf("%w: it continues the dump with the manifest %s, which is in no layer below it; on a snapshotter that is no overlay flatten the image (cracctl flatten), else pull it again",
+		ErrDamaged, p.Manifest)
+}
+
+// Continues tells whether a dump is what one that continues it says.
+func Continues(m, parent *oci.Manifest) error {
+	depth := 1
+	if parent.Parent != nil {
+		depth += parent.Parent.Depth
+	}
+	if m.Parent.Depth != depth || m.Host.PageSize != parent.Host.PageSize {
+		return fmt.Errorf("%w: it continues %d dumps with pages of %d bytes, and the one below it makes them %d with pages of %d; pull the image again, or make a new checkpoint",
+			ErrDamaged, m.Parent.Depth, m.Host.PageSize, depth, parent.Host.PageSize)
 	}
 	return nil
 }
@@ -210,19 +224,27 @@ func readLayer(dir string) (l layer, err error) {
 	}
 
 	f, err := openBeneath(fd, filepath.Join(oci.Dir, oci.ManifestName))
+	if errors.Is(err, os.ErrNotExist) {
+		err = os.ErrNotExist
+	}
 	if err != nil {
-		return l, fmt.Errorf("%w: %s: %w", ErrDamaged, filepath.Join(dir, oci.Dir, oci.ManifestName), err)
+		return l, DamagedManifest(err)
 	}
 	defer f.Close()
 	h := sha256.New()
 	manifest, err := oci.DecodeManifest(io.TeeReader(f, h))
 	if err != nil {
-		return l, fmt.Errorf("%w: %s: %w", ErrDamaged, f.Name(), err)
+		return l, DamagedManifest(err)
 	}
 	l.checkpoint = &Checkpoint{
 		Dir: filepath.Join(dir, oci.Dir), Layer: dir, Manifest: manifest, digest: "sha256:" + hex.EncodeToString(h.Sum(nil)),
 	}
 	return l, nil
+}
+
+// DamagedManifest is an error about the manifest of a checkpoint, which makes one what it is.
+func DamagedManifest(err error) error {
+	return fmt.Errorf("%w: %s/%s: %w", ErrDamaged, oci.Dir, oci.ManifestName, err)
 }
 
 // IsOpaque tells whether overlayfs hides a lower directory of the same name.

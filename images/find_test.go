@@ -58,7 +58,7 @@ func checkpointLayer(t testing.TB) string {
 	t.Helper()
 	m := facts()
 	var buf bytes.Buffer
-	if err := WriteLayer(&buf, dump(t), []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
+	if _, err := WriteLayer(&buf, dump(t), []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()

@@ -81,14 +81,24 @@ func (r Reason) String() string { return r.Text }
 // reason means that a restore may be tried. It never trusts the image with
 // more than a refusal.
 func Gate(m *oci.Manifest, h Host, r Request) []Reason {
-	reasons := append(gateHost(m, h), gateLSM(m.Container.LSM, h, r.Profile)...)
+	reasons := GateHost(m, h)
+	if r.Profile == "" {
+		reasons = append(reasons, gateProfiles(m.Container.LSM, h)...)
+	}
 	return append(reasons, gateRequest(m, r)...)
 }
 
 // GateHost is the part of Gate that no request can change: what the checkpoint
 // needs of a host.
 func GateHost(m *oci.Manifest, h Host) []Reason {
-	return append(gateHost(m, h), gateLSM(m.Container.LSM, h, "")...)
+	reasons := gateHost(m, h)
+	// CRIU restores nothing that another security module confined, also with another
+	// profile.
+	if l := m.Container.LSM; l != nil && l.Name != h.LSM {
+		reasons = append(reasons, Reason{CodeLSM, fmt.Sprintf("the checkpoint's processes were confined by %s and this host's kernel has %s; make one on a host with the same security module, or of a container that is not confined by one",
+			l, cmp.Or(h.LSM, "neither AppArmor nor SELinux"))})
+	}
+	return reasons
 }
 
 func gateHost(m *oci.Manifest, h Host) (reasons []Reason) {
@@ -156,17 +166,10 @@ func holdsCgroups(m *oci.Manifest) bool {
 		slices.ContainsFunc(m.Mounts, func(d oci.Mount) bool { return strings.HasPrefix(d.Type, "cgroup") })
 }
 
-// gateLSM compares security modules: CRIU puts processes back into the profiles or
-// contexts that they had, unless the request has one of its own.
-func gateLSM(l *oci.LSM, h Host, own string) []Reason {
-	switch {
-	case l == nil:
-		return nil
-	case l.Name != h.LSM:
-		return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint's processes were confined by %s (%s) and this host's kernel has %s; make one on a host with the same security module, or of a container that is not confined by one",
-			l.Name, strings.Join(l.Profiles, ", "), cmp.Or(h.LSM, "neither AppArmor nor SELinux"))}}
-	}
-	if own != "" {
+// gateProfiles looks for the profiles that CRIU puts processes back into, if the request
+// has none of its own.
+func gateProfiles(l *oci.LSM, h Host) []Reason {
+	if l == nil || l.Name != h.LSM {
 		return nil
 	}
 	var missing []string
@@ -180,7 +183,7 @@ func gateLSM(l *oci.LSM, h Host, own string) []Reason {
 	if len(missing) == 0 {
 		return nil
 	}
-	return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint needs AppArmor profiles that this host has not loaded: %s; load them with apparmor_parser, or start a container that uses them first",
+	return []Reason{{CodeLSM, fmt.Sprintf("the checkpoint needs AppArmor profiles that this host has not loaded: %s; load them with apparmor_parser, start a container that uses them first, or ask for a profile that takes their place",
 		strings.Join(missing, ", "))}}
 }
 

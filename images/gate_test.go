@@ -30,6 +30,8 @@ func TestGate(t *testing.T) {
 		{name: "newer CRIU", change: func(_ *oci.Manifest, h *Host, _ *Request) { h.CRIU = 50000 }},
 		{name: "architecture", code: CodeArchitecture, says: []string{"riscv64"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Platform.Architecture = "riscv64" }},
 		{name: "page size", code: CodePageSize, says: []string{"65536"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Host.PageSize = 65536 }},
+		{name: "operating system", code: CodeArchitecture, says: []string{"plan9"}, change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Platform.OS = "plan9" }},
+		{name: "variant", change: func(m *oci.Manifest, _ *Host, _ *Request) { m.Platform.Variant = "v99" }},
 		{name: "CPU", code: CodeCPUFeatures, says: []string{"avx512f avx9", "Old CPU"}, change: func(m *oci.Manifest, h *Host, _ *Request) {
 			m.Host.CPU.Features, h.CPU = []string{"avx2", "avx512f", "avx9"}, oci.CPU{Model: "Old CPU", Features: []string{"avx2"}}
 		}},
@@ -81,6 +83,7 @@ func TestGate(t *testing.T) {
 		{name: "SELinux", change: func(m *oci.Manifest, h *Host, _ *Request) {
 			m.Container.LSM, h.LSM = &oci.LSM{Name: "selinux", Profiles: []string{"u:r:t:s0"}}, "selinux"
 		}},
+		{name: "any command", change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Args, r.AnyArgs = []string{"sh"}, true }},
 		{name: "other command", code: CodeArgs, says: []string{"/app", "sh"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Args = []string{"sh"} }},
 		{name: "other user", code: CodeUser, says: []string{"user 7, group 8", "user 0, group 8"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.UID = 0 }},
 		{name: "other group", code: CodeUser, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.GID = 0 }},
@@ -94,6 +97,7 @@ func TestGate(t *testing.T) {
 		{name: "terminal", code: CodeTerminal, says: []string{"without", "with a"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Terminal = true }},
 		{name: "namespaces", code: CodeNamespaces, says: []string{"mount, pid"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Namespaces = []string{"pid"} }},
 		{name: "namespaces not said", change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Namespaces = nil }},
+		{name: "ID mappings of groups", code: CodeNamespaces, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.GIDMappings = []oci.IDMapping{{Size: 1}} }},
 		{name: "ID mappings", code: CodeNamespaces, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.UIDMappings = []oci.IDMapping{{Size: 1}} }},
 		{name: "mount gone", code: CodeMounts, says: []string{"/data"}, change: func(_ *oci.Manifest, _ *Host, r *Request) { r.Mounts = nil }},
 		{name: "more mounts", change: func(_ *oci.Manifest, _ *Host, r *Request) {
@@ -137,6 +141,23 @@ func TestGateAllReasons(t *testing.T) {
 	want := []string{CodeNoCRIU, CodePageSize, CodeArgs, CodeUser, CodeTerminal, CodeMounts}
 	if !slices.Equal(codes, want) {
 		t.Errorf("got %v, want %v", codes, want)
+	}
+}
+
+// What a request can change is no matter of the host alone.
+func TestGateHost(t *testing.T) {
+	m := facts()
+	m.Container.LSM = &oci.LSM{Name: "apparmor", Profiles: []string{"web"}}
+	h := ThisHost(40101)
+	h.Kernel, h.LSM, h.Profiles = "6.12.0", "apparmor", []string{"app"}
+	if got := GateHost(&m, h); len(got) > 0 {
+		t.Errorf("refused: %v", got)
+	}
+	h.LSM = "selinux"
+	// As annotations tell it: without the profiles.
+	m.Container.LSM.Profiles = nil
+	if got := GateHost(&m, h); len(got) != 1 || got[0].Code != CodeLSM || !strings.Contains(got[0].Text, "by apparmor and") {
+		t.Errorf("got %v", got)
 	}
 }
 

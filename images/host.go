@@ -2,6 +2,7 @@ package images
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -119,7 +120,7 @@ func (h Host) MinimumCRIU() int {
 func (h Host) Describe(m *oci.Manifest) {
 	m.Version = oci.Version
 	m.Platform = oci.Platform{OS: h.OS, Architecture: h.Architecture}
-	m.Host = oci.Host{Kernel: h.Kernel, PageSize: h.PageSize, CgroupVersion: h.CgroupVersion, CPU: h.CPU}
+	m.Host = oci.Host{Kernel: cmp.Or(h.Kernel, oci.UnknownKernel), PageSize: h.PageSize, CgroupVersion: h.CgroupVersion, CPU: h.CPU}
 	m.CRIU = oci.CRIU{Version: h.CRIU, Minimum: OldestReader(h.CRIU)}
 }
 

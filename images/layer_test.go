@@ -48,7 +48,7 @@ func TestWriteLayer(t *testing.T) {
 	dir, spec := dump(t), []byte(`{"a": 1}`)
 	var first, second bytes.Buffer
 	m := facts()
-	if err := WriteLayer(&first, dir, spec, &m, nil); err != nil {
+	if _, err := WriteLayer(&first, dir, spec, &m, nil); err != nil {
 		t.Fatal(err)
 	}
 	// Other times, owners and modes on disk make no difference.
@@ -61,7 +61,7 @@ func TestWriteLayer(t *testing.T) {
 		}
 	}
 	m2 := facts()
-	if err := WriteLayer(&second, dir, spec, &m2, nil); err != nil {
+	if _, err := WriteLayer(&second, dir, spec, &m2, nil); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(first.Bytes(), second.Bytes()) {
@@ -128,7 +128,7 @@ func TestWriteLayerRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			m := facts()
-			if err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, tt.want) {
+			if _, err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, tt.want) {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
 		})
@@ -136,12 +136,12 @@ func TestWriteLayerRefuses(t *testing.T) {
 
 	m := facts()
 	m.Container.Args = nil
-	if err := WriteLayer(io.Discard, dump(t), nil, &m, nil); !errors.Is(err, oci.ErrInvalid) {
+	if _, err := WriteLayer(io.Discard, dump(t), nil, &m, nil); !errors.Is(err, oci.ErrInvalid) {
 		t.Errorf("a manifest without arguments: %v", err)
 	}
 	m = facts()
 	full := errors.New("disk full")
-	if err := WriteLayer(failAfter(full), dump(t), nil, &m, nil); !errors.Is(err, full) {
+	if _, err := WriteLayer(failAfter(full), dump(t), nil, &m, nil); !errors.Is(err, full) {
 		t.Errorf("a writer that fails: %v", err)
 	}
 }

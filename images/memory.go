@@ -49,8 +49,9 @@ type ParentMemory interface {
 // must not share (see area.wiped), and without those that a parent has. Files that
 // are as CRIU wrote them are not in it.
 type memory struct {
-	maps  map[string][]byte // pagemap-*.img
-	pages map[string]kept   // pages-*.img
+	maps   map[string][]byte // pagemap-*.img
+	pages  map[string]kept   // pages-*.img
+	reused int64             // bytes that the parent has
 }
 
 // kept are the parts of a file that are stored, in order.
@@ -100,7 +101,7 @@ func planMemory(dir string, files []oci.File, pageSize uint64, parent ParentMemo
 }
 
 func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent ParentMemory) error {
-	data, err := os.ReadFile(filepath.Join(dir, name))
+	data, err := readMap(dir, name)
 	if err != nil {
 		return err
 	}
@@ -143,6 +144,7 @@ func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent Pare
 			case anonymous && (own.wiped || isZero(page)):
 			case parent != nil && sameAs(parent, pid, at, page):
 				left.append(at, 1, pageInParent, pageSize)
+				m.reused += int64(pageSize)
 			default:
 				left.append(at, 1, r.flags, pageSize)
 				stored.add(offset, int64(pageSize))
@@ -158,6 +160,29 @@ func (m *memory) plan(dir, name string, pid uint32, pageSize uint64, parent Pare
 	}
 	m.maps[name], m.pages[file] = left.encode(), stored
 	return nil
+}
+
+// maxMap bounds, in bytes, what is read of how a process's memory is laid out: some 20
+// for a run of pages, 80 for a mapping.
+const maxMap = 256 << 20
+
+// readMap reads a page map, or the mappings.
+func readMap(dir, name string) ([]byte, error) {
+	d, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(d)
+	f, err := openDumpFile(d, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.close()
+	if f.size > maxMap {
+		return nil, fmt.Errorf("%s has more than %d bytes", name, maxMap)
+	}
+	data := make([]byte, f.size)
+	return data, f.readFull(data)
 }
 
 // pageReader reads a file page by page, in large parts.
@@ -274,7 +299,7 @@ const (
 // None of a process without mm-*.img of its own.
 func anonymousMemory(dir string, pid uint32) (areas, error) {
 	name := fmt.Sprintf("mm-%d.img", pid)
-	data, err := os.ReadFile(filepath.Join(dir, name))
+	data, err := readMap(dir, name)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}

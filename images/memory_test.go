@@ -115,7 +115,7 @@ func TestMemoryIsStored(t *testing.T) {
 				m.Parent = &oci.Parent{Manifest: "sha256:" + strings.Repeat("a", 64), Depth: 1}
 			}
 			var buf bytes.Buffer
-			if err := WriteLayer(&buf, dir, []byte("{}"), &m, tt.parent); err != nil {
+			if _, err := WriteLayer(&buf, dir, []byte("{}"), &m, tt.parent); err != nil {
 				t.Fatal(err)
 			}
 			out := t.TempDir()
@@ -156,6 +156,16 @@ func TestMemoryIsStored(t *testing.T) {
 		"no pages":        func(dir string) { remove(t, filepath.Join(dir, "pages-3.img")) },
 		"another's, too":  func(dir string) { write(t, filepath.Join(dir, "pagemap-8.img"), runs(true, Run{a, 2, 4})) },
 		"broken page map": func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), "x") },
+		"link to a page map": func(dir string) {
+			file := filepath.Join(dir, "pagemap-7.img")
+			write(t, filepath.Join(dir, "x"), runs(true, Run{a, 2, 4}))
+			remove(t, file)
+			if err := os.Symlink("x", file); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"large page map":  func(dir string) { grow(t, filepath.Join(dir, "pagemap-7.img")) },
+		"large mappings":  func(dir string) { grow(t, filepath.Join(dir, "mm-7.img")) },
 		"broken mappings": func(dir string) { write(t, filepath.Join(dir, "mm-7.img"), "x") },
 		"unaligned":       func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{a + 1, 2, 4})) },
 		"over the end":    func(dir string) { write(t, filepath.Join(dir, "pagemap-7.img"), runs(true, Run{1<<64 - page, 2, 4})) },
@@ -171,9 +181,17 @@ func TestMemoryIsStored(t *testing.T) {
 		change(dir)
 		m := facts()
 		m.Host.PageSize = page
-		if err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
+		if _, err := WriteLayer(io.Discard, dir, nil, &m, nil); !errors.Is(err, ErrNotDump) {
 			t.Errorf("%s: %v, want ErrNotDump", name, err)
 		}
+	}
+}
+
+// grow makes a file larger than what is read of one, with a hole.
+func grow(t *testing.T, file string) {
+	t.Helper()
+	if err := os.Truncate(file, maxMap+1); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -208,7 +226,7 @@ func chained(t *testing.T, depth int, tag string) (layers []string) {
 		m.Container.ID = fmt.Sprint(tag, i)
 		m.Parent = parent
 		var buf bytes.Buffer
-		if err := WriteLayer(&buf, dump(t), []byte("{}"), &m, nil); err != nil {
+		if _, err := WriteLayer(&buf, dump(t), []byte("{}"), &m, nil); err != nil {
 			t.Fatal(err)
 		}
 		dir := t.TempDir()
@@ -279,7 +297,7 @@ func TestFindParents(t *testing.T) {
 		t.Fatal(err)
 	}
 	remove(t, filepath.Join(l[2], ".crac/v1/criu/pages-1.img"))
-	if err := c.Verify(); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), l[2]) {
+	if err := c.Verify(); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "in parent 2: ") {
 		t.Errorf("a damaged parent: %v", err)
 	}
 }
@@ -333,7 +351,7 @@ func TestContinuesPreDump(t *testing.T) {
 			if !got {
 				return
 			}
-			if n, err := Merge([]string{dir, pre}, page); err != nil || n != 1 {
+			if n, err := Merge(t.Context(), []string{dir, pre}, page); err != nil || n != 1 {
 				t.Fatalf("%d pages came from the pre-dump, want 1; %v", n, err)
 			}
 			pages, err := os.ReadFile(filepath.Join(dir, "pages-3.img"))
@@ -378,9 +396,14 @@ func TestMerge(t *testing.T) {
 		{"not in the parent", []string{level(runs(true, at(0, 1, 1)), ""), level(runs(true, at(1, 1, 4)), "b")}, "!0x10000"},
 		{"parent without the process", []string{level(runs(true, at(0, 1, 1)), ""), level("", "")}, "!none of the dumps"},
 		{"parent cut off", []string{level(runs(true, at(1, 1, 1)), ""), level(runs(true, at(0, 2, 4)), "a")}, "!EOF"},
+		{"large parent", []string{level(runs(true, at(0, 1, 1)), ""), func() string {
+			dir := level(runs(true, at(0, 1, 4)), "a")
+			grow(t, filepath.Join(dir, "pagemap-7.img"))
+			return dir
+		}()}, "!more than"},
 		{"broken parent", []string{level(runs(true, at(0, 1, 1)), ""), level("x", "a")}, "!pagemap-7.img"},
 	} {
-		_, err := Merge(tt.dirs, page)
+		_, err := Merge(t.Context(), tt.dirs, page)
 		if want, bad := strings.CutPrefix(tt.want, "!"); bad {
 			if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, want ErrDamaged with %q", tt.name, err, want)
@@ -412,4 +435,47 @@ func TestMerge(t *testing.T) {
 			t.Errorf("%s: left %v", tt.name, left)
 		}
 	}
+}
+
+// FuzzMerge: whatever page maps say, what they are put together to is a whole dump, of pages
+// that are there, or damaged.
+func FuzzMerge(f *testing.F) {
+	f.Add([]byte(runs(true, Run{0x1000, 2, 1}, Run{0x8000, 1, 4})), []byte(runs(true, Run{0x1000, 2, 4})))
+	f.Add([]byte(runs(true, Run{0, 1 << 51, 1})), []byte(runs(true, Run{0, 1 << 51, 4})))
+	f.Add([]byte(runs(false, Run{0, 1 << 51, 4})), []byte(nil))
+	good := f.TempDir()
+	f.Fuzz(func(t *testing.T, top, below []byte) {
+		dirs := []string{filepath.Join(good, "0"), filepath.Join(good, "1")}
+		for i, maps := range [][]byte{top, below} {
+			if err := os.RemoveAll(dirs[i]); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(dirs[i], 0o700); err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(dirs[i], "inventory.img"), "")
+			write(t, filepath.Join(dirs[i], "pagemap-7.img"), string(maps))
+			write(t, filepath.Join(dirs[i], "pages-3.img"), pagesFile("abcd"))
+		}
+		fromParents, err := Merge(t.Context(), dirs, page)
+		if err != nil && !errors.Is(err, ErrDamaged) {
+			t.Fatalf("%v does not wrap ErrDamaged", err)
+		}
+		if err != nil || fromParents == 0 {
+			return // it was whole, and is left alone
+		}
+		data, err := os.ReadFile(filepath.Join(dirs[0], "pagemap-7.img"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ParsePagemap(data, page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range p.Runs {
+			if r.InParent() || r.Present() && r.Pages > 4+4 {
+				t.Errorf("run %+v", r)
+			}
+		}
+	})
 }

@@ -2,6 +2,7 @@ package images
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -16,7 +17,7 @@ import (
 // it continues, the nearest first. It tells how many pages came from those. Nothing
 // else is changed, and dirs[0] is a whole dump or, after an error, to be thrown away.
 // Errors wrap ErrDamaged.
-func Merge(dirs []string, pageSize uint64) (fromParents uint64, err error) {
+func Merge(ctx context.Context, dirs []string, pageSize uint64) (fromParents uint64, err error) {
 	files, err := DumpFiles(dirs[0])
 	if err != nil {
 		return 0, err
@@ -26,7 +27,10 @@ func Merge(dirs []string, pageSize uint64) (fromParents uint64, err error) {
 		if !strings.HasPrefix(f.Name, "pagemap-") {
 			continue
 		}
-		pages, err := mergeOne(dirs, f.Name, pageSize)
+		pages, err := mergeOne(ctx, dirs, f.Name, pageSize)
+		if cerr := ctx.Err(); cerr != nil {
+			return 0, cerr
+		}
 		if err != nil {
 			return 0, fmt.Errorf("%w: %s: %w", ErrDamaged, filepath.Join(dirs[0], f.Name), err)
 		}
@@ -56,7 +60,7 @@ func ContinuesPreDump(dir, preDump string) (bool, error) {
 	return preDump != "" && err == nil, ferr
 }
 
-func mergeOne(dirs []string, name string, pageSize uint64) (fromParents uint64, err error) {
+func mergeOne(ctx context.Context, dirs []string, name string, pageSize uint64) (fromParents uint64, err error) {
 	var levels []*level
 	defer func() {
 		for _, l := range levels {
@@ -99,6 +103,9 @@ func mergeOne(dirs []string, name string, pageSize uint64) (fromParents uint64, 
 			continue
 		}
 		for i := range r.Pages {
+			if i%1024 == 0 && ctx.Err() != nil {
+				return 0, ctx.Err()
+			}
 			at := r.Start + i*pageSize
 			flags, err := readPage(levels, at, page)
 			if err != nil {
@@ -134,7 +141,7 @@ type level struct {
 }
 
 func openLevel(dir, name string, pageSize uint64) (*level, error) {
-	data, err := os.ReadFile(filepath.Join(dir, name))
+	data, err := readMap(dir, name)
 	if err != nil {
 		return nil, err
 	}

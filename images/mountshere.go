@@ -43,11 +43,11 @@ func (d *Dump) mountsHere(has func(path string) bool, shared bool) (*Mounts, err
 		}
 		t, err := d.mounts(name)
 		if err != nil {
-			return nil, d.damaged(name, err)
+			return nil, damaged(name, err)
 		}
 		here, err := t.here(has, shared)
 		if err != nil {
-			return nil, d.damaged(name, err)
+			return nil, damaged(name, err)
 		}
 		m.tables = append(m.tables, here)
 	}

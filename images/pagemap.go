@@ -46,8 +46,8 @@ type Pagemap struct {
 // where older ones do not look.
 func (p *Pagemap) Wide() bool { return p.wide }
 
-// ParsePagemap reads one. Runs go up the addresses, do not overlap and are of
-// whole pages; anything else is an error.
+// ParsePagemap reads one. Runs go up the addresses, do not overlap, are of whole pages,
+// and not both here and in the parent; anything else is an error.
 func ParsePagemap(data []byte, pageSize uint64) (*Pagemap, error) {
 	p := new(Pagemap)
 	first := true
@@ -98,6 +98,9 @@ func (p *Pagemap) add(f [6]uint64, pageSize uint64) error {
 	}
 	if run.Start%pageSize != 0 || run.Pages == 0 || run.Pages > (math.MaxUint64-run.Start)/pageSize {
 		return fmt.Errorf("has a run of %d pages at %#x", run.Pages, run.Start)
+	}
+	if run.InParent() && run.Present() {
+		return fmt.Errorf("has a run at %#x that is here and in the parent", run.Start)
 	}
 	if n := len(p.Runs); n > 0 && run.Start < p.Runs[n-1].End(pageSize) {
 		return fmt.Errorf("has runs out of order at %#x", run.Start)

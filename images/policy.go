@@ -43,11 +43,14 @@ func PolicyPath() string {
 
 // LoadPolicy reads a policy and the files that it refers to; nil if there is none.
 func LoadPolicy(path string) (*Policy, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil
-		}
+	// A link to nowhere is not no policy.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case errors.Is(err, unix.ELOOP):
+		return nil, fmt.Errorf("the node's policy: %w", onlyOwn(path))
+	case err != nil:
 		return nil, fmt.Errorf("read the node's policy: %w", err)
 	}
 	defer f.Close()
@@ -81,8 +84,8 @@ const (
 	TrustStoreName  = "truststore"
 )
 
-// addTrust adds all files to the sum that say whose signatures count. A missing one
-// is left to whoever verifies.
+// addTrust adds all files to the sum that say whose signatures count, by their names and
+// contents. A missing one is left to whoever verifies.
 func addTrust(h hash.Hash, dir string) error {
 	for _, name := range []string{TrustPolicyName, TrustStoreName} {
 		err := filepath.WalkDir(filepath.Join(dir, name), func(path string, d fs.DirEntry, err error) error {
@@ -96,7 +99,7 @@ func addTrust(h hash.Hash, dir string) error {
 				return err
 			}
 			fmt.Fprintf(h, "%q %v\n", path, d.Type())
-			if !d.Type().IsRegular() {
+			if d.IsDir() {
 				return nil
 			}
 			data, err := os.ReadFile(path)
@@ -111,13 +114,17 @@ func addTrust(h hash.Hash, dir string) error {
 	return nil
 }
 
-// onlyOwn refuses what others than root and this user can write.
+// onlyOwn refuses what others than root and this user can write, and what is no file or
+// directory: who can write the target of a link is not seen here.
 func onlyOwn(path string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFLNK && st.Mode&0o022 != 0 || st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+	if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFREG && kind != unix.S_IFDIR {
+		return fmt.Errorf("%s is a link or no file at all, so it decides nothing; put the file or directory itself there", path)
+	}
+	if st.Mode&0o022 != 0 || st.Uid != 0 && int(st.Uid) != os.Geteuid() {
 		return fmt.Errorf("%s can be written by others than root, so it decides nothing; chown root and chmod go-w it", path)
 	}
 	return nil

@@ -1,6 +1,8 @@
 package images
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -71,15 +73,34 @@ func TestPolicyThatDecidesNothing(t *testing.T) {
 		text, want string
 		spoil      func(dir string) error
 	}{
-		"mistyped":        {text: `{"version":"1","signature":"required"}`, want: "known are require, optional"},
-		"anybody's":       {text: signaturesRequired, want: "chmod go-w", spoil: func(dir string) error { return os.Chmod(filepath.Join(dir, "policy.json"), 0o666) }},
-		"in anybody's":    {text: signaturesRequired, want: "chmod go-w", spoil: func(dir string) error { return os.Chmod(dir, 0o777) }},
+		"mistyped":     {text: `{"version":"1","signature":"required"}`, want: "known are require, optional"},
+		"anybody's":    {text: signaturesRequired, want: "chmod go-w", spoil: func(dir string) error { return os.Chmod(filepath.Join(dir, "policy.json"), 0o666) }},
+		"in anybody's": {text: signaturesRequired, want: "chmod go-w", spoil: func(dir string) error { return os.Chmod(dir, 0o777) }},
+		"a link":       {text: signaturesRequired, want: "policy.json is a link", spoil: func(dir string) error { return behindLink(filepath.Join(dir, "policy.json")) }},
+		"a link to nowhere": {text: signaturesRequired, want: "policy.json is a link", spoil: func(dir string) error {
+			path := filepath.Join(dir, "policy.json")
+			return errors.Join(os.Remove(path), os.Symlink(path+".gone", path))
+		}},
+		"trust by a link": {text: signaturesRequired, want: TrustPolicyName + " is a link", spoil: func(dir string) error { return behindLink(filepath.Join(dir, TrustPolicyName)) }},
+		"a linked store":  {text: signaturesRequired, want: TrustStoreName + " is a link", spoil: func(dir string) error { return behindLink(filepath.Join(dir, TrustStoreName)) }},
+		"a linked certificate": {text: signaturesRequired, want: "ca.pem is a link", spoil: func(dir string) error {
+			return behindLink(filepath.Join(dir, TrustStoreName, "x509", "ca", "shop", "ca.pem"))
+		}},
+		"a linked directory": {text: `{"version":"1","signature":"require","notation":"/none"}`, want: "notation is a link", spoil: func(dir string) error {
+			path := filepath.Join(dir, "notation")
+			if err := os.Mkdir(path, 0o700); err != nil {
+				return err
+			}
+			data := strings.Replace(signaturesRequired, "}", fmt.Sprintf(`,"notation":%q}`, path), 1)
+			return errors.Join(behindLink(path), os.WriteFile(filepath.Join(dir, "policy.json"), []byte(data), 0o600))
+		}},
 		"anybody's trust": {text: signaturesRequired, want: TrustPolicyName + " can be written", spoil: func(dir string) error { return os.Chmod(filepath.Join(dir, TrustPolicyName), 0o622) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			path := writeFile(t, filepath.Join(dir, "policy.json"), tt.text)
 			writeFile(t, filepath.Join(dir, TrustPolicyName), "{}")
+			writeFile(t, filepath.Join(dir, TrustStoreName, "x509", "ca", "shop", "ca.pem"), "one")
 			if tt.spoil != nil {
 				if err := tt.spoil(dir); err != nil {
 					t.Fatal(err)
@@ -90,6 +111,12 @@ func TestPolicyThatDecidesNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// behindLink puts a link in a file's place, to where anybody could write it.
+func behindLink(path string) error {
+	target := path + ".elsewhere"
+	return errors.Join(os.Rename(path, target), os.Symlink(target, path))
 }
 
 func TestVerdicts(t *testing.T) {

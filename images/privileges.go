@@ -113,7 +113,7 @@ func (d *Dump) CheckPrivileges(allowed Privileges) ([]Reason, error) {
 	c := checker{Dump: d, allowed: allowed}
 	for _, name := range d.names {
 		if err := c.look(name); err != nil {
-			return nil, d.damaged(name, err)
+			return nil, damaged(name, err)
 		}
 	}
 	if c.tasks == 0 {

@@ -6,19 +6,43 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// BuildRequest is what to build an image from: one line of JSON on the standard
-// input of `cracctl build-image`.
+// BuildRequest is what to build an image of, as far as it is known before there is a dump:
+// the first line of JSON on the standard input of `cracctl build-image`. It is answered
+// with EventReady or EventError.
 type BuildRequest struct {
 	// Address and Namespace are containerd's.
 	Address   string `json:"address"`
 	Namespace string `json:"namespace"`
-	// Container is the ID of the container that was dumped.
+	// Container is the ID of the container that is to be dumped.
 	Container string `json:"container"`
 	// Ref names the image to make. An existing name is moved.
 	Ref string `json:"ref"`
-	// DumpDir is CRIU's directory, SpecPath the runtime spec of the dump.
-	DumpDir  string `json:"dumpDir"`
+	// SpecPath is the runtime spec of the container.
 	SpecPath string `json:"specPath"`
+	// Compression of the new layers: zstd (the default) or gzip.
+	Compression oci.Compression `json:"compression,omitempty"`
+	// Parent names a checkpoint image that the new one continues: memory that it
+	// has is not stored again, and its checkpoint layers stay below the new one.
+	Parent string `json:"parent,omitempty"`
+	// EncryptTo are whom the container's own layers are encrypted for, in the forms of
+	// oci.CheckRecipients; empty: nobody.
+	EncryptTo []string `json:"encryptTo,omitempty"`
+	// Keys decrypt the parent, and what the container's image has of an earlier
+	// checkpoint. Without any, those of the node are tried.
+	Keys []string `json:"keys,omitempty"`
+	// Index makes the name mean an index: this image for its platform, and what the
+	// container's image and the name itself have for others.
+	Index bool `json:"index,omitempty"`
+	// Push sends the image to the registry in its name once it is there.
+	Push bool `json:"push,omitempty"`
+	// BuildDump has what is known of it.
+	BuildDump
+}
+
+// BuildDump is a dump to build the image of: the second line.
+type BuildDump struct {
+	// DumpDir is CRIU's directory.
+	DumpDir string `json:"dumpDir,omitempty"`
 	// PreDumpDir, if there is one, has the memory that the dump left out, being the
 	// same: then the dump has a link to it named parent. Both become one.
 	PreDumpDir string `json:"preDumpDir,omitempty"`
@@ -27,27 +51,18 @@ type BuildRequest struct {
 	// Frozen is when the container was frozen for the dump. With it, the image's
 	// record says how long it was until it could run again.
 	Frozen time.Time `json:"frozen,omitzero"`
-	// Compression of the new layers: zstd (the default) or gzip.
-	Compression oci.Compression `json:"compression,omitempty"`
-	// Parent names a checkpoint image that the new one continues: memory that it
-	// has is not stored again, and its checkpoint layers stay below the new one.
-	Parent string `json:"parent,omitempty"`
-	// EncryptTo are whom the new layers are encrypted for, in the forms of
-	// oci.CheckRecipients; empty: nobody.
-	EncryptTo []string `json:"encryptTo,omitempty"`
-	// Keys decrypt the parent.
-	Keys []string `json:"keys,omitempty"`
-	// Index makes the name mean an index: this image for its platform, and what the
-	// container's image and the name itself have for others.
-	Index bool `json:"index,omitempty"`
-	// Push sends the image to the registry in its name once it is there.
-	Push bool `json:"push,omitempty"`
 }
 
 // Kinds of BuildEvent.
 const (
+	// EventReady: nothing is known that stands in the way of the image; the dump may be
+	// made.
+	EventReady = "ready"
 	// EventDiffed: the container's changes are taken; it may run again.
 	EventDiffed = "diffed"
+	// EventReading: Done of Total bytes of Name, which the image is made of, are read; Total
+	// is 0 where nobody knows it. The builder of the shim does not tell it.
+	EventReading = "reading"
 	// EventProgress: Done of Total bytes of the dump are packed.
 	EventProgress = "progress"
 	// EventWarning: the image will be made, but Error should be known.
@@ -68,7 +83,7 @@ const (
 type BuildEvent struct {
 	Event string `json:"event"`
 	// Name, Digest and Size are the image's; Size counts all that a registry
-	// stores for it.
+	// stores for it. Of EventReading Name is what is read.
 	Name   string `json:"name,omitempty"`
 	Digest string `json:"digest,omitempty"`
 	Size   int64  `json:"size,omitempty"`
@@ -81,8 +96,10 @@ type BuildEvent struct {
 	// the freeze.
 	MemorySize    int64 `json:"memorySize,omitempty"`
 	PreDumpedSize int64 `json:"preDumpedSize,omitempty"`
-	// Done and Total are bytes: of the dump while it is packed, of the image as
-	// stored while it is pushed. Uploaded of Done were sent to the registry.
+	// ReusedSize is how much of the memory is not stored because the parent has it.
+	ReusedSize int64 `json:"reusedSize,omitempty"`
+	// Done and Total are bytes: of what is read, of the dump while it is packed, of the
+	// image as stored while it is pushed. Uploaded of Done were sent to the registry.
 	Done     int64  `json:"done,omitempty"`
 	Total    int64  `json:"total,omitempty"`
 	Uploaded int64  `json:"uploaded,omitempty"`

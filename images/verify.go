@@ -46,11 +46,11 @@ func (c *Checkpoint) open(pages bool) (*Dump, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range c.Parents {
+	for n, p := range c.Parents {
 		parent, err := p.openVerified(pages)
 		if err != nil {
 			d.Close()
-			return nil, err
+			return nil, InParent(n+1, err)
 		}
 		parent.Close() // has memory that CRIU reads, and nothing to look at
 	}
@@ -61,7 +61,7 @@ func (c *Checkpoint) open(pages bool) (*Dump, error) {
 func (c *Checkpoint) openVerified(pages bool) (*Dump, error) {
 	d, err := c.openDir()
 	if err != nil {
-		return nil, (&Dump{path: c.CRIUDir()}).damaged("", err)
+		return nil, damaged(c.CRIUDir(), err)
 	}
 	if err := d.verify(c.Manifest, pages); err != nil {
 		d.Close()
@@ -91,20 +91,10 @@ func (c *Checkpoint) openDir() (*Dump, error) {
 
 // verify compares the dump with its manifest, and keeps what others read of it.
 func (d *Dump) verify(m *oci.Manifest, pages bool) error {
-	listed := make(map[string]bool, len(m.Files))
 	v := verifier{Dump: d, hash: sha256.New()}
-	for _, f := range m.Files {
-		listed[f.Name] = true
-		if err := v.file(f, pages || !IsPages(f.Name)); err != nil {
-			return d.damaged(f.Name, err)
-		}
-	}
-	for _, name := range d.names {
-		if !listed[name] && mustBeListed(name) {
-			return d.damaged(name, errNotListed)
-		}
-	}
-	return nil
+	return compareFiles(m, d.names, func(want oci.File) (oci.File, error) {
+		return v.file(want, pages || !IsPages(want.Name))
+	})
 }
 
 // verifier has what is needed for each file.
@@ -114,21 +104,26 @@ type verifier struct {
 	buf  []byte
 }
 
-func (v *verifier) file(want oci.File, content bool) error {
+// file tells what a file is that should be as the manifest says. Without content its
+// digest is taken for right.
+func (v *verifier) file(want oci.File, content bool) (oci.File, error) {
 	f, err := openDumpFile(int(v.dir.Fd()), want.Name)
+	if errors.Is(err, os.ErrNotExist) {
+		err = os.ErrNotExist
+	}
 	if err != nil {
-		return err
+		return want, err
 	}
 	defer f.close()
 	got := oci.File{Name: want.Name, Size: f.size, Digest: want.Digest}
 	if content && got.Size == want.Size {
 		v.hash.Reset()
 		if err := v.read(f, want.Name); err != nil {
-			return err
+			return got, err
 		}
 		got.Digest = "sha256:" + hex.EncodeToString(v.hash.Sum(nil))
 	}
-	return compareFile(want, got)
+	return got, nil
 }
 
 // read hashes a file, and keeps it if somebody will look at it.
@@ -168,42 +163,57 @@ func mostLookedAt(name string) int64 {
 	return -1
 }
 
-func compareFile(want, got oci.File) error {
-	switch {
-	case got.Size != want.Size:
-		return fmt.Errorf("has %d bytes, the manifest says %d", got.Size, want.Size)
-	case got.Digest != want.Digest:
-		return fmt.Errorf("has digest %s, the manifest says %s", got.Digest, want.Digest)
+// CompareFiles is Verify for a dump that lies somewhere else: found are all its
+// files, with their digests.
+func CompareFiles(m *oci.Manifest, found []oci.File) error {
+	have := make(map[string]oci.File, len(found))
+	var names []string
+	for _, f := range found {
+		have[f.Name] = f
+		names = append(names, f.Name)
+	}
+	return compareFiles(m, names, func(want oci.File) (oci.File, error) {
+		got, ok := have[want.Name]
+		if !ok {
+			return want, os.ErrNotExist
+		}
+		return got, nil
+	})
+}
+
+// compareFiles tells what of a dump is not as its manifest says, wherever it lies: look
+// tells what a file is, names are those of all files that are there.
+func compareFiles(m *oci.Manifest, names []string, look func(want oci.File) (oci.File, error)) error {
+	listed := make(map[string]bool, len(m.Files))
+	for _, want := range m.Files {
+		listed[want.Name] = true
+		got, err := look(want)
+		switch {
+		case err != nil:
+		case got.Size != want.Size:
+			err = fmt.Errorf("has %d bytes, the manifest says %d", got.Size, want.Size)
+		case got.Digest != want.Digest:
+			err = fmt.Errorf("has digest %s, the manifest says %s", got.Digest, want.Digest)
+		}
+		if err != nil {
+			return damaged(want.Name, err)
+		}
+	}
+	for _, name := range names {
+		if !listed[name] && mustBeListed(name) {
+			return damaged(name, errNotListed)
+		}
 	}
 	return nil
 }
 
-// CompareFiles is Verify for a dump that lies somewhere else: found are all its
-// files, with their digests.
-func CompareFiles(m *oci.Manifest, found []oci.File) error {
-	damaged := func(name string, err error) error {
-		return fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, name, err)
-	}
-	have := make(map[string]oci.File, len(found))
-	for _, f := range found {
-		have[f.Name] = f
-	}
-	for _, want := range m.Files {
-		got, ok := have[want.Name]
-		if !ok {
-			return damaged(want.Name, os.ErrNotExist)
-		}
-		if err := compareFile(want, got); err != nil {
-			return damaged(want.Name, err)
-		}
-		delete(have, want.Name)
-	}
-	for _, f := range found {
-		if _, unlisted := have[f.Name]; unlisted && mustBeListed(f.Name) {
-			return damaged(f.Name, errNotListed)
-		}
-	}
-	return nil
+// InParent says of an error that it is about one of the dumps that a checkpoint continues,
+// the nearest being 1.
+func InParent(n int, err error) error { return fmt.Errorf("in parent %d: %w", n, err) }
+
+// damaged is about something in a dump.
+func damaged(what string, err error) error {
+	return fmt.Errorf("%w: %s: %w; pull the image again, or make a new checkpoint", ErrDamaged, what, err)
 }
 
 var errNotListed = errors.New("is not listed in the manifest")

@@ -3,6 +3,7 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,7 +12,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/console"
 	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -123,6 +126,24 @@ func TestCheckForetells(tb *testing.T) {
 	}
 	defer datagrams.Close()
 	volume := "--mount=type=bind,src=" + outside + ",dst=/outside,options=rbind:rw"
+	// What a process outside has opened, the container gets over a socket.
+	terminal, _, err := console.NewPty()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	foreign, err := os.Open("check_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	for name, f := range map[string]interface{ Fd() uintptr }{"terminal": terminal, "file": foreign} {
+		handOut(t, filepath.Join(outside, name), f)
+	}
+	const get = `
+s = socket.socket(socket.AF_UNIX); s.connect("/outside/%s")
+held = socket.recv_fds(s, 1, 1)[1]
+s.close()`
 
 	for _, tt := range []struct {
 		name, program string
@@ -169,6 +190,18 @@ m = mmap.mmap(-1, 4096)`},
 			name: "datagrams to outside, host's network", program: `s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect("/outside/datagrams")`,
 			flags: []string{volume, "--net-host"}, warnings: "external",
 		},
+		{name: "terminal of outside", program: fmt.Sprintf(get, "terminal"), flags: []string{volume}, errors: "terminal"},
+		{name: "file of outside", program: fmt.Sprintf(get, "file"), flags: []string{volume}, errors: "foreign"},
+		{name: "System V memory", program: `
+id = libc.shmget(0, 4096, 0o1600)
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat(id, None, 0)`},
+		{name: "System V memory of the host", program: `
+id = libc.shmget(0, 4096, 0o1600)
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat(id, None, 0)
+libc.shmctl(id, 0, None) # IPC_RMID: it goes with its last user`, flags: []string{"--with-ns", fmt.Sprintf("ipc:/proc/%d/ns/ipc", os.Getpid())}, errors: "sysv"},
+		{name: "deleted and large", program: `f = open("/f", "w"); os.posix_fallocate(f.fileno(), 0, (1 << 30) + 4096); os.unlink("/f")`, errors: "deleted"},
 		{name: "control socket", program: `s = socket.socket(socket.AF_UNIX); s.connect("/run/crac/control.sock")`},
 		{name: "traced", program: `
 pid = os.fork()
@@ -201,6 +234,28 @@ child(f)`, flags: []string{"--privileged"}, errors: "namespace"},
 			}
 		})
 	}
+}
+
+// handOut gives whoever connects to a socket an open file.
+func handOut(t *harness.T, path string, f interface{ Fd() uintptr }) {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			if _, _, err := c.WriteMsgUnix([]byte("x"), unix.UnixRights(int(f.Fd())), nil); err != nil {
+				t.Errorf("hand out %s: %v", path, err)
+			}
+			_ = c.Close()
+		}
+	}()
 }
 
 // Connections are told by process, descriptor and peer; nothing is changed by that.
@@ -318,6 +373,82 @@ serve("c.sock", None)`, option("hook.timeout", "1s"))
 	if r, status := off.check(); status != 0 || len(r.Findings) != 0 {
 		t.Errorf("hooks=off: %d, %+v", status, r)
 	}
+}
+
+// Nothing is changed: what the processes hold, their mounts, the container's directories on the
+// host, its state.
+func TestCheckChangesNothing(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	b := holding(t, participants+`
+serve("a.sock", {"ok": True})
+l = socket.create_server(("127.0.0.1", 0)); c = socket.create_connection(l.getsockname()); a = l.accept()
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(("127.0.0.1", 9))
+f = open("/f", "w"); f.write("x"); f.flush(); os.unlink("/f")
+p = os.pipe()
+m = mmap.mmap(-1, 4096)`, option("fd-policy", "type: socket\nremotePort: *\naction: close"))
+	before := b.fingerprint()
+	if r, status := b.check(); status != 0 || r.Participants != 1 || len(r.Findings) == 0 {
+		t.Errorf("exit status %d: %+v", status, r)
+	}
+	var after string
+	t.Eventually("everything is as before", func() bool {
+		after = b.fingerprint() // the participant's connection may be just closing
+		return after == before
+	})
+	b.wantStatus(containerd.Running)
+}
+
+// fingerprint is what of a container can be seen from outside, but for its memory and the times.
+func (b *box) fingerprint() string {
+	b.Helper()
+	var all []string
+	pids, err := b.task().Pids(b.Ctx)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, p := range pids {
+		links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.Pid))
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, l := range links {
+			to, _ := os.Readlink(l) // or it was just closed
+			all = append(all, l+" "+to)
+		}
+		mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", p.Pid))
+		if err != nil {
+			b.Fatal(err)
+		}
+		all = append(all, string(mounts))
+	}
+	bundle := filepath.Dir(b.hooksDir())
+	err = filepath.WalkDir(bundle, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		all = append(all, fmt.Sprint(path, info.Mode(), info.Size(), info.ModTime()))
+		if d.Name() == "rootfs" {
+			return filepath.SkipDir
+		}
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	images, err := b.Client.ImageService().List(b.Ctx, "name~=checkpoint")
+	if err != nil {
+		b.Fatal(err)
+	}
+	leases, err := b.Client.LeasesService().List(b.Ctx)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return fmt.Sprint(all, b.status(), len(images), len(leases))
 }
 
 // What exec has started is told, and a clone can be checked as well as its original.

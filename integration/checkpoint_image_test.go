@@ -486,7 +486,7 @@ func TestRequestThatIsNoRestore(tb *testing.T) {
 	image, last := checkpointed(t)
 	other := how{image: image, args: []string{"sh", "-c", "echo other; " + tick}}
 	startsCold(t, other, "args", "echo other")
-	refuses(t, other, "nothing in it listens in /run/crac")
+	refuses(t, other, "nothing that listens in /run/crac has taken it")
 	user := how{image: image, args: []string{"sh", "-c", `i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.05; done`}, flags: []string{"--user", "65534"}}
 	refuses(t, user, "65534")
 	startsCold(t, how{image: image, args: ticker().args, flags: []string{option("restore", "never")}}, "restore-never", "restore=never")

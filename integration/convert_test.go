@@ -1,13 +1,23 @@
 package integration
 
 import (
+	"archive/tar"
 	"context"
+	"encoding/json"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/integration/harness"
 )
@@ -84,6 +94,269 @@ func TestImportCheckpointImage(tb *testing.T) {
 	clone := start(t, warm(image))
 	clone.goesOnFrom(last)
 	clone.wantTouched()
+}
+
+// recoded writes an archive as CRI-O lays one out, with what change makes of its config.dump.
+// The dump is podman's: both have it made by runc and CRIU in the same way.
+func recoded(t *harness.T, from, to string, change func(config map[string]any)) {
+	t.Helper()
+	in, err := os.Open(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = in.Close() }()
+	out, err := os.Create(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tw := tar.NewWriter(out)
+	for tr := tar.NewReader(in); ; {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(tr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		edit := func(do func(v map[string]any)) {
+			var v map[string]any
+			if err := json.Unmarshal(data, &v); err != nil {
+				t.Fatal(err)
+			}
+			do(v)
+			if data, err = json.Marshal(v); err != nil {
+				t.Fatal(err)
+			}
+		}
+		switch h.Name {
+		case "config.dump":
+			edit(func(v map[string]any) {
+				// What CRI-O writes (internal/lib/checkpoint.go), and no more.
+				for k := range v {
+					if !slices.Contains([]string{"id", "name", "rootfsImage", "rootfsImageName", "runtime", "createdTime", "checkpointedTime"}, k) {
+						delete(v, k)
+					}
+				}
+				change(v)
+			})
+		case "spec.dump":
+			edit(func(v map[string]any) {
+				v["annotations"] = map[string]any{"io.container.manager": "cri-o", "io.kubernetes.cri-o.ContainerName": "web", "io.kubernetes.cri-o.ContainerType": "container"}
+			})
+		case "network.status", "ctr.log":
+			continue // CRI-O's has none
+		}
+		h.Size = int64(len(data))
+		if err := tw.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tw.Write(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(tw.Close(), out.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An archive as CRI-O makes it, and images of such archives as are made by hand for CRI-O
+// (buildah from scratch, add, config --annotation) and by checkpointctl, start warm.
+func TestImportCRIO(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	needImage(t, "busybox")
+	p := newPodman(t)
+	c := p.ticker()
+	c.waitTicks(3)
+	p.ok("exec", c.name, "sh", "-c", touch)
+	made := p.path("podman.tar")
+	p.ok("container", "checkpoint", "--compress", "none", "--export", made, c.name)
+	last := c.lastTick()
+
+	const nobody = "crac.test/nobody:1"
+	build := func(name string, annotations map[string]string, change func(config map[string]any)) (image string) {
+		dir := p.path(name)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		recoded(t, made, filepath.Join(dir, "checkpoint.tar"), change)
+		// podman build is buildah.
+		if err := os.WriteFile(filepath.Join(dir, "Containerfile"), []byte("FROM scratch\nADD checkpoint.tar /\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		image = "crac.test/" + name + "/" + newID(t) + ":1"
+		args := []string{"build", "--quiet", "--isolation", "chroot", "--signature-policy", p.path("policy.json"), "--tag", image}
+		for k, v := range annotations {
+			args = append(args, "--annotation", k+"="+v)
+		}
+		p.ok(append(args, dir)...)
+		p.ok("save", "--quiet", "--format", "oci-archive", "--output", filepath.Join(dir, "image.tar"), image)
+		t.CtrOK("images", "import", filepath.Join(dir, "image.tar"))
+		return image
+	}
+	crio := build("crio", map[string]string{"io.kubernetes.cri-o.annotations.checkpoint.name": "web"}, func(map[string]any) {})
+	// The annotations say what the archive does not.
+	checkpointctl := build("checkpointctl", map[string]string{
+		"org.criu.checkpoint.container.name": "web", "org.criu.checkpoint.engine.name": "CRI-O", "org.criu.checkpoint.engine.version": "1.32",
+		"org.criu.checkpoint.rootfs.image.name": harness.ImageRef("busybox"), "org.criu.checkpoint.criu.version": "40201", "org.criu.checkpoint.host.kernel": "6.1.0-made-there",
+	}, func(config map[string]any) { delete(config, "rootfsImageName") })
+
+	for _, tt := range []struct {
+		source, from string
+	}{
+		{source: filepath.Join(p.path("crio"), "checkpoint.tar"), from: "a checkpoint of CRI-O"},
+		{source: crio, from: "a checkpoint of CRI-O in an image"},
+		{source: checkpointctl, from: "a checkpoint of CRI-O in an image"},
+	} {
+		image := ref(t)
+		if _, err := t.Cracctl(t.Ctx, "import", "--base", nobody, tt.source, image); err == nil || !strings.Contains(err.Error(), nobody) {
+			t.Errorf("%s: without its base image: %v", tt.source, err)
+		}
+		out := t.CracctlOK("import", tt.source, image)
+		if !strings.Contains(out, tt.from+"\n") {
+			t.Errorf("%s: cracctl says:\n%s", tt.source, out)
+		}
+		isCheckpointOf(t, image, harness.ImageRef("busybox"), 1)
+		// The same source gives the same image.
+		before := manifestDigest(t, image)
+		t.CracctlOK("import", tt.source, image)
+		if after := manifestDigest(t, image); after != before {
+			t.Errorf("%s: imported again it is %s instead of %s", tt.source, after, before)
+		}
+		clone := start(t, warm(image))
+		clone.goesOnFrom(last)
+		clone.wantTouched()
+		clone.remove()
+		if tt.source == checkpointctl {
+			if got := t.CracctlOK("inspect", "--format", "{{.Manifest.Host.Kernel}} {{.Manifest.CRIU.Version}}", image); strings.TrimSpace(got) != "6.1.0-made-there 40201" {
+				t.Errorf("of its host the image says %q", got)
+			}
+		}
+	}
+}
+
+// A dump that nobody but criu made, of a container of runc's, and its bundle.
+func TestImportCRIU(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	needImage(t, "busybox")
+	dir, err := t.Path(newID(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
+	bundle, dump, root := filepath.Join(dir, "bundle"), filepath.Join(dir, "dump"), filepath.Join(dir, "runc")
+	rootfs := filepath.Join(bundle, "rootfs")
+	for _, d := range []string{rootfs, dump} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(ctx context.Context, in, name string, args ...string) (string, error) {
+		cmd := t.Command(ctx, name, args...)
+		cmd.Dir = in
+		return harness.Run(ctx, cmd)
+	}
+	ok := func(name string, args ...string) string {
+		t.Helper()
+		out, err := run(t.Ctx, bundle, name, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(out)
+	}
+	unpackImage(t, harness.ImageRef("busybox"), rootfs)
+	ok("runc", "spec")
+	var spec specs.Spec
+	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(data, &spec); err != nil {
+		t.Fatal(err)
+	}
+	// Nothing that criu would have to be told of: no cgroup file system, no output that leads out.
+	spec.Process.Args, spec.Process.Terminal, spec.Root.Readonly = []string{"sh", "-c", touch + "; " + tick}, false, false
+	spec.Mounts = slices.DeleteFunc(spec.Mounts, func(m specs.Mount) bool { return m.Type == "cgroup" || m.Type == "mqueue" })
+	spec.Linux.Namespaces = slices.DeleteFunc(spec.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.CgroupNamespace })
+	if data, err = json.Marshal(spec); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, "config.json"), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	id := t.Namespace + "-" + newID(t) // by this its cgroup is known as ours
+	t.Cleanup(func() {
+		_, _ = run(context.Background(), dir, "runc", "--root", root, "delete", "--force", id)
+	})
+	begin := t.Command(t.Ctx, "runc", "--root", root, "run", "--detach", id) // with nothing but /dev/null for its output
+	begin.Dir = bundle
+	if err := begin.Run(); err != nil {
+		t.Fatal(err)
+	}
+	count := func() int {
+		data, err := os.ReadFile(filepath.Join(rootfs, "n"))
+		if err != nil {
+			return 0
+		}
+		n, _ := strconv.Atoi(strings.TrimSpace(string(data)))
+		return n
+	}
+	t.Eventually("it counts", func() bool { return count() > 3 })
+	var state struct{ Pid int }
+	if err := json.Unmarshal([]byte(ok("runc", "--root", root, "state", id)), &state); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run(t.Ctx, dir, "criu", "dump", "--tree", strconv.Itoa(state.Pid), "--images-dir", dump, "--manage-cgroups=ignore", "--log-file", "dump.log", "-v2"); err != nil {
+		log, _ := os.ReadFile(filepath.Join(dump, "dump.log"))
+		t.Fatalf("%v: %s\n%s", err, out, tailOf(string(log), 2000))
+	}
+	last := max(count(), 3) // it may have been about to write the file
+
+	image := ref(t)
+	args := []string{"import", "--images", dump, "--bundle", bundle, "--base", harness.ImageRef("busybox"), image}
+	t.CracctlOK(args...)
+	before := manifestDigest(t, image)
+	t.CracctlOK(args...)
+	if after := manifestDigest(t, image); after != before {
+		t.Errorf("imported again it is %s instead of %s", after, before)
+	}
+	isCheckpointOf(t, image, harness.ImageRef("busybox"), 1)
+	clone := start(t, how{image: image, flags: []string{option("restore", "require")}})
+	t.Eventually("it counts on", func() bool { return clone.fileTick() > last+2 })
+	clone.wantTouched()
+	clone.seesNoDump()
+}
+
+// unpackImage makes a root file system of an image, outside of containerd.
+func unpackImage(t *harness.T, ref, dir string) {
+	t.Helper()
+	img, err := t.Client.GetImage(t.Ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := images.Manifest(t.Ctx, img.ContentStore(), img.Target(), img.Platform())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range m.Layers {
+		ra, err := img.ContentStore().ReaderAt(t.Ctx, l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		plain, err := compression.DecompressStream(content.NewReader(ra))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = archive.Apply(t.Ctx, dir, plain)
+		if err := errors.Join(err, plain.Close(), ra.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // containerd's own checkpoint of a container under its own shim starts warm under ours.

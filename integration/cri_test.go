@@ -87,8 +87,16 @@ func newNode(tb testing.TB, apps ...string) *node {
 // pauseImage makes an image whose program does nothing, of busybox.
 func pauseImage(t *harness.T, name string) {
 	t.Helper()
+	configured(t, "busybox", name, func(c *ocispec.ImageConfig) {
+		*c = ocispec.ImageConfig{Entrypoint: []string{"sleep", "1000000"}, Env: c.Env}
+	})
+}
+
+// configured makes an image of one of ours with another configuration.
+func configured(t *harness.T, of, name string, change func(*ocispec.ImageConfig)) {
+	t.Helper()
 	store := t.Client.ContentStore()
-	base, err := t.Client.ImageService().Get(t.Ctx, harness.ImageRef("busybox"))
+	base, err := t.Client.ImageService().Get(t.Ctx, harness.ImageRef(of))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +112,7 @@ func pauseImage(t *harness.T, name string) {
 	if err := json.Unmarshal(data, &config); err != nil {
 		t.Fatal(err)
 	}
-	config.Config = ocispec.ImageConfig{Entrypoint: []string{"sleep", "1000000"}, Env: config.Config.Env}
+	change(&config.Config)
 	write := func(mediaType string, v any, labels map[string]string) ocispec.Descriptor {
 		data, err := json.Marshal(v)
 		if err != nil {

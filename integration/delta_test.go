@@ -57,6 +57,9 @@ func TestDeltaCheckpoint(tb *testing.T) {
 	for i := 1; i < len(names); i++ {
 		b.waitTicks(3)
 		out := t.CracctlOK("checkpoint", "--push", "--parent", names[i-1], b.id, names[i])
+		if !strings.Contains(out, "From parent ") || strings.Contains(out, "warning") {
+			t.Errorf("it does not say what the parent spared:\n%s", out)
+		}
 		delta := fromJSON[dump](t, "inspect", names[i])
 		d := fromJSON[differs](t, "diff", names[i-1], names[i])
 		changed := d.Memory.Changed + d.Memory.Added

@@ -135,6 +135,33 @@ func TestEncryptedCheckpoint(tb *testing.T) {
 		t.Errorf("flattened in the open: %v", err)
 	}
 
+	// Another tool that knows ocicrypt reads it.
+	dir, err := t.Path(newID(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	decrypted := filepath.Join(dir, "decrypted.tar")
+	skopeo := func(name string, args ...string) error {
+		args = append(args, "--src-tls-verify=false", "docker://"+image+":1", "oci-archive:"+filepath.Join(dir, name)+":"+image+":decrypted")
+		_, err := harness.Run(t.Ctx, t.Command(t.Ctx, "skopeo", append([]string{"copy"}, args...)...))
+		return err
+	}
+	if err := skopeo("decrypted.tar", "--decryption-key", key); err != nil {
+		t.Fatal(err)
+	}
+	other, _ := keyPair(t)
+	if err := skopeo("none.tar", "--decryption-key", other); err == nil {
+		t.Error("skopeo decrypts it with another key")
+	}
+	t.CtrOK("images", "import", decrypted)
+	if v := fromJSON[verified](t, "verify", image+":decrypted"); !v.OK {
+		t.Errorf("decrypted by skopeo: %+v", v)
+	}
+	open := start(t, how{image: image + ":decrypted", args: args, flags: []string{option("restore", "require")}})
+	open.goesOnFrom(last)
+	open.remove() // the encrypted image would find its layers unpacked
+	t.CtrOK("images", "delete", "--sync", image+":decrypted")
+
 	// A node without the key does not get it, and nothing of it starts.
 	for _, tag := range []string{":option", ":later", ":1", ":flat", ":plain"} {
 		t.CtrOK("images", "delete", "--sync", image+tag)

@@ -220,13 +220,13 @@ func TestFDPolicyInTheImage(tb *testing.T) {
 	refused("no regular file")
 	put("ln -s /proc/1/environ policy.yaml") // of the root file system, where /proc is empty
 	refused("no such file")
-	put("printf 'type: socket\\naction: shut\\n' > policy.yaml")
+	put("printf 'type: socket\naction: shut\n' > policy.yaml")
 	refused("policy.yaml of the image: line 2 (rule 1): unknown action")
-	put("printf '" + strings.ReplaceAll(p.remote("error"), "\n", "\\n") + "' > p; ln -s /etc/crac/p policy.yaml")
+	put("printf '" + strings.ReplaceAll(p.remote("error"), "\n", "\n") + "' > p; ln -s /etc/crac/p policy.yaml")
 	refused("descriptor ", fmt.Sprintf("-> %s:%d", n.Gateway, p.port), "forbidden")
 	mustHaveImage(t, image, false)
 
-	put("printf '" + strings.ReplaceAll(p.remote("close"), "\n", "\\n") + "' > policy.yaml")
+	put("printf '" + strings.ReplaceAll(p.remote("close"), "\n", "\n") + "' > policy.yaml")
 	b.checkpoint()
 	b.says("recv got ECONNABORTED", "epoll got ECONNABORTED")
 	mustHaveImage(t, image, true)
@@ -248,6 +248,99 @@ func TestFDPolicyInError(tb *testing.T) {
 			t.Errorf("%q gives %v, want an error with %q", policy, err, says)
 		}
 	}
+}
+
+// kinds is a program that holds one of each kind. It says what it gets on its connections, who
+// connects to it, and, when it is asked, what is left to read of its file.
+const kinds = `
+import errno
+pipe = os.pipe()
+u = socket.socket(socket.AF_UNIX); u.bind("/s"); u.listen(1)
+f = open("/data", "w+"); f.write("before,after"); f.flush(); f.seek(7)
+t = socket.create_server(("0.0.0.0", 7000))
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); udp.connect(("127.0.0.1", 9999))
+s6 = socket.create_server(("::1", 7006), family=socket.AF_INET6)
+c6 = socket.create_connection(("::1", 7006)); a6 = s6.accept()[0]
+def run(f, *args):
+    import threading
+    threading.Thread(target=f, args=args, daemon=True).start()
+def say(*words): os.write(1, (" ".join(words) + "\n").encode())
+def receive(name, s):
+    try:
+        say(name, "got", s.recv(100).decode() or "end")
+    except OSError as e:
+        say(name, "got", errno.errorcode[e.errno])
+def accept(name, s):
+    while True:
+        c = s.accept()[0]
+        say(name, "accepted")
+        c.close()
+def ask():
+    while not os.path.exists("/ask"): time.sleep(0.05)
+    say("file", f.read())
+    try:
+        udp.send(b"x")
+    except OSError as e:
+        say("udp sends", errno.errorcode[e.errno])
+for job in [(receive, "udp", udp), (receive, "tcp6", c6), (accept, "tcp", t), (accept, "unix", u), (ask,)]: run(*job)
+say("descriptors", *[f"{n}={fd}" for n, fd in [("pipe", pipe[0]), ("unix", u.fileno()), ("file", f.fileno()), ("tcp", t.fileno())]])
+`
+
+// What can be closed and what can be opened again is, in a clone as well; what cannot is refused,
+// with the reason.
+func TestFDPolicyOfEveryKind(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	b := holding(t, kinds, "--env", "CRAC_FD_POLICY=file:/policy", option("checkpoint.image", image))
+	put := func(policy string) {
+		b.exec("python3", "-c", "import sys; open('/policy', 'w').write(sys.argv[1])", policy)
+	}
+
+	for _, tt := range []struct{ policy, says string }{
+		{"type: pipe\naction: error", ", pipe: forbidden"},
+		{"type: pipe\naction: close", "a pipe cannot be closed from outside"},
+		{"type: pipe\naction: reopen", "for the type pipe there are error, ignore, close"},
+		{"type: socket\nfamily: unix\nlocalPath: /s\naction: error", "unix stream /s listening: forbidden"},
+		{"type: socket\nfamily: unix\nlocalPath: /s\naction: close", "would leave the program without its listener"},
+		{"type: file\npath: /data\naction: close", "a file cannot be closed from outside"},
+		{"type: socket\nlocalPort: 7000\naction: close", "would leave the program without its listener"},
+		{"type: socket\nfamily: ipv6\nremotePort: 7006\naction: reopen", "tcp [::1]:"},
+	} {
+		put(tt.policy)
+		if _, err := t.Ctr(t.Ctx, "tasks", "checkpoint", b.id); err == nil || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%q: the checkpoint gives %v, want an error with %q", tt.policy, err, tt.says)
+		}
+	}
+	mustHaveImage(t, image, false)
+
+	put(`type: file
+path: /data
+action: reopen
+---
+type: socket
+listening: true
+action: reopen
+---
+type: socket
+family: ip
+remoteAddress: *
+action: close
+---
+type: pipe
+action: ignore
+`)
+	b.checkpoint()
+	b.says("udp got ECONNABORTED", "tcp6 got ECONNABORTED")
+
+	clone := start(t, how{image: image, flags: []string{option("restore", "require")}})
+	clone.says("tcp6 got end")
+	clone.exec("touch", "/ask")
+	clone.exec("python3", "-c", `
+import socket
+socket.create_connection(("127.0.0.1", 7000))
+socket.socket(socket.AF_UNIX).connect("/s")`)
+	clone.says("file after", "udp sends EDESTADDRREQ", "tcp accepted", "unix accepted")
 }
 
 // A clone has the policy of its own request.
@@ -289,7 +382,7 @@ func TestFDPolicyOfChildren(tb *testing.T) {
 	})
 	ended := make(chan error, 1)
 	go func() {
-		_, err := e.tryExec("sh", "-c", "exec 7<>/f; touch /ready; sleep 5; [ -e /dumped ]")
+		_, err := e.tryExec("sh", "-c", "exec 7<>/f; touch /ready; while [ ! -e /dumped ]; do sleep 0.05; done")
 		ended <- err
 	}()
 	t.Eventually("exec runs", func() bool { _, err := e.tryExec("test", "-e", "/ready"); return err == nil })

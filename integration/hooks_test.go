@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	ocispec "github.com/containerd/containerd/v2/pkg/oci"
+	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/integration/harness"
@@ -70,13 +71,32 @@ func ofEvent(all []told, event string) (names []string) {
 
 func (m told) text(key string) string { s, _ := m.message[key].(string); return s }
 
+// waitTold waits until n participants were told an event, and returns all that was told. What the
+// workload writes arrives a moment after it was written.
+func (b *box) waitTold(event string, n int) (all []told) {
+	b.Helper()
+	return b.waitHeard(b.told, event, n)
+}
+
+func (b *box) waitHeard(heard func() []told, event string, n int) (all []told) {
+	b.Helper()
+	b.Eventually(fmt.Sprintf("%d are told %s", n, event), func() bool {
+		all = heard()
+		return len(ofEvent(all, event)) >= n
+	})
+	return all
+}
+
 // hookCase is one cell of the matrix: how a workload is told, and how it answers.
 type hookCase struct {
-	via, mode string
-	args      []string // of the participant, beyond via and mode
-	flags     []string // of ctr run
-	ok        bool     // the answer is good
-	wantErr   string   // a part of the error, else
+	via, mode    string
+	participants int
+	args         []string // of the participant, beyond via and mode
+	flags        []string // of ctr run
+	ok           bool     // the answer is good
+	wantErr      string   // a part of the error, else
+	dies         bool     // who answers badly is not there any more
+	ends         bool     // and with it the container
 }
 
 // ways are the four ways to be told, with how each is asked for.
@@ -99,34 +119,42 @@ func ways(event, mode string, required bool) map[string][]string {
 	return ways
 }
 
-// hookCases is the matrix of one event.
+// hookCases is the matrix of one event. Ten participants are sockets: of adapters there is one
+// for each event. A command is a process of its own in any case, and a signal goes to the init.
 func hookCases(event string, required bool) (cases []hookCase) {
-	for _, mode := range []string{"ack", "veto", "timeout", "crash", "silent", "garbage", "ten", "child"} {
-		answer := mode
-		if mode == "ten" || mode == "child" {
+	for _, mode := range []string{"ack", "veto", "timeout", "crash", "silent", "garbage", "ten", "ten-veto", "ten-timeout", "ten-crash", "child"} {
+		answer, ten := strings.CutPrefix(mode, "ten")
+		if answer = strings.TrimPrefix(answer, "-"); answer == "" || answer == "child" {
 			answer = "ack"
 		}
 		for via, flags := range ways(event, answer, required) {
-			c := hookCase{via: via, mode: mode, flags: append(flags, option("hook.timeout", "700ms")), ok: answer == "ack"}
+			c := hookCase{via: via, mode: mode, participants: 1, flags: flags, ok: answer == "ack"}
 			c.args = []string{"-via", via, "-event", event, "-mode", answer}
+			c.dies = answer == "crash" && via != "exec"
+			c.ends = c.dies && via == "signal"
 			switch {
-			case mode == "ten" && via != "socket", // one adapter for each event
-				mode == "child" && (via == "exec" || via == "signal"), // a process of its own in any case; init is signalled
-				mode == "crash" && via == "signal":                    // would be the container's end
+			case ten && via != "socket", mode == "child" && (via == "exec" || via == "signal"):
 				continue
-			case mode == "ten":
+			case mode == "ten-crash": // of one, and not of all
+				c.args = append(c.args, "-n", "10", "-apart")
+			case ten:
 				c.args = append(c.args, "-n", "10")
-			case mode == "child", mode == "crash" && via != "exec":
+			case mode == "child", c.dies && !c.ends:
 				c.args = append(c.args, "-child")
-			}
-			if via == "exec" {
+			case via == "exec":
 				c.args = []string{"-via", "none"}
 			}
-			switch mode {
-			case "veto":
+			if ten {
+				c.participants = 10
+			}
+			switch {
+			case answer == "timeout", answer == "silent" && via == "signal":
+				c.flags = append(c.flags, option("hook.timeout", "2s"))
+				c.wantErr = "within 2s"
+			case answer == "veto":
 				c.wantErr = "pool busy"
-			case "timeout":
-				c.wantErr = "700ms"
+			case c.ends:
+				c.wantErr = "has ended"
 			}
 			cases = append(cases, c)
 		}
@@ -144,17 +172,25 @@ func (c hookCase) heard(b *box) []told {
 	return b.told()
 }
 
+// waitHeard waits until n were told an event, whichever way.
+func (c hookCase) waitHeard(b *box, event string, n int) []told {
+	b.Helper()
+	return b.waitHeard(func() []told { return c.heard(b) }, event, n)
+}
+
+// bySocket is one participant that agrees.
+var bySocket = hookCase{via: "socket", participants: 1}
+
 // ready waits until the participants listen.
 func (c hookCase) ready(b *box) {
 	b.Helper()
 	b.waitTicks(2)
-	want := map[string]string{"socket": "p00.sock", "http": "", "signal": "", "exec": ""}[c.via]
-	if c.mode == "ten" {
-		want = "p09.sock"
-	}
-	if want != "" {
+	for i := range c.participants {
+		if c.via != "socket" {
+			break
+		}
 		b.Eventually("a participant listens", func() bool {
-			_, err := os.Stat(filepath.Join(b.hooksDir(), want))
+			_, err := os.Stat(filepath.Join(b.hooksDir(), fmt.Sprintf("p%02d.sock", i)))
 			return err == nil
 		})
 	}
@@ -187,7 +223,13 @@ func TestHooksBeforeCheckpoint(tb *testing.T) {
 				c.succeeds(b, image)
 				return
 			}
+			failed := watch(t, "/crac/hook-failed")
 			for _, flags := range [][]string{nil, {"--exit"}} {
+				if c.dies && flags != nil { // it takes another one
+					b.remove()
+					b = participant(t, append(c.flags, option("checkpoint.image", image)), c.args...)
+					c.ready(b)
+				}
 				_, err := t.Ctr(t.Ctx, append(append([]string{"tasks", "checkpoint"}, flags...), b.id)...)
 				if err == nil {
 					t.Fatalf("a checkpoint was made (%v)", flags)
@@ -197,28 +239,52 @@ func TestHooksBeforeCheckpoint(tb *testing.T) {
 						t.Errorf("the error does not say %q: %v", part, err)
 					}
 				}
+				if f := failed.of(b.id); f["event"] != "before-checkpoint" || !strings.Contains(fmt.Sprint(f["reason"]), c.wantErr) {
+					t.Errorf("the event says: %v", f)
+				}
+				if c.ends {
+					b.Eventually("the end", func() bool { return b.status() == containerd.Stopped })
+					continue
+				}
 				b.wantStatus(containerd.Running)
 				b.waitTicks(3)
-				if c.mode == "crash" && c.via != "exec" {
-					break // nobody is left to ask
-				}
+				c.wantFailed(b, flags != nil)
 			}
 			mustHaveImage(t, image, false)
-			if c.mode == "crash" && c.via != "exec" {
-				b.remove()
-				return
-			}
-			var failed int
-			for _, m := range c.heard(b) {
-				if m.event == "after-resume" && m.text("outcome") == "failed" && m.text("error") != "" {
-					failed++
-				}
-			}
-			if failed != 2 {
-				t.Errorf("the workload was told %d times that a checkpoint failed, want 2: %v", failed, c.heard(b))
-			}
 			b.remove()
 		})
+	}
+}
+
+// wantFailed checks that everybody who is left was told that there is no checkpoint, also those
+// that agreed.
+func (c hookCase) wantFailed(b *box, again bool) {
+	b.Helper()
+	left, times := c.participants, 1
+	if c.dies {
+		left-- // and the container is another one
+	} else if again {
+		times = 2
+	}
+	if left == 0 {
+		return // nobody
+	}
+	var failed []string
+	for _, m := range c.waitHeard(b, "after-resume", left*times) {
+		if m.event == "after-resume" {
+			failed = append(failed, m.name)
+			if m.text("outcome") != "failed" || m.text("error") == "" {
+				b.Errorf("%s was told %v", m.name, m.message)
+			}
+		}
+	}
+	if len(failed) != left*times {
+		b.Errorf("told that a checkpoint failed: %v, want %d participants %d times", failed, left, times)
+	}
+	for part := range slices.Chunk(failed, left) {
+		if !slices.IsSorted(part) || len(slices.Compact(part)) != left {
+			b.Errorf("told that a checkpoint failed: %v, want each of %d once and in ascending order", part, left)
+		}
 	}
 }
 
@@ -226,14 +292,11 @@ func TestHooksBeforeCheckpoint(tb *testing.T) {
 // a clone: each time everybody is told.
 func (c hookCase) succeeds(b *box, image string) {
 	b.Helper()
-	participants := 1
-	if c.mode == "ten" {
-		participants = 10
-	}
+	participants := c.participants
 	b.checkpoint()
 	b.wantStatus(containerd.Running)
 	b.waitTicks(3)
-	heard := c.heard(b)
+	heard := c.waitHeard(b, "after-resume", participants)
 	before, after := ofEvent(heard, "before-checkpoint"), ofEvent(heard, "after-resume")
 	if len(before) != participants || len(after) != participants {
 		b.Fatalf("told before: %v, after: %v, want %d of each", before, after, participants)
@@ -262,10 +325,8 @@ func (c hookCase) succeeds(b *box, image string) {
 		flags: append(slices.Clone(c.flags), option("restore", "require"), "--hostname", "clone", "--env", "DB=prod2", "--annotation", "example.org/colour=green"),
 		args:  append([]string{"participant"}, c.args...),
 	})
-	// The start is reported after the answer: no waiting here.
-	heard = c.heard(clone)
-	restored := ofEvent(heard, "after-restore")
-	if c.via != "exec" && len(restored) != participants || c.via == "exec" && len(restored) != 1 {
+	heard = c.waitHeard(clone, "after-restore", participants)
+	if restored := ofEvent(heard, "after-restore"); len(restored) != participants {
 		b.Fatalf("the clone was told %v", heard)
 	}
 	m := heard[len(heard)-1]
@@ -303,25 +364,40 @@ func TestHooksAfterRestore(tb *testing.T) {
 				c.ready(b)
 				b.checkpoint("--exit")
 				b.remove()
+				failed := watch(t, "/crac/hook-failed")
 				clone, err := tryStart(t, how{
 					image: image, flags: append(slices.Clone(c.flags), option("restore", "require")),
 					args: append([]string{"participant"}, c.args...),
 				})
-				if !required {
-					if err != nil {
-						t.Fatal(err)
+				if f := failed.of(clone.id); f["event"] != "after-restore" || !strings.Contains(fmt.Sprint(f["reason"]), c.wantErr) {
+					t.Errorf("the event says: %v", f)
+				}
+				if required {
+					if err == nil {
+						t.Fatal("the clone was started")
 					}
-					clone.waitTicks(3)
+					for _, part := range []string{"after-restore", c.wantErr} {
+						if !strings.Contains(err.Error(), part) {
+							t.Errorf("the error does not say %q: %v", part, err)
+						}
+					}
+					clone.Eventually("the clone is ended", func() bool { return clone.status() == containerd.Stopped })
+					if _, err := os.Stat(fmt.Sprintf("/proc/%d", clone.task().Pid())); err == nil {
+						t.Error("the clone's process is there")
+					}
 					clone.remove()
 					return
 				}
-				if err == nil {
-					t.Fatal("the clone was started")
+				if err != nil {
+					t.Fatal(err)
 				}
-				for _, part := range []string{"after-restore", c.wantErr} {
-					if !strings.Contains(err.Error(), part) {
-						t.Errorf("the error does not say %q: %v", part, err)
-					}
+				if got := ofEvent(c.waitHeard(clone, "after-restore", c.participants), "after-restore"); len(got) != c.participants {
+					t.Errorf("the clone was told: %v", got)
+				}
+				if c.ends {
+					clone.Eventually("the end", func() bool { return clone.status() == containerd.Stopped })
+				} else {
+					clone.waitTicks(3)
 				}
 				clone.remove()
 			})
@@ -355,7 +431,8 @@ func TestHooksRequired(tb *testing.T) {
 	}
 }
 
-// A dump that was made with hooks restores with hooks=off, and one without them where they are on.
+// A dump that was made with hooks restores with hooks=off, and is told: it waits for that. One
+// without them restores where they are on.
 func TestHooksOnAndOff(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
@@ -368,8 +445,12 @@ func TestHooksOnAndOff(tb *testing.T) {
 		b.remove()
 		clone := start(t, how{image: image, flags: []string{option("hooks", c[1]), option("restore", "require")}})
 		clone.waitTicks(3)
-		if told := clone.told(); len(told) > 0 {
-			t.Errorf("%v: the clone was told %v", c, told)
+		want := 0
+		if c[0] == "optional" {
+			want = 1
+		}
+		if got := ofEvent(clone.waitTold("after-restore", want), "after-restore"); len(got) != want {
+			t.Errorf("%v: the clone was told %v", c, got)
 		}
 		if c == [2]string{"off", "optional"} {
 			if out := clone.exec("participant", "ask", "status"); !strings.Contains(out, `"start":"warm"`) {
@@ -380,22 +461,25 @@ func TestHooksOnAndOff(tb *testing.T) {
 	}
 }
 
-// A task that a client has paused is told nevertheless, and goes out paused.
+// A task that a client has paused is told nevertheless, and goes out paused. What it does for its
+// checkpoint is in the image, in memory as in files.
 func TestHooksOfPausedTask(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
 	t := setup(tb)
 	image := ref(t)
-	b := participant(t, []string{option("checkpoint.image", image)})
-	hookCase{via: "socket"}.ready(b)
+	args := []string{"-state", "/state"}
+	b := participant(t, []string{option("checkpoint.image", image)}, args...)
+	bySocket.ready(b)
 	task := b.task()
 	if err := task.Pause(t.Ctx); err != nil {
 		t.Fatal(err)
 	}
 	t.CracctlOK("checkpoint", b.id, image)
 	b.wantStatus(containerd.Paused)
-	if got := ofEvent(b.told(), "before-checkpoint"); len(got) != 1 {
-		t.Errorf("told before: %v", b.told())
+	told := b.waitTold("before-checkpoint", 1)
+	if len(told) != 1 {
+		t.Errorf("told before: %v", told)
 	}
 	if got := ofEvent(b.told(), "after-resume"); len(got) != 0 {
 		t.Errorf("told of a resume that was not: %v", b.told())
@@ -403,10 +487,79 @@ func TestHooksOfPausedTask(tb *testing.T) {
 	if err := task.Resume(t.Ctx); err != nil {
 		t.Fatal(err)
 	}
-	if got := ofEvent(b.told(), "after-resume"); len(got) != 1 {
+	if got := ofEvent(b.waitTold("after-resume", 1), "after-resume"); len(got) != 1 {
 		t.Errorf("after the resume: %v", b.told())
 	}
 	b.waitTicks(2)
+	b.remove()
+
+	clone := start(t, how{image: image, flags: []string{option("restore", "require")}, args: append([]string{"participant"}, args...)})
+	clone.says("state " + told[0].text("id") + " " + told[0].text("id"))
+	clone.remove()
+}
+
+// Nobody is told two things at once: cracctl check waits for a checkpoint, and that for it.
+func TestHooksTakeTurns(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	t := setup(tb)
+	image := ref(t)
+	b := participant(t, nil)
+	bySocket.ready(b)
+	checked := make(chan error, 1)
+	stop := make(chan struct{})
+	go func() {
+		for {
+			_, err := t.Cracctl(t.Ctx, "check", b.id)
+			if err != nil && !strings.Contains(err.Error(), "a checkpoint of this container is being made") {
+				checked <- err
+				return
+			}
+			select {
+			case <-stop:
+				checked <- nil
+				return
+			default:
+			}
+		}
+	}()
+	b.waitTold("check", 1)
+	rounds := times(10)
+	for range rounds { // not by ctr: it names its images by the second
+		t.CracctlOK("checkpoint", b.id, image)
+	}
+	close(stop)
+	if err := <-checked; err != nil {
+		t.Error(err)
+	}
+	told := b.waitTold("after-resume", rounds)
+	for i, m := range told {
+		if m.event == "before-checkpoint" && (i+1 == len(told) || told[i+1].event != "after-resume") {
+			t.Errorf("between before-checkpoint and after-resume: %v", told[i:min(i+2, len(told))])
+		}
+	}
+	b.remove()
+}
+
+// A participant is anybody in the container.
+func TestHooksOfAnotherUser(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	t := setup(tb)
+	image := ref(t)
+	b := participant(t, []string{option("checkpoint.image", image)}, "-child", "-uid", "1000", "-mode", "veto")
+	bySocket.ready(b)
+	if out := b.exec("stat", "-c", "%u", "/run/crac/p00.sock"); out != "1000" {
+		t.Errorf("the participant's user is %s", out)
+	}
+	if _, err := t.Ctr(t.Ctx, "tasks", "checkpoint", b.id); err == nil || !strings.Contains(err.Error(), "participant p00.sock: pool busy") {
+		t.Errorf("the checkpoint gives %v", err)
+	}
+	if told := b.waitTold("after-resume", 1); told[len(told)-1].text("outcome") != "failed" {
+		t.Errorf("told: %v", told)
+	}
+	b.wantStatus(containerd.Running)
+	mustHaveImage(t, image, false)
 	b.remove()
 }
 
@@ -417,10 +570,10 @@ func TestHooksOfHostileContainer(tb *testing.T) {
 	t := setup(tb)
 	image := ref(t)
 	b := participant(t, []string{option("checkpoint.image", image), option("hook.timeout", "1s")})
-	hookCase{via: "socket"}.ready(b)
+	bySocket.ready(b)
 	b.exec("sh", "-c", `cd /run/crac && mkfifo a.sock && ln -s /proc/1/root/etc/passwd b.sock && mkdir c.sock && ln -s / d && rm control.sock && ln -s p00.sock control.sock && echo x >z`)
 	b.checkpoint()
-	if got := ofEvent(b.told(), "after-resume"); !slices.Equal(got, []string{"p00.sock"}) {
+	if got := ofEvent(b.waitTold("after-resume", 1), "after-resume"); !slices.Equal(got, []string{"p00.sock"}) {
 		t.Errorf("told: %v", b.told())
 	}
 	if out := b.exec("participant", "ask", "status"); !strings.Contains(out, b.id) {
@@ -529,10 +682,14 @@ func TestCheckpointWhenReady(tb *testing.T) {
 		tb.Parallel()
 		t := setup(tb)
 		image := ref(t)
+		failed := watch(t, "/crac/checkpoint-failed")
 		b := start(t, how{
 			flags: []string{option("checkpoint.when", "ready"), option("checkpoint.probe", "false"), option("checkpoint.image", image)},
 			args:  []string{"sleep", "1"},
 		})
+		if f := failed.of(b.id); !strings.Contains(fmt.Sprint(f["reason"]), "the workload ended before its checkpoint") {
+			t.Errorf("the event says: %v", f)
+		}
 		b.Eventually("the end", func() bool { return b.status() == containerd.Stopped })
 		mustHaveImage(t, image, false)
 		b.remove()
@@ -546,26 +703,32 @@ func TestCheckpointWhenReady(tb *testing.T) {
 	})
 }
 
-// The directory of hooks works in a container of a user namespace, whose root is nobody outside.
+// The directory of hooks works in a container of a user namespace, whose root is nobody outside,
+// and so does the message of a signal, which is for that root alone.
 func TestHooksInUserNamespace(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
-	t := setup(tb)
-	image := ref(t)
-	mapped := []string{"--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", option("checkpoint.image", image)}
-	b := participant(t, mapped)
-	hookCase{via: "socket"}.ready(b)
-	b.checkpoint("--exit")
-	if got := ofEvent(b.told(), "before-checkpoint"); len(got) != 1 {
-		t.Errorf("told: %v", b.told())
+	for _, via := range []string{"socket", "signal"} {
+		tb.Run(via, func(tb *testing.T) { // not at the same time: both make ctr remap the image
+			t := setup(tb)
+			image := ref(t)
+			args := []string{"-via", via}
+			mapped := append(ways("", "", true)[via], "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", option("checkpoint.image", image))
+			b := participant(t, mapped, args...)
+			hookCase{via: via, participants: 1}.ready(b)
+			b.checkpoint("--exit")
+			if got := ofEvent(b.waitTold("before-checkpoint", 1), "before-checkpoint"); len(got) != 1 {
+				t.Errorf("told: %v", b.told())
+			}
+			b.remove()
+			clone := start(t, how{image: image, flags: append(mapped, option("restore", "require")), args: append([]string{"participant"}, args...)})
+			if got := ofEvent(clone.waitTold("after-restore", 1), "after-restore"); len(got) != 1 {
+				t.Errorf("the clone was told: %v", clone.told())
+			}
+			clone.waitTicks(2)
+			clone.remove()
+		})
 	}
-	b.remove()
-	clone := start(t, how{image: image, flags: append(mapped, option("restore", "require")), args: []string{"participant"}})
-	if got := ofEvent(clone.told(), "after-restore"); len(got) != 1 {
-		t.Errorf("the clone was told: %v", clone.told())
-	}
-	clone.waitTicks(2)
-	clone.remove()
 }
 
 // An image may bring its own way of being told.
@@ -573,7 +736,12 @@ func TestHooksOfImage(tb *testing.T) {
 	onlyCrac(tb)
 	tb.Parallel()
 	t := setup(tb)
-	b := participant(t, []string{"--env", "CRAC_HOOK_BEFORE_CHECKPOINT=participant hook -mode veto", option("checkpoint.image", ref(t))}, "-via", "none")
+	needImage(t, "participant")
+	image := ref(t)
+	configured(t, "participant", image, func(c *imagespec.ImageConfig) {
+		c.Env = append(c.Env, "CRAC_HOOK_BEFORE_CHECKPOINT=participant hook -mode veto")
+	})
+	b := start(t, how{image: image, flags: []string{option("checkpoint.image", ref(t))}, args: []string{"participant", "-via", "none"}})
 	b.waitTicks(2)
 	if _, err := t.Ctr(t.Ctx, "tasks", "checkpoint", b.id); err == nil || !strings.Contains(err.Error(), "pool busy") {
 		t.Errorf("the checkpoint gives %v", err)
@@ -589,13 +757,30 @@ func TestHooksArguments(tb *testing.T) {
 	t := setup(tb)
 	image := ref(t)
 	b := participant(t, []string{option("checkpoint.image", image)})
-	hookCase{via: "socket"}.ready(b)
+	bySocket.ready(b)
 	b.checkpoint("--exit")
 	b.remove()
 	clone := start(t, how{image: image, flags: []string{option("restore", "require")}, args: []string{"participant", "--other", "arguments"}})
-	heard := clone.told()
+	heard := clone.waitTold("after-restore", 1)
 	if len(heard) != 1 || fmt.Sprint(heard[0].message["args"]) != "[participant --other arguments]" {
 		t.Errorf("the clone was told %v", heard)
+	}
+	clone.remove()
+}
+
+// One that does not take them is no reason to run with the old ones as if nothing were the matter.
+func TestHooksArgumentsNotTaken(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	t := setup(tb)
+	image := ref(t)
+	b := participant(t, []string{option("checkpoint.image", image)}, "-event", "after-restore", "-mode", "veto")
+	bySocket.ready(b)
+	b.checkpoint("--exit")
+	b.remove()
+	clone, err := tryStart(t, how{image: image, flags: []string{option("restore", "require")}, args: []string{"participant", "--other"}})
+	if err == nil || !strings.Contains(err.Error(), "nothing that listens in /run/crac has taken it") {
+		t.Errorf("a start with other arguments gives %v", err)
 	}
 	clone.remove()
 }

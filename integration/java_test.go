@@ -110,6 +110,10 @@ func TestJavaUntold(tb *testing.T) {
 	for mode, hooks := range map[string]string{"off": "optional", "auto": "required"} {
 		c := h
 		image := ref(t)
+		if mode == "off" {
+			// A collector that collects nothing: another one might, by chance.
+			c.args = slices.Insert(slices.Clone(h.args), 1, "-XX:+UnlockExperimentalVMOptions", "-XX:+UseEpsilonGC")
+		}
 		c.flags = append(slices.Clone(h.flags), option("java", mode), option("checkpoint.image", image), option("hooks", hooks))
 		b := start(t, c)
 		b.untilSaid("ready")
@@ -176,9 +180,61 @@ func TestJavaPolicy(tb *testing.T) {
 	if err := checkpoint(); err == nil || !strings.Contains(err.Error(), "/usr/lib/crac/crac.jar") {
 		t.Errorf("a checkpoint against the policy: %v", err)
 	}
-	b.exec("sh", "-c", "printf 'type: file\\naction: ignore\\n' >/etc/policy")
+	// cracctl check foretells it.
+	if r, status := b.check(); status != 1 || !slices.Equal(r.codes("error"), []string{"policy"}) {
+		t.Errorf("cracctl check: %d, %+v", status, r.Findings)
+	}
+	// The library cannot close what is not its own.
+	b.exec("sh", "-c", "printf 'type: file\\npath: /usr/lib/crac/*\\naction: close\\n' >/etc/policy")
+	if err := checkpoint(); err == nil || !strings.Contains(err.Error(), "a file cannot be closed from outside") {
+		t.Errorf("a checkpoint for which a file is to be closed: %v", err)
+	}
+	for _, action := range []string{"reopen", "ignore"} {
+		b.exec("sh", "-c", "printf 'type: file\\naction: "+action+"\\n' >/etc/policy")
+		if r, status := b.check(); status != 0 {
+			t.Errorf("%s: cracctl check: %d, %+v", action, status, r.Findings)
+		}
+	}
 	if err := checkpoint(); err != nil {
 		t.Errorf("a checkpoint that the policy allows: %v", err)
+	}
+}
+
+// TestJavaSessions: Tomcat draws the ids of its sessions from SHA1PRNG, which two clones have alike
+// but for the library.
+func TestJavaSessions(tb *testing.T) {
+	onlyCrac(tb)
+	tb.Parallel()
+	for mode, want := range map[oci.JavaMode]bool{oci.JavaEnv: false, oci.JavaOff: true} {
+		tb.Run(string(mode), func(tb *testing.T) {
+			tb.Parallel()
+			t := setup(tb)
+			needImage(t, "tomcat")
+			image := ref(t)
+			original := start(t, how{image: harness.ImageRef("tomcat"), cni: true, flags: []string{option("java", string(mode)), option("checkpoint.image", image)}})
+			sessions := func(b *box) (ids []string) {
+				for range 20 {
+					ids = append(ids, value(b.get("/examples/crac.jsp"), "session"))
+				}
+				slices.Sort(ids)
+				if ids = slices.Compact(ids); len(ids) != 20 || ids[0] == "" {
+					t.Fatalf("20 new sessions are %q", ids)
+				}
+				return ids
+			}
+			sessions(original)
+			original.checkpoint("--exit")
+			original.remove()
+			var drawn [2][]string
+			for i := range drawn {
+				clone := start(t, how{image: image, cni: true, flags: []string{option("restore", "require")}})
+				drawn[i] = sessions(clone)
+				clone.remove()
+			}
+			if got := slices.ContainsFunc(drawn[0], func(id string) bool { return slices.Contains(drawn[1], id) }); got != want {
+				t.Errorf("two clones give the same session to two clients: %v, want %v: %q", got, want, drawn)
+			}
+		})
 	}
 }
 

@@ -49,13 +49,18 @@ func (b *box) redisDigest() string {
 
 // killPager kills the process that brings a container its memory, which is a child of the
 // container's shim, some time after it has seen one, and those that it sees from then on, until
-// stop is closed. It tells whether it has killed any.
-func killPager(t *harness.T, id string, later time.Duration, stop <-chan struct{}) (killed bool) {
+// stop is closed. If it is to hold it, it does nothing any more from when it is seen. It tells
+// whether it has killed any.
+func killPager(t *harness.T, id string, hold bool, later time.Duration, stop <-chan struct{}) (killed bool) {
 	var due time.Time
-	for {
+	for stopped := false; !stopped; {
 		select {
 		case <-stop:
-			return killed
+			stopped = true
+			if !hold {
+				return killed
+			}
+			due = time.Now() // nothing else would end it
 		default:
 		}
 		shim, err := t.ShimPID(id)
@@ -67,11 +72,15 @@ func killPager(t *harness.T, id string, later time.Duration, stop <-chan struct{
 			due = time.Now().Add(later)
 		}
 		for _, pid := range pagers {
+			if hold {
+				_ = unix.Kill(pid, unix.SIGSTOP)
+			}
 			if !time.Now().Before(due) && unix.Kill(pid, unix.SIGKILL) == nil {
 				killed = true
 			}
 		}
 	}
+	return killed
 }
 
 // pagersOf lists the pagers that a shim has started and that live.
@@ -228,11 +237,12 @@ func TestLazyMemoryWithoutPager(tb *testing.T) {
 	b.checkpoint("--exit")
 	b.remove()
 	right, dead, refused := 0, 0, 0
-	for range times(10) {
+	for i := range times(10) {
 		failed := watch(t, "/crac/memory-failed")
 		clone := newBox(t, newID(t))
 		stop, killed := make(chan struct{}), make(chan bool)
-		go func() { killed <- killPager(t, clone.id, anyMoment(), stop) }()
+		// At any moment, and in the middle.
+		go func() { killed <- killPager(t, clone.id, i%2 == 0, anyMoment(), stop) }()
 		_, err := t.Ctr(t.Ctx, "run", "--detach", "--runtime", testRuntime, "--log-uri", "file://"+clone.out,
 			option("restore", "require"), option("memory", "lazy"), image, clone.id)
 		close(stop)

@@ -25,6 +25,9 @@ type drawing struct {
 	image string
 	// files puts what the program needs into a directory, which the container has as /opt/draw.
 	files func(t *harness.T, dir string)
+	// tool is a directory of build/tools, which the container has in the same place, with the program;
+	// empty: the image has it.
+	tool  string
 	env   []string
 	flags []string // of ctr, if it is to use the SDK
 	args  []string // the argument "sdk" is added if it is to use the SDK
@@ -84,17 +87,23 @@ var drawings = []drawing{
 		// Nothing can give the Go runtime's generator a new seed; crac.Rand is in its place.
 		with: []string{"math/rand", "math/rand/v2"},
 	},
-	{
-		name:    "java",
+	javaDrawing("java", ""),
+	javaDrawing("java25", "jdk25"), // the image's own is JDK 17
+}
+
+func javaDrawing(name, tool string) drawing {
+	return drawing{
+		name:    name,
 		image:   "tomcat",
 		files:   javaFiles,
+		tool:    tool,
 		flags:   []string{option("java", "auto")},
 		args:    []string{"java", "-cp", "/opt/draw", "Draw"},
 		kinds:   []string{"SecureRandom", "SHA1PRNG", "DRBG", "strong", "randomUUID", "Random", "ThreadLocalRandom", "SplittableRandom", "Math.random"},
 		without: []string{"SHA1PRNG", "DRBG", "Random", "ThreadLocalRandom", "SplittableRandom", "Math.random"},
 		// No secure ones, and out of reach.
 		with: []string{"ThreadLocalRandom", "SplittableRandom", "Math.random"},
-	},
+	}
 }
 
 var nodeKinds = []string{"randomBytes", "randomBytes-in-the-thread-pool", "randomUUID", "randomInt", "getRandomValues", "Math.random", "key"}
@@ -147,6 +156,14 @@ func (d drawing) prepare(t *harness.T, sdk bool) how {
 	d.files(t, dir)
 	h := how{image: harness.ImageRef(d.image), args: slices.Clone(d.args)}
 	h.flags = append(h.flags, "--mount", "type=bind,src="+dir+",dst=/opt/draw,options=rbind:ro")
+	if d.tool != "" {
+		tool := filepath.Join(t.Tools.Build, "tools", d.tool)
+		h.args[0] = filepath.Join(tool, "bin", h.args[0])
+		if _, err := os.Stat(h.args[0]); err != nil {
+			t.Fatalf("%v: integration/tools/install.sh %s makes it", err, d.tool)
+		}
+		h.flags = append(h.flags, "--mount", "type=bind,src="+tool+",dst="+tool+",options=rbind:ro")
+	}
 	for _, e := range d.env {
 		h.flags = append(h.flags, "--env", e)
 	}

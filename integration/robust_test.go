@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/integration/harness"
 )
 
@@ -304,6 +305,115 @@ func TestKilledWhileMakingImages(tb *testing.T) {
 	t.CracctlOK("checkpoint", "--exit", b.id, image)
 	if v := fromJSON[verified](t, "verify", image); !v.OK {
 		t.Errorf("%+v", v)
+	}
+}
+
+// A builder whose shim was killed ends, and makes no image: nobody would hear of it.
+func TestBuilderEndsWithShim(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	needImage(t, "python")
+	b := start(t, how{image: harness.ImageRef("python"), args: []string{"python3", "-c", strings.Replace(remembers, "16 << 20", "128 << 20", 1)}})
+	b.waitTicks(1)
+	image := ref(t)
+	done := make(chan error, 1)
+	go func() {
+		_, err := t.Cracctl(t.Ctx, "checkpoint", "--quiet", b.id, image)
+		done <- err
+	}()
+	// It is in the middle of the layer, and containerd, to which it writes, stands still until the
+	// shim is dead.
+	var pid int
+	t.Eventually("the layer is being written", func() bool {
+		for _, p := range t.OwnProcesses() {
+			if strings.Contains(p.Cmdline, "cracctl build-image") {
+				pid = p.PID
+			}
+		}
+		list, err := t.Client.ContentStore().ListStatuses(t.Ctx, "ref~="+build.IngestRef(b.id))
+		return err == nil && len(list) > 0 && list[0].Offset > 0
+	})
+	if err := syscall.Kill(t.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	goOn := func() error { return syscall.Kill(t.PID(), syscall.SIGCONT) }
+	t.Cleanup(func() { _ = goOn() })
+	if err := b.killOne("shim"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err == nil {
+		t.Error("the checkpoint succeeded without its shim")
+	}
+	if err := goOn(); err != nil {
+		t.Fatal(err)
+	}
+	t.Eventually("the builder has ended", func() bool { return syscall.Kill(pid, 0) != nil })
+	mustHaveImage(t, image, false)
+	// And nothing of it is held.
+	all, err := t.Client.LeasesService().List(t.Ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range all {
+		t.Errorf("lease %s is left: %+v", l.ID, l)
+	}
+}
+
+// What would stop the image is found before anybody is told, and before the workload stands still.
+func TestRefusedBeforeAnybodyIsTold(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	ask, err := t.Path("ask")
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := ref(t)
+	needImage(t, "busybox")
+	t.CtrOK("images", "tag", harness.ImageRef("busybox"), base)
+	h := ticker("--mount", "type=bind,src="+ask+",dst=/ask,options=rbind:rw", option("hook.before-checkpoint", `["/bin/sh","-c","touch /ask/told"]`))
+	h.image = base
+	b := start(t, h)
+	b.waitTicks(2)
+	_, public := keyPair(t)
+	told := func() bool {
+		_, err := os.Stat(filepath.Join(ask, "told"))
+		return err == nil
+	}
+	parent := ref(t)
+	t.CracctlOK("checkpoint", b.id, parent)
+	if !told() {
+		t.Fatal("the hook does not tell that it was called")
+	}
+	before, err := t.Client.LeasesService().List(t.Ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		prepare func()
+		flags   []string
+		want    string
+	}{
+		{func() {}, []string{"--parent", parent, "--encrypt-to", "jwe:" + public}, "encrypt it first"},
+		{func() { t.CtrOK("images", "delete", "--sync", base) }, nil, "no longer there"},
+	} {
+		tt.prepare()
+		if err := os.Remove(filepath.Join(ask, "told")); err != nil && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+		image := ref(t)
+		_, err := t.Cracctl(t.Ctx, append([]string{"checkpoint", b.id, image}, tt.flags...)...)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("got %v, want %q", err, tt.want)
+		}
+		if told() {
+			t.Errorf("%q: the workload was told of a checkpoint", tt.want)
+		}
+		mustHaveImage(t, image, false)
+		b.waitTicks(2)
+	}
+	b.inOrder()
+	if after, err := t.Client.LeasesService().List(t.Ctx); err != nil || len(after) > len(before) {
+		t.Errorf("leases left: %+v, %v", after, err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -8,10 +9,11 @@ import (
 
 // Annotations of a checkpoint image's manifest, and of an index that lists it.
 // The org.criu.checkpoint.* names are those that checkpointctl defines and
-// other tools read.
+// other tools read, but for container.name: Kubernetes' engines (containerd 2.1 to 2.3,
+// CRI-O) take an image that has it for an archive of their own, and start no container
+// from it but by restoring that.
 const (
 	AnnotationEngine        = "org.criu.checkpoint.engine.name"
-	AnnotationContainer     = "org.criu.checkpoint.container.name"
 	AnnotationRootfsImage   = "org.criu.checkpoint.rootfsImageName"
 	AnnotationRootfsSha     = "org.criu.checkpoint.rootfsImageSha"
 	AnnotationRuntime       = "org.criu.checkpoint.runtime.name"
@@ -21,6 +23,7 @@ const (
 	AnnotationCgroupVersion = "org.criu.checkpoint.cgroup.version"
 
 	AnnotationVersion        = ImagePrefix + "version"
+	AnnotationContainer      = ImagePrefix + "container"
 	AnnotationBaseName       = ImagePrefix + "base.name"
 	AnnotationBaseDigest     = ImagePrefix + "base.digest"
 	AnnotationCPUVendor      = ImagePrefix + "cpu.vendor"
@@ -75,7 +78,6 @@ func Annotations(m *Manifest) map[string]string {
 	}
 	all := map[string]string{
 		AnnotationEngine:        "containerd",
-		AnnotationContainer:     m.Container.ID,
 		AnnotationRootfsImage:   m.Base.Name,
 		AnnotationRootfsSha:     strings.TrimPrefix(m.Base.Digest, "sha256:"),
 		AnnotationRuntime:       RuntimeName,
@@ -85,6 +87,7 @@ func Annotations(m *Manifest) map[string]string {
 		AnnotationCgroupVersion: "v" + strconv.Itoa(m.Host.CgroupVersion),
 
 		AnnotationVersion:     m.Version,
+		AnnotationContainer:   m.Container.ID,
 		AnnotationBaseName:    m.Base.Name,
 		AnnotationBaseDigest:  m.Base.Digest,
 		AnnotationCPUVendor:   m.Host.CPU.Vendor,
@@ -118,8 +121,11 @@ func Annotations(m *Manifest) map[string]string {
 
 // FactsOf reads what Annotations wrote, as far as a restore can be judged by it:
 // the manifest in the layer is what counts. ok tells whether the annotations are a
-// checkpoint image's. What they lack or misspell is zero.
+// checkpoint image's. What they lack or misspell is zero, and so is what would do
+// something to a terminal.
 func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
+	annotations = maps.Clone(annotations)
+	maps.DeleteFunc(annotations, func(_, v string) bool { return hasControls(v) })
 	version := annotations[AnnotationVersion]
 	if version == "" {
 		return nil, false
@@ -154,6 +160,14 @@ func FactsOf(annotations map[string]string) (m *Manifest, ok bool) {
 		Requires:       list(AnnotationRequires),
 		// How many files, they do not say.
 		Files: []File{{Size: number(annotations[AnnotationDumpBytes])}},
+	}
+	if name := annotations[AnnotationLSM]; name != "" {
+		// By which profiles, they do not say.
+		m.Container.LSM = &LSM{Name: name}
+	}
+	if depth := number(annotations[AnnotationDepth]); depth > 0 {
+		// What it continues, they do not say.
+		m.Parent = &Parent{Depth: int(depth)}
 	}
 	if created, err := time.Parse(time.RFC3339, annotations[annotationCreated]); err == nil {
 		m.Created = created

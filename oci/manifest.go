@@ -6,20 +6,28 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"path"
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // Limits of a manifest that a reader accepts. A pulled image is hostile input:
-// they bound what one can make a host read, hash and keep.
+// they bound what one can make a host read, hash and keep. maxString is in bytes.
 const (
 	MaxManifestSize = 4 << 20
 	MaxFiles        = 1 << 16
 	maxList         = 1 << 14
 	maxString       = 1 << 16
+	maxPath         = 4096
+	// Pages are of 4 KiB to 64 KiB wherever CRIU runs.
+	minPage, maxPage = 1 << 12, 1 << 20
 )
+
+// UnknownKernel is a manifest's Host.Kernel where nobody knows it.
+const UnknownKernel = "unknown"
 
 // ErrInvalid is wrapped by every error about a manifest's content.
 var ErrInvalid = errors.New("invalid checkpoint manifest")
@@ -57,7 +65,9 @@ type Manifest struct {
 type Platform struct {
 	OS           string `json:"os"`
 	Architecture string `json:"architecture"`
-	Variant      string `json:"variant,omitempty"`
+	// Variant is for people: what of a kind of the architecture the code may use, the
+	// features of the CPU say.
+	Variant string `json:"variant,omitempty"`
 }
 
 // Host describes the machine of the dump, as far as a restore depends on it.
@@ -203,9 +213,9 @@ func checkVersion(v string) error {
 	return nil
 }
 
-// Validate checks everything that a reader relies on: the version, bounded
-// lists, file names that name a file in one directory and nothing else,
-// sensible sizes, complete digests, absolute and clean mount points.
+// Validate checks everything that a reader relies on: the version, that what must be
+// there is, bounded lists and strings, file names that name a file in one directory and
+// nothing else, sensible sizes, complete digests, absolute and clean mount points.
 func (m *Manifest) Validate() error {
 	if err := checkVersion(m.Version); err != nil {
 		return err
@@ -214,14 +224,20 @@ func (m *Manifest) Validate() error {
 		return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, a...))
 	}
 	switch {
+	case m.Created.IsZero():
+		return invalid("no time when it was created")
 	case m.Platform.OS == "" || m.Platform.Architecture == "":
 		return invalid("no platform")
-	case m.Host.PageSize <= 0 || m.Host.PageSize&(m.Host.PageSize-1) != 0:
+	case m.Host.Kernel == "":
+		return invalid("no host.kernel, not even %q", UnknownKernel)
+	case m.Host.PageSize < minPage || m.Host.PageSize > maxPage || m.Host.PageSize&(m.Host.PageSize-1) != 0:
 		return invalid("page size %d", m.Host.PageSize)
 	case m.Host.CgroupVersion != 1 && m.Host.CgroupVersion != 2:
 		return invalid("cgroup version %d", m.Host.CgroupVersion)
 	case m.CRIU.Version <= 0 || m.CRIU.Minimum <= 0:
 		return invalid("CRIU version %d, minimum %d", m.CRIU.Version, m.CRIU.Minimum)
+	case m.Container.ID == "":
+		return invalid("no container.id")
 	case len(m.Container.Args) == 0:
 		return invalid("no arguments of the container's process")
 	case len(m.Files) == 0:
@@ -244,17 +260,22 @@ func (m *Manifest) Validate() error {
 	}
 
 	// These strings reach annotations, logs and terminals.
-	for name, s := range m.shownStrings() {
-		if len(s) > maxString || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+	for name, s := range m.shown() {
+		if len(s) > maxString || hasControls(s) {
 			return invalid("%s is too long or holds control characters", name)
+		}
+	}
+	// These may hold anything, and are quoted where they are shown.
+	for _, arg := range slices.Concat(m.Container.Args, m.Base.Args) {
+		if len(arg) > maxString {
+			return invalid("an argument with %d bytes; at most %d are allowed", len(arg), maxString)
 		}
 	}
 	if m.Base.Digest != "" && !validDigest(m.Base.Digest) {
 		return invalid("base digest %q is not sha256:<64 hexadecimal digits>", m.Base.Digest)
 	}
 	for _, mount := range m.Mounts {
-		if !path.IsAbs(mount.Destination) || path.Clean(mount.Destination) != mount.Destination || len(mount.Destination) > 4096 ||
-			strings.ContainsRune(mount.Destination, 0) {
+		if !path.IsAbs(mount.Destination) || path.Clean(mount.Destination) != mount.Destination || len(mount.Destination) > maxPath {
 			return invalid("mount destination %q is not an absolute, clean path", mount.Destination)
 		}
 	}
@@ -278,27 +299,47 @@ func (m *Manifest) Validate() error {
 	return nil
 }
 
-func (m *Manifest) shownStrings() func(yield func(string, string) bool) {
+// shown are the strings that people are shown as they are, with their names.
+func (m *Manifest) shown() iter.Seq2[string, string] {
 	return func(yield func(string, string) bool) {
-		for _, s := range [][2]string{
-			{"version", m.Version},
-			{"name", m.Name},
-			{"platform", m.Platform.OS + m.Platform.Architecture + m.Platform.Variant},
-			{"host.kernel", m.Host.Kernel},
-			{"host.cpu", m.Host.CPU.Vendor + m.Host.CPU.Model + strings.Join(m.Host.CPU.Features, "")},
-			{"container.id", m.Container.ID},
-			{"container.hostname", m.Container.Hostname},
-			{"container.cwd", m.Container.Cwd},
-			{"container.namespaces", strings.Join(m.Container.Namespaces, "")},
-			{"container.lsm", m.Container.LSM.shown()},
-			{"base", m.Base.Name},
-		} {
-			if !yield(s[0], s[1]) {
+		lists := []struct {
+			name string
+			list []string
+		}{
+			{"version", []string{m.Version}},
+			{"name", []string{m.Name}},
+			{"platform", []string{m.Platform.OS, m.Platform.Architecture, m.Platform.Variant}},
+			{"host.kernel", []string{m.Host.Kernel}},
+			{"host.cpu", append([]string{m.Host.CPU.Vendor, m.Host.CPU.Model}, m.Host.CPU.Features...)},
+			{"container.id", []string{m.Container.ID}},
+			{"container.hostname", []string{m.Container.Hostname}},
+			{"container.cwd", []string{m.Container.Cwd}},
+			{"container.namespaces", m.Container.Namespaces},
+			{"base.name", []string{m.Base.Name}},
+		}
+		if l := m.Container.LSM; l != nil {
+			lists = append(lists, struct {
+				name string
+				list []string
+			}{"container.lsm", l.Profiles})
+		}
+		for _, l := range lists {
+			for _, s := range l.list {
+				if !yield(l.name, s) {
+					return
+				}
+			}
+		}
+		for _, mount := range m.Mounts {
+			if !yield("a mount's destination", mount.Destination) || !yield("a mount's type", mount.Type) {
 				return
 			}
 		}
 	}
 }
+
+// hasControls tells whether a string has control characters, which a terminal obeys.
+func hasControls(s string) bool { return strings.ContainsFunc(s, unicode.IsControl) }
 
 // ValidFileName tells whether a dump may hold a file of this name: a plain base
 // name that means the same to every tool that handles it.

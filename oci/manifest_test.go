@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -152,6 +153,71 @@ func TestSpecification(t *testing.T) {
 	}
 }
 
+// Each line of the specification that has a MUST, by a part of it, with a test that holds
+// us to it.
+var musts = map[string]string{
+	"MUST, MUST NOT, SHOULD and MAY":           "TestSpecification", // says what the words mean
+	"A reader MAY ignore it, and MUST go on":   "TestWorkingSetInvalid",
+	"MUST NOT take such an image for one":      "TestBuildEncrypted",
+	"MUST be there and not be empty":           "TestDecodeManifestRefuses",
+	"**`platform.os`**":                        "TestGate",
+	"**`host.pageSize`**":                      "TestGate",
+	"**`host.cgroupVersion`**":                 "TestGate",
+	"`host.cpu.features`":                      "TestGate",
+	"**`container.args`**":                     "TestGate",
+	"`container.uid`":                          "TestGate",
+	"`container.terminal`":                     "TestGate",
+	"`container.namespaces`":                   "TestGate",
+	"`container.uidMappings`":                  "TestGate",
+	"`container.lsm.name`":                     "TestGateHost",
+	"`container.lsm.profiles`":                 "TestGate",
+	"| `mounts`":                               "TestGate",
+	"MUST refuse another major version":        "TestDecodeManifestRefuses",
+	"MUST ignore fields that it does not know": "TestDecodeManifestText",
+	"MUST NOT use a field for anything else":   "TestManifestGolden",
+	"A reader MUST also refuse":                "TestDecodeManifestRefuses",
+	"MUST be quoted where they are shown":      "TestQuoted",
+	"MUST refuse a dump with a file":           "TestSameWords",
+	"and those below. A writer MUST NOT set":   "TestAnnotationsGolden",
+	"A writer MUST set it":                     "TestBuild",
+	"that requires signatures MUST compare it": "TestJudge",
+}
+
+func TestMusts(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "docs", "checkpoint-image.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	for _, dir := range []string{".", "../images", "../cmd/cracctl", "../runtime/pager"} {
+		err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+			if err != nil || !strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			data, err := os.ReadFile(path)
+			tests.Write(data)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for line := range strings.Lines(string(doc)) {
+		if !strings.Contains(line, "MUST") {
+			continue
+		}
+		said := slices.DeleteFunc(slices.Collect(maps.Keys(musts)), func(part string) bool { return !strings.Contains(line, part) })
+		if len(said) == 0 {
+			t.Errorf("no test is named for: %s", line)
+		}
+		for _, part := range said {
+			if name := musts[part]; !strings.Contains(tests.String(), "\nfunc "+name+"(") {
+				t.Errorf("there is no %s: %s", name, line)
+			}
+		}
+	}
+}
+
 // What a scheduler reads is what the builder wrote.
 func TestFactsOf(t *testing.T) {
 	m := sample()
@@ -165,7 +231,7 @@ func TestFactsOf(t *testing.T) {
 	}
 	want := &Manifest{
 		Version: m.Version, Created: m.Created.Truncate(time.Second), Platform: m.Platform, Host: m.Host, CRIU: m.CRIU, TCPEstablished: true,
-		Container: Container{ID: m.Container.ID}, Base: Base{Name: m.Base.Name, Digest: m.Base.Digest}, Requires: m.Requires,
+		Container: Container{ID: m.Container.ID, LSM: &LSM{Name: "apparmor"}}, Base: Base{Name: m.Base.Name, Digest: m.Base.Digest}, Requires: m.Requires,
 		Files: []File{{Size: m.Files[0].Size + m.Files[1].Size}},
 	}
 	if !reflect.DeepEqual(got, want) {
@@ -173,6 +239,11 @@ func TestFactsOf(t *testing.T) {
 	}
 	if _, ok := FactsOf(map[string]string{"org.criu.checkpoint.engine.name": "podman"}); ok {
 		t.Error("another engine's image passes for ours")
+	}
+	all := Annotations(m)
+	all[AnnotationBaseName] = "evil\x1b[2J"
+	if got, _ := FactsOf(all); got.Base.Name != "" {
+		t.Errorf("the name of the base is %q", got.Base.Name)
 	}
 	// Anybody may write annotations.
 	odd := map[string]string{AnnotationVersion: "1", AnnotationPageSize: "-4", AnnotationCRIUMinimum: "4.x", AnnotationDumpBytes: "many", annotationCreated: "now"}
@@ -192,7 +263,23 @@ func TestAnnotationsAreNoOptions(t *testing.T) {
 	}
 }
 
+// What is long in sum, but in no part, is fine, and so is what an argument holds.
+func TestDecodeManifestTakes(t *testing.T) {
+	m := sample()
+	m.Container.Args = append(m.Container.Args, "two\nlines", strings.Repeat("a", maxString))
+	m.Host.CPU.Features = slices.Repeat([]string{strings.Repeat("b", 1<<10)}, 1<<8)
+	m.Platform.Variant = "v3"
+	data, err := m.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := DecodeManifest(bytes.NewReader(data)); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDecodeManifestRefuses(t *testing.T) {
+	long := strings.Repeat("a", maxString+1)
 	for _, tt := range []struct {
 		name   string
 		change func(*Manifest)
@@ -203,6 +290,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"version that begins alike", func(m *Manifest) { m.Version = "10" }, `"10"`},
 		{"no platform", func(m *Manifest) { m.Platform.Architecture = "" }, "platform"},
 		{"odd page size", func(m *Manifest) { m.Host.PageSize = 4097 }, "page size"},
+		{"tiny pages", func(m *Manifest) { m.Host.PageSize = 2048 }, "page size"},
+		{"huge pages", func(m *Manifest) { m.Host.PageSize = 1 << 40 }, "page size"},
 		{"no page size", func(m *Manifest) { m.Host.PageSize = 0 }, "page size"},
 		{"cgroup version", func(m *Manifest) { m.Host.CgroupVersion = 3 }, "cgroup"},
 		{"CRIU version", func(m *Manifest) { m.CRIU.Minimum = 0 }, "CRIU"},
@@ -242,8 +331,25 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		{"control characters in a profile", func(m *Manifest) { m.Container.LSM.Profiles[0] = "a\x1bb" }, "control"},
 		{"control characters", func(m *Manifest) { m.Container.Hostname = "a\x1b[2Jb" }, "control"},
 		{"control characters in a feature", func(m *Manifest) { m.Host.CPU.Features[0] = "a\nb" }, "control"},
-		{"long string", func(m *Manifest) { m.Base.Name = strings.Repeat("a", maxString+1) }, "too long"},
+		{"control characters in a mount's place", func(m *Manifest) { m.Mounts[0].Destination = "/a\nb" }, "control"},
+		{"control characters in a mount's type", func(m *Manifest) { m.Mounts[0].Type = "a\x1b]0;b\a" }, "control"},
+		{"control characters of 8 bits", func(m *Manifest) { m.Container.Cwd = "/\u009b2J" }, "control"},
+		{"not created", func(m *Manifest) { m.Created = time.Time{} }, "created"},
+		{"no operating system", func(m *Manifest) { m.Platform.OS = "" }, "platform"},
+		{"no kernel", func(m *Manifest) { m.Host.Kernel = "" }, "host.kernel"},
+		{"no cgroup version", func(m *Manifest) { m.Host.CgroupVersion = 0 }, "cgroup"},
+		{"no CRIU version", func(m *Manifest) { m.CRIU.Version = 0 }, "CRIU"},
+		{"no container", func(m *Manifest) { m.Container.ID = "" }, "container.id"},
+		{"long string", func(m *Manifest) { m.Base.Name = long }, "too long"},
+		{"long argument", func(m *Manifest) { m.Container.Args[1] = long }, "argument with"},
+		{"long argument of the base", func(m *Manifest) { m.Base.Args[0] = long }, "argument with"},
+		{"long type of a mount", func(m *Manifest) { m.Mounts[0].Type = long }, "too long"},
+		{"long profile", func(m *Manifest) { m.Container.LSM.Profiles[0] = long }, "too long"},
+		{"long requirement", func(m *Manifest) { m.Requires[0] = strings.Repeat("a", 65) }, "requirement"},
 		{"long list", func(m *Manifest) { m.Container.Args = make([]string, maxList+1) }, "list"},
+		{"long list of mounts", func(m *Manifest) { m.Mounts = make([]Mount, maxList+1) }, "list"},
+		{"long list of profiles", func(m *Manifest) { m.Container.LSM.Profiles = slices.Repeat([]string{"a"}, maxList+1) }, "container.lsm"},
+		{"many files", func(m *Manifest) { m.Files = make([]File, MaxFiles+1) }, "files"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m := sample()
@@ -346,7 +452,7 @@ func FuzzFactsOf(f *testing.F) {
 		all := maps.Clone(good)
 		all[key] = value
 		m, ok := FactsOf(all)
-		if ok != (all[AnnotationVersion] != "") {
+		if said := all[AnnotationVersion]; ok != (said != "" && !hasControls(said)) {
 			t.Fatalf("%q=%q: %v", key, value, ok)
 		}
 		if ok && (m.Host.PageSize < 0 || m.CRIU.Minimum < 0 || m.CRIU.Minimum > 999999 || len(m.Files) != 1 || m.Files[0].Size < 0) {

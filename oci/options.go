@@ -119,6 +119,12 @@ type Options struct {
 	CheckpointWarmup int
 }
 
+// BringsJava tells whether the runtime brings a container the Java library, which
+// has nothing to talk to without hooks.
+func (o Options) BringsJava() bool {
+	return (o.Java == JavaAuto || o.Java == JavaEnv) && o.Hooks != HooksOff
+}
+
 // option is one known key: how its value is read.
 type option struct {
 	key    string

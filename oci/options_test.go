@@ -200,3 +200,21 @@ func FuzzParseOptions(f *testing.F) {
 		}
 	})
 }
+
+func TestBringsJava(t *testing.T) {
+	for _, tt := range []struct {
+		java  JavaMode
+		hooks HooksMode
+		want  bool
+	}{
+		{"", "", false},
+		{JavaOff, HooksOptional, false},
+		{JavaAuto, HooksOptional, true},
+		{JavaEnv, HooksRequired, true},
+		{JavaAuto, HooksOff, false},
+	} {
+		if got := (Options{Java: tt.java, Hooks: tt.hooks}).BringsJava(); got != tt.want {
+			t.Errorf("java=%s hooks=%s: %v", tt.java, tt.hooks, got)
+		}
+	}
+}

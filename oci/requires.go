@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 )
@@ -65,9 +66,10 @@ func (l *LSM) valid() bool {
 	return l == nil || validName(l.Name) && len(l.Profiles) > 0 && len(l.Profiles) <= maxList && !slices.Contains(l.Profiles, "")
 }
 
-func (l *LSM) shown() string {
-	if l == nil {
-		return ""
+// String names the module, and the profiles if they are known.
+func (l *LSM) String() string {
+	if len(l.Profiles) == 0 {
+		return l.Name
 	}
-	return strings.Join(l.Profiles, "")
+	return fmt.Sprintf("%s (%s)", l.Name, strings.Join(l.Profiles, ", "))
 }

@@ -18,9 +18,8 @@ import (
 // cgroup2 package, whichever the host has. The cgroup is the container's, wherever
 // its processes have moved to since.
 func (c *Container) Stats() (any, error) {
-	c.mu.Lock()
-	state, err := c.lc.State()
-	c.mu.Unlock()
+	lc, _, _ := c.now()
+	state, err := lc.State()
 	if err != nil {
 		return nil, err
 	}
@@ -54,9 +53,8 @@ const cgroupRoot = "/sys/fs/cgroup"
 // OOM returns a channel that gets a value whenever the kernel kills a process
 // of the container for want of memory, and is closed with the cgroup.
 func (c *Container) OOM() (<-chan struct{}, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.lc.NotifyOOM()
+	lc, _, _ := c.now()
+	return lc.NotifyOOM()
 }
 
 // OOMKilled tells whether the kernel has killed a process of the container for
@@ -68,9 +66,8 @@ func (c *Container) OOMKilled() bool {
 	if ccgroups.Mode() != ccgroups.Unified {
 		return false
 	}
-	c.mu.Lock()
-	state, err := c.lc.State()
-	c.mu.Unlock()
+	lc, _, _ := c.now()
+	state, err := lc.State()
 	if err != nil {
 		return false
 	}

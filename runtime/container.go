@@ -50,16 +50,30 @@ type Container struct {
 	cfg  Config
 	spec *specs.Spec
 
-	// mu guards what follows, and orders the operations that change it.
+	// userNetwork: it gets a new network namespace, and a user namespace that this belongs to.
+	userNetwork bool
+
+	// mu guards what follows, and orders the operations that change it. It may be
+	// held for as long as a dump or a hook takes.
 	mu      sync.Mutex
 	machine machine
 	config  *configs.Config
-	lc      *libcontainer.Container
-	init    *Process
-	held    *heldNetwork // a restore's, until the container is deleted
-	criu    *readyCRIU   // from PrepareRestore to the end of Restore
+	held    *heldNetwork  // a restore's, until the container is deleted
+	tmpfs   readyTmpfs    // for a restore
+	begun   *begunRestore // from BeginRestore to Restore
 
-	tmpfs readyTmpfs // for a restore
+	// look guards what follows for those who do not wait for mu: it is written with
+	// both held, and read with either. What is read is as safe to use as Container.
+	look sync.Mutex
+	lc   *libcontainer.Container
+	init *Process
+	criu *readyCRIU // from PrepareRestore to the end of Restore
+
+	// starting is held for reading while a process is being started in the container,
+	// and for writing while it is dumped: half a process cannot be.
+	starting sync.RWMutex
+	// killed: a client has, whatever was under way. deleted: it is being deleted.
+	killed, deleted atomic.Bool
 
 	// memory is the pager of a restored container, also when it has ended; nil
 	// if the memory came before it ran.
@@ -76,6 +90,7 @@ func New(cfg Config, spec *specs.Spec) (*Container, error) {
 		return nil, err
 	}
 	c := &Container{cfg: cfg, spec: spec, machine: machine{id: cfg.ID}}
+	c.userNetwork = private(spec, specs.NetworkNamespace) && private(spec, specs.UserNamespace)
 	if err := c.make(); err != nil {
 		return nil, err
 	}
@@ -95,8 +110,35 @@ func (c *Container) make() error {
 	if err != nil {
 		return fmt.Errorf("create container %s: %w", c.cfg.ID, err)
 	}
-	c.config, c.lc = config, lc
+	c.config = config
+	c.setLC(lc)
 	return nil
+}
+
+func (c *Container) setLC(lc *libcontainer.Container) {
+	c.look.Lock()
+	defer c.look.Unlock()
+	c.lc = lc
+}
+
+func (c *Container) setInit(p *Process) {
+	c.look.Lock()
+	defer c.look.Unlock()
+	c.init = p
+}
+
+func (c *Container) setCRIU(r *readyCRIU) {
+	c.look.Lock()
+	defer c.look.Unlock()
+	c.criu = r
+}
+
+// now is what there is at this moment, without waiting for an operation that is
+// under way.
+func (c *Container) now() (lc *libcontainer.Container, init *Process, criu *readyCRIU) {
+	c.look.Lock()
+	defer c.look.Unlock()
+	return c.lc, c.init, c.criu
 }
 
 // Spec is the OCI spec that the container was made from, with absolute paths.
@@ -132,9 +174,8 @@ func (c *Container) refresh() {
 // Init is the container's first process; nil before Create, and before Start
 // in a restored container.
 func (c *Container) Init() *Process {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.init
+	_, init, _ := c.now()
+	return init
 }
 
 // SharesPIDs tells whether the container's processes live in a pid namespace
@@ -163,8 +204,9 @@ func (c *Container) create(io Stdio) (*Process, error) {
 	if err := c.lc.Start(lp); err != nil {
 		return nil, fmt.Errorf("create container %s: %w", c.cfg.ID, err)
 	}
-	c.init, err = c.started(lp)
-	return c.init, err
+	p, err := c.started(lp)
+	c.setInit(p)
+	return p, err
 }
 
 // started makes a Process of what libcontainer has just started, and waits for
@@ -198,61 +240,107 @@ func (c *Container) needInit() error {
 	return nil
 }
 
-// Exec starts another process in the running container.
+// Exec starts another process in the running container. While that is under way
+// the container can be looked at, signalled and deleted.
 func (c *Container) Exec(p *specs.Process, io Stdio) (*Process, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.refresh()
-	switch c.machine.state {
-	case Running, Created:
-		if err := c.needInit(); err != nil {
-			return nil, err
-		}
-	case Stopped:
-		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, ErrNotRunning)
-	default:
-		return nil, fmt.Errorf("exec in container %s: it is %s; resume it first", c.cfg.ID, c.machine.state)
+	err := c.canExec()
+	if err == nil {
+		c.starting.RLock() // nobody who holds mu waits for it
+		defer c.starting.RUnlock()
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
 	}
 	lp, err := processConfig(p, io)
 	if err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
 	}
+	// Of its own, as `runc exec` has it: libcontainer holds its lock until the new
+	// process has got through the container's namespaces, where others can stop it.
+	lc, err := libcontainer.Load(c.cfg.Root, c.cfg.ID)
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
+	}
 	defer c.cfg.Reaper.Hold()()
-	if err := c.lc.Run(lp); err != nil {
+	if err := lc.Run(lp); err != nil {
 		return nil, fmt.Errorf("exec in container %s: %w", c.cfg.ID, err)
 	}
 	return c.started(lp)
 }
 
+// canExec tells whether a process may be started now. c.mu is held.
+func (c *Container) canExec() error {
+	c.refresh()
+	switch c.machine.state {
+	case Running, Created:
+		return c.needInit()
+	case Stopped:
+		return ErrNotRunning
+	}
+	return fmt.Errorf("it is %s; resume it first", c.machine.state)
+}
+
+// startingTimeout bounds the wait for processes that are being started. It takes
+// some milliseconds each; one that is stopped half-way by another never gets on.
+const startingTimeout = 10 * time.Second
+
+// wholeProcesses waits until no process is being started in the container. None is
+// before release is called.
+func (c *Container) wholeProcesses() (release func(), err error) {
+	for deadline := time.Now().Add(startingTimeout); !c.starting.TryLock(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("an exec in container %s has been starting for more than %s; end it, or what has stopped it", c.cfg.ID, startingTimeout)
+		}
+	}
+	return c.starting.Unlock, nil
+}
+
 // Signal sends a signal to the container's init, or to all of its processes.
-// SIGKILL reaches a paused container too. There being nobody to signal is
-// ErrNotRunning.
+// There being nobody to signal is ErrNotRunning.
+//
+// It waits for nothing. SIGKILL reaches a paused container too, and ends an
+// operation that is under way with the workload. Any other signal comes after a
+// dump, if there is one under way: it would be part of it, and so reach every clone.
 func (c *Container) Signal(sig unix.Signal, all bool) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.init == nil {
+	lc, init, _ := c.now()
+	if init == nil {
 		return fmt.Errorf("signal container %s: %w", c.cfg.ID, ErrNotRunning)
 	}
-	if all {
-		if err := c.signalAll(sig); err != nil {
-			return fmt.Errorf("signal all of container %s: %w", c.cfg.ID, err)
-		}
-		if sig != unix.SIGKILL {
-			return nil
-		}
+	switch {
+	case sig == unix.SIGKILL:
+		c.killed.Store(true)
+	case State(c.machine.seen.Load()) == Quiesced:
+		go func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			_ = c.signal(c.lc, sig, all) // it may have ended
+		}()
+		return nil
 	}
-	err := c.lc.Signal(sig)
+	if err := c.signal(lc, sig, all); err != nil {
+		return fmt.Errorf("signal container %s: %w", c.cfg.ID, err)
+	}
+	return nil
+}
+
+func (c *Container) signal(lc *libcontainer.Container, sig unix.Signal, all bool) error {
+	if all && sig != unix.SIGKILL {
+		return signalAll(lc, sig)
+	}
+	err := lc.Signal(sig) // SIGKILL ends all the others with the init
 	if errors.Is(err, libcontainer.ErrNotRunning) || errors.Is(err, os.ErrProcessDone) {
 		if all {
 			return nil
 		}
-		return fmt.Errorf("signal container %s: %w", c.cfg.ID, ErrNotRunning)
+		return ErrNotRunning
 	}
 	return err
 }
 
-func (c *Container) signalAll(sig unix.Signal) error {
-	pids, err := c.lc.Processes()
+func signalAll(lc *libcontainer.Container, sig unix.Signal) error {
+	pids, err := lc.Processes()
 	if err != nil {
 		return err
 	}
@@ -267,23 +355,30 @@ func (c *Container) signalAll(sig unix.Signal) error {
 // KillOrphans ends what outlived the init of a container that shares its pid
 // namespace.
 func (c *Container) KillOrphans() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.signalAll(unix.SIGKILL)
+	lc, _, _ := c.now()
+	return c.signal(lc, unix.SIGKILL, true)
 }
 
 // Pids lists the processes in the container's cgroup, in this process's pid
-// namespace.
+// namespace. A container that waits to be restored has the one that stands for it.
 func (c *Container) Pids() ([]int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	pids, err := c.lc.Processes()
-	if c.criu != nil { // what waits to restore the workload is no part of it
-		if criu, rerr := c.criu.get(); rerr == nil {
-			pids = slices.DeleteFunc(pids, func(pid int) bool { return pid == criu.pid() })
-		}
+	lc, init, criu := c.now()
+	pids, err := lc.Processes()
+	if err != nil || criu == nil {
+		return pids, err
 	}
-	return pids, err
+	// What restores the workload is no part of it.
+	ready, err := criu.get()
+	if err != nil {
+		return pids, nil
+	}
+	pids = slices.DeleteFunc(pids, func(pid int) bool { return pid == ready.pid() })
+	if len(pids) == 0 && init == nil {
+		// A containerd that starts anew takes a shim with no process for one that was
+		// left behind.
+		pids = []int{ready.pid()}
+	}
+	return pids, nil
 }
 
 // Pause freezes the workload.
@@ -347,6 +442,7 @@ func (c *Container) Delete() error {
 		}
 	}
 	c.giveUpRestore() // nothing but CRIU could be in the cgroup
+	c.deleted.Store(true)
 	err := c.destroy()
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)

@@ -147,6 +147,10 @@ func (c *Container) criuOptions(o CRIUOptions, log string) (*criurpc.CriuOpts, e
 	if err != nil {
 		return nil, err
 	}
+	if c.userNetwork {
+		// A clone's interfaces are its own, and CRIU makes the namespace that they are put into.
+		emptyNS |= unix.CLONE_NEWNET
+	}
 	level := int32(2) // LOG_WARN in CRIU's sources
 	if o.Debug {
 		level = 4 // LOG_DEBUG
@@ -239,10 +243,10 @@ func (c *Container) externalMounts(own map[string]string) (mounts []*criurpc.Ext
 // externalNetwork tells whether the container has a network namespace that is
 // new, and no path that libcontainer would mark as external by itself. With a
 // user namespace the network namespace belongs to it, and CRIU has to make both.
-func (c *Container) externalNetwork() bool { return OwnNetwork(c.spec) }
-
-// OwnNetwork tells whether a container of this spec gets a new network namespace
-// that belongs to the host's user namespace.
-func OwnNetwork(spec *specs.Spec) bool {
-	return private(spec, specs.NetworkNamespace) && !private(spec, specs.UserNamespace)
+func (c *Container) externalNetwork() bool {
+	_, mapped := namespace(c.spec, specs.UserNamespace)
+	return OwnNetwork(c.spec) && !mapped
 }
+
+// OwnNetwork tells whether a container of this spec gets a new network namespace.
+func OwnNetwork(spec *specs.Spec) bool { return private(spec, specs.NetworkNamespace) }

@@ -130,17 +130,21 @@ func specOf(namespaces ...specs.LinuxNamespace) *specs.Spec {
 
 func TestOwnNetwork(t *testing.T) {
 	for name, tt := range map[string]struct {
-		namespaces []specs.LinuxNamespace
-		want       bool
+		namespaces    []specs.LinuxNamespace
+		own, external bool
 	}{
-		"the host's":            {nil, false},
-		"a new one":             {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, true},
-		"somebody's":            {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/run/netns/x"}}, false},
-		"of a user namespace":   {[]specs.LinuxNamespace{{Type: specs.UserNamespace}, {Type: specs.NetworkNamespace}}, false},
-		"beside a foreign user": {[]specs.LinuxNamespace{{Type: specs.UserNamespace, Path: "/proc/1/ns/user"}, {Type: specs.NetworkNamespace}}, true},
+		"the host's":            {nil, false, false},
+		"a new one":             {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace}}, true, true},
+		"somebody's":            {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/run/netns/x"}}, false, false},
+		"of a user namespace":   {[]specs.LinuxNamespace{{Type: specs.UserNamespace}, {Type: specs.NetworkNamespace}}, true, false},
+		"beside a foreign user": {[]specs.LinuxNamespace{{Type: specs.UserNamespace, Path: "/proc/1/ns/user"}, {Type: specs.NetworkNamespace}}, true, false},
 	} {
-		if got := OwnNetwork(specOf(tt.namespaces...)); got != tt.want {
-			t.Errorf("%s: %v, want %v", name, got, tt.want)
+		spec := specOf(tt.namespaces...)
+		if got := OwnNetwork(spec); got != tt.own {
+			t.Errorf("%s: its own: %v, want %v", name, got, tt.own)
+		}
+		if got := (&Container{spec: spec}).externalNetwork(); got != tt.external {
+			t.Errorf("%s: external: %v, want %v", name, got, tt.external)
 		}
 	}
 }

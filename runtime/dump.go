@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -23,8 +24,8 @@ type DumpOptions struct {
 	// dumped, with the ids of its processes. It must not call the Container.
 	BeforeDump func(pids []int) error
 	// WhileFrozen, unless nil, runs after the dump and before the workload does:
-	// what it sees of the files agrees with the memory. It must not call the
-	// Container.
+	// what it sees of the files agrees with the memory, if the container is Untouched
+	// then. It must not call anything else of the Container.
 	WhileFrozen func() error
 }
 
@@ -32,7 +33,8 @@ type DumpOptions struct {
 // if need be. From a Running or Paused container it goes to Quiesced and back,
 // or to what the options ask for.
 //
-// On any error the container is as it was, but for what BeforeDump has changed.
+// On any error the container is as it was, but for what BeforeDump has changed. A
+// SIGKILL by Signal ends the dump, which fails.
 func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -44,6 +46,11 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	if err := c.machine.can(Quiesced); err != nil {
 		return err
 	}
+	release, err := c.wholeProcesses()
+	if err != nil {
+		return err
+	}
+	defer release()
 	// It runs on meanwhile.
 	if err := c.finishMemory(); err != nil {
 		return err
@@ -102,15 +109,24 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 		return d.BeforeDump(pids)
 	})
 	if err := dump.since(d.PreDump); err != nil {
-		return err
+		return cmp.Or(c.Untouched(), err)
 	}
 	if err := dump.complete(); err != nil {
 		return err
 	}
-	if d.WhileFrozen == nil {
-		return nil
+	if err := c.Untouched(); err != nil || d.WhileFrozen == nil {
+		return err
 	}
 	return d.WhileFrozen()
+}
+
+// Untouched is an error if a client has killed the container: what is killed while
+// it is frozen is thawed for that, and not all of it ends at once.
+func (c *Container) Untouched() error {
+	if c.killed.Load() {
+		return fmt.Errorf("container %s was killed while it was checkpointed", c.cfg.ID)
+	}
+	return nil
 }
 
 func (c *Container) stopped() bool {

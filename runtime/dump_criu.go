@@ -118,6 +118,9 @@ func (d *criuDump) close() {
 // places. The names are those by which libcontainer inherits them.
 func (d *criuDump) namespaces(pid int) error {
 	for kind, key := range externalNamespaces {
+		if kind == configs.NEWNET && d.c.userNetwork {
+			continue // it is dumped as an empty one
+		}
 		path := d.c.config.Namespaces.PathOf(kind)
 		if path == "" && kind == configs.NEWNET && d.c.externalNetwork() {
 			path = fmt.Sprintf("/proc/%d/ns/net", pid)

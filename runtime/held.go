@@ -21,9 +21,13 @@ import (
 //
 // The file stays open as long as the container lives: libcontainer's record of
 // the container names it, and exec joins the namespace by that name.
+//
+// With a user namespace CRIU makes both, and the pid is that of the first process
+// that it has restored. They are held for a cold start after a restore that has failed.
 type heldNetwork struct {
 	tid  int
 	file *os.File
+	user *os.File // the user namespace; nil if it is the host's
 
 	done chan struct{}
 	once sync.Once
@@ -61,6 +65,16 @@ func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return os.NewSyscallError("unshare", err)
 	}
+	if err := setUpNetwork(spec); err != nil {
+		return err
+	}
+	h.tid = unix.Gettid()
+	h.file, err = os.Open("/proc/thread-self/ns/net")
+	return err
+}
+
+// setUpNetwork sets up the calling thread's network namespace, which is new.
+func setUpNetwork(spec *specs.Spec) error {
 	if err := raiseLoopback(); err != nil {
 		return err
 	}
@@ -73,9 +87,25 @@ func (h *heldNetwork) setUp(spec *specs.Spec) (err error) {
 			return fmt.Errorf("sysctl %s: %w", key, err)
 		}
 	}
-	h.tid = unix.Gettid()
-	h.file, err = os.Open("/proc/thread-self/ns/net")
-	return err
+	return nil
+}
+
+// holdNetworkOf holds the namespaces of the first process that CRIU restores, when there
+// is nothing else yet, and sets up the network.
+func holdNetworkOf(pid int, spec *specs.Spec) (_ *heldNetwork, err error) {
+	h := &heldNetwork{tid: pid, done: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			h.release()
+		}
+	}()
+	for name, file := range map[string]**os.File{"net": &h.file, "user": &h.user} {
+		if *file, err = os.Open(fmt.Sprintf("/proc/%d/ns/%s", pid, name)); err != nil {
+			return nil, err
+		}
+	}
+	err = thread.InNetworkOf(int(h.file.Fd()), func() error { return setUpNetwork(spec) })
+	return h, err
 }
 
 // onOwnThread runs fn on a thread that ends with it, so that fn may change what
@@ -111,13 +141,17 @@ func raiseLoopback() error {
 	return nil
 }
 
-// apply points the spec at the held namespace.
+// apply points the spec at what is held.
 func (h *heldNetwork) apply(spec *specs.Spec) {
 	if h == nil {
 		return
 	}
-	if ns, ok := namespace(spec, specs.NetworkNamespace); ok {
-		ns.Path = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), h.file.Fd())
+	for kind, file := range map[specs.LinuxNamespaceType]*os.File{specs.NetworkNamespace: h.file, specs.UserNamespace: h.user} {
+		if ns, ok := namespace(spec, kind); ok && file != nil {
+			// The dot: runc 1.4.3 reads the map of a user namespace from process N when the
+			// path begins with /proc/N (GetUserNamespaceMappings).
+			ns.Path = fmt.Sprintf("/proc/./%d/fd/%d", os.Getpid(), file.Fd())
+		}
 	}
 }
 
@@ -128,6 +162,9 @@ func (h *heldNetwork) pid() int {
 	}
 	return h.tid
 }
+
+// ofUser tells whether it belongs to a user namespace of the container's.
+func (h *heldNetwork) ofUser() bool { return h != nil && h.user != nil }
 
 // retire ends the thread; the namespace stays. It may be called again, and on nil.
 func (h *heldNetwork) retire() {
@@ -140,6 +177,7 @@ func (h *heldNetwork) retire() {
 func (h *heldNetwork) release() {
 	if h != nil {
 		h.retire()
-		h.file.Close()
+		h.file.Close() // it may be nil
+		h.user.Close()
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -16,6 +17,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/utsns"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/crac-shim/crac/runtime/thread"
 )
 
 // insideEnv is set for a test that runs in namespaces of its own.
@@ -476,5 +479,69 @@ func TestHeldNetwork(t *testing.T) {
 	}
 	if after := openFiles(t); after != before {
 		t.Errorf("%d open files before, %d after a failure", before, after)
+	}
+}
+
+// What CRIU has made for a restore, before that fails, is what a cold start joins.
+func TestHeldNetworkOfUser(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	before := openFiles(t)
+	ids := []specs.LinuxIDMapping{{Size: 1}}
+	first := exec.Command("/bin/sleep", "1000")
+	first.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
+		UidMappings: []syscall.SysProcIDMap{{Size: 1}}, GidMappings: []syscall.SysProcIDMap{{Size: 1}},
+	}
+	wait, err := reaper(t).Start(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := sync.OnceFunc(func() {
+		_ = first.Process.Kill()
+		_ = wait()
+	})
+	defer end()
+
+	spec := specOf(specs.LinuxNamespace{Type: specs.UserNamespace}, specs.LinuxNamespace{Type: specs.NetworkNamespace})
+	spec.Root = &specs.Root{Path: t.TempDir()}
+	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids, ids
+	spec.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "77"}
+	h, err := holdNetworkOf(first.Process.Pid, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.pid() != first.Process.Pid || !h.ofUser() {
+		t.Errorf("held: %+v, want the namespaces of process %d", h, first.Process.Pid)
+	}
+	end()
+	h.apply(spec)
+	for _, ns := range spec.Linux.Namespaces {
+		if _, err := os.Stat(ns.Path); err != nil {
+			t.Errorf("the %s namespace went with its process: %v", ns.Type, err)
+		}
+	}
+	// libcontainer compares the maps.
+	if _, err := newConfig(spec, Config{ID: "c", Bundle: t.TempDir()}); err != nil {
+		t.Error(err)
+	}
+	err = thread.InNetworkOf(int(h.file.Fd()), func() error {
+		lo, err := net.InterfaceByName("lo")
+		if err == nil && lo.Flags&net.FlagUp == 0 {
+			t.Error("lo is down")
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	h.release()
+	if after := openFiles(t); after != before {
+		t.Errorf("%d open files before, %d after", before, after)
+	}
+	if h, err := holdNetworkOf(first.Process.Pid, spec); err == nil {
+		h.release()
+		t.Error("the namespaces of a process that has ended were held")
 	}
 }

@@ -123,8 +123,9 @@ func stopPager(p *pager.Process) {
 	_ = p.Stop(ctx) // it kills what it serves, which is over
 }
 
-// MemoryError waits until all memory of a restored container is there, or ctx
-// ends. An error says why it will never be: the container has been killed then.
+// MemoryError waits until all memory of a restored container is there, or the container
+// is deleted, or ctx ends. An error says why it will never be: the container has been
+// killed then.
 func (c *Container) MemoryError(ctx context.Context) error {
 	p := c.memory.Load()
 	if p == nil {
@@ -133,6 +134,9 @@ func (c *Container) MemoryError(ctx context.Context) error {
 	select {
 	case <-p.Done():
 		c.traceMemory(p.Stats())
+		if c.deleted.Load() {
+			return nil // what it was to have is of no use any more
+		}
 		return p.Wait()
 	case <-ctx.Done():
 		return ctx.Err()

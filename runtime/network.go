@@ -21,6 +21,11 @@ func (c *Container) Dial(ctx context.Context, network, address string) (conn net
 		return nil, fmt.Errorf("connect in container %s: %w", c.cfg.ID, err)
 	}
 	defer ns.Close()
+	select {
+	case <-p.Done(): // its pid may be another's
+		return nil, fmt.Errorf("connect in container %s: %w", c.cfg.ID, ErrNotRunning)
+	default:
+	}
 	err = onOwnThread(func() error {
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return os.NewSyscallError("setns", err)

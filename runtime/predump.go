@@ -30,6 +30,11 @@ func (c *Container) PreDump(dir string, o CRIUOptions) error {
 	if state := c.machine.state; state != Running {
 		return fmt.Errorf("pre-dump of container %s: it is %s, and memory is copied ahead only while it changes", c.cfg.ID, state)
 	}
+	release, err := c.wholeProcesses()
+	if err != nil {
+		return err
+	}
+	defer release()
 	if err := c.finishMemory(); err != nil {
 		return err
 	}
@@ -95,9 +100,8 @@ func (c *Container) OwnMarks() (own bool, err error) {
 // eachProcess calls f with the ids of the workload's processes. That one has ended
 // meanwhile is no error.
 func (c *Container) eachProcess(f func(pid int) error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	pids, err := c.lc.Processes()
+	lc, _, _ := c.now()
+	pids, err := lc.Processes()
 	if err != nil {
 		return err
 	}

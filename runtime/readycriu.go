@@ -3,6 +3,7 @@ package runtime
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 
 	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/opencontainers/cgroups"
@@ -65,6 +66,9 @@ func (r *readyCRIU) start(c *Container, config *configs.Config, stdio Stdio) (er
 		return err
 	}
 	if r.swrk, err = startSwrk(c.cfg.Reaper, [3]*os.File{stdio.Stdin, stdio.Stdout, stdio.Stderr}, r.extra); err != nil {
+		return err
+	}
+	if err := noteCgroup(filepath.Join(c.cfg.Root, c.cfg.ID), config.Cgroups); err != nil {
 		return err
 	}
 	if err := r.enterCgroup(config.Cgroups); err != nil {

@@ -20,13 +20,12 @@ func (c *Container) PrepareRestore(ctx context.Context, io Stdio) (pid int, err 
 	defer c.mu.Unlock()
 	defer func() {
 		if err == nil {
-			c.criu = c.readyCRIU(io)
+			c.setCRIU(c.readyCRIU(io))
 		}
 	}()
 	if private(c.spec, specs.UserNamespace) {
 		// A network namespace made here would belong to another user namespace
-		// than the workload's. CRIU makes both, and libcontainer runs the hooks
-		// when they are there.
+		// than the workload's. CRIU makes both: see BeginRestore.
 		return 0, nil
 	}
 	held, err := holdNetwork(c.spec)
@@ -64,8 +63,34 @@ func (c *Container) remake() error {
 	return nil
 }
 
+// BeginRestore has CRIU make the first process of a container that Restore will go on
+// with, when PrepareRestore had no pid to return: its network namespace belongs to a user
+// namespace of its own, and CRIU makes both. It returns the pid, when the namespaces and the
+// hooks that expect them are done. The arguments are those of Restore.
+//
+// After an error everything is undone, as after one of Restore.
+func (c *Container) BeginRestore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (pid int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.begun, err = c.begin(dir, o, mounts, io); err == nil {
+		select {
+		case <-c.begun.created:
+			c.held, c.begun.held = c.begun.held, nil
+			return c.held.pid(), nil
+		case <-c.begun.done:
+			err = c.begun.err
+		}
+	}
+	c.giveUpRestore()
+	return 0, errors.Join(err, c.undoRestore())
+}
+
+// Begins tells whether BeginRestore should come between PrepareRestore and Restore.
+func (c *Container) Begins() bool { return c.userNetwork }
+
 // Restore starts the workload from the dump in dir, after PrepareRestore. mounts
 // are those that the dump lacks; the workload finds them there when it first runs.
+// After BeginRestore its arguments are what counts.
 //
 // With an error and no process, nothing of the workload has run, everything is
 // undone and the container is Created: Create and Start may start it cold. With
@@ -75,9 +100,6 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	defer c.mu.Unlock()
 	if err := c.machine.to(Quiesced); err != nil {
 		return nil, err
-	}
-	if c.criu == nil {
-		c.criu = c.readyCRIU(io)
 	}
 	p, err := c.restore(dir, o, mounts, io)
 	c.endCRIU()
@@ -91,48 +113,41 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	return p, errors.Join(err, c.machine.to(Running))
 }
 
-func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
-	look := c.cfg.Trace.Step("make the view of the dump")
-	view, err := c.view(dir, o.Images, o.Parents)
-	look()
-	if err != nil {
-		return nil, err
+func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (_ *Process, err error) {
+	if c.begun == nil {
+		if c.begun, err = c.begin(dir, o, mounts, io); err != nil {
+			return nil, err
+		}
 	}
-	defer view.Close()
-	// A mount that cannot be made is known before CRIU has done any work.
-	more := c.cfg.Trace.Step("make the mounts that the dump lacks")
-	trees, err := detachedTrees(tmpfsOwners(c.spec, mounts))
-	more()
-	defer trees.close()
-	if err != nil {
-		return nil, err
-	}
+	b := c.begun
+	c.begun = nil
 	defer c.cfg.Reaper.Hold()()
-	defer expectBreakpoints()()
-	r := &criuRestore{c: c, dir: view.dir, o: o, stdio: io, criu: c.criu, beforeRun: trees.attach}
-	pid, err := r.run()
-	if err != nil {
+	if err := b.end(nil); err != nil {
 		return nil, err
 	}
-	c.memory.Store(r.pager)
+	c.memory.Store(b.pager)
 	defer c.cfg.Trace.Step("load the container's state")()
-	proc, err := os.FindProcess(pid)
+	proc, err := os.FindProcess(b.pid)
 	if err != nil {
 		return nil, err
 	}
-	c.init = newProcess(pid, proc.Wait, c.cfg.Reaper)
+	c.setInit(newProcess(b.pid, proc.Wait, c.cfg.Reaper))
 	return c.init, c.complete()
 }
 
 // endCRIU ends the CRIU of a restore, and of one that never was. c.mu is held.
 func (c *Container) endCRIU() {
 	c.criu.close()
-	c.criu = nil
+	c.setCRIU(nil)
 }
 
 // giveUpRestore lets go of what waits for a restore that will not be. It may be
 // called again. c.mu is held.
 func (c *Container) giveUpRestore() {
+	if b := c.begun; b != nil {
+		_ = b.end(errNotStarted)
+		c.begun = nil
+	}
 	c.endCRIU()
 	c.tmpfs.release()
 }
@@ -143,7 +158,11 @@ func (c *Container) complete() error {
 	if err != nil {
 		return fmt.Errorf("load restored container %s: %w", c.cfg.ID, err)
 	}
-	c.lc = lc
+	c.setLC(lc)
+	if c.held.ofUser() { // for a cold start alone
+		c.held.release()
+		c.held = nil
+	}
 	c.held.retire()
 	if !c.config.HasHook(configs.Poststart) {
 		return nil
@@ -158,6 +177,23 @@ func (c *Container) complete() error {
 	return nil
 }
 
+// emptyCgroup kills what a CRIU that was killed has left in the container's cgroup. It undoes
+// a restore by itself otherwise.
+func (c *Container) emptyCgroup() error {
+	var pids []int
+	kill := func() {
+		for _, pid := range pids {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+	return insist(func() (err error) {
+		if pids, err = c.lc.Processes(); err == nil && len(pids) > 0 {
+			err = fmt.Errorf("container %s: processes %v of a restore that has failed do not end", c.cfg.ID, pids)
+		}
+		return err
+	}, kill)
+}
+
 // undoRestore leaves a container that can be created again. Its hooks have run
 // and its namespaces are held, so both stay.
 func (c *Container) undoRestore() error {
@@ -165,14 +201,19 @@ func (c *Container) undoRestore() error {
 		if err := c.lc.Signal(unix.SIGKILL); err == nil {
 			<-c.init.Done()
 		}
-		c.init = nil
+		c.setInit(nil)
 	}
 	if loaded, err := libcontainer.Load(c.cfg.Root, c.cfg.ID); err == nil {
-		c.lc = loaded // knows of a process that died half-way
+		c.setLC(loaded) // knows of a process that died half-way
 		_ = c.lc.Signal(unix.SIGKILL)
 	}
-	if err := c.machine.to(Created); err != nil {
+	if err := c.emptyCgroup(); err != nil {
 		return err
+	}
+	if c.machine.state != Created { // a restore that has only begun is
+		if err := c.machine.to(Created); err != nil {
+			return err
+		}
 	}
 	if c.held == nil {
 		// No namespaces of ours: the hooks run again with the cold start, so
@@ -182,5 +223,6 @@ func (c *Container) undoRestore() error {
 		}
 		return c.make()
 	}
+	c.held.apply(c.spec) // those that CRIU has made are new to it
 	return c.remake()
 }

@@ -1,7 +1,6 @@
 package runtime
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +15,6 @@ import (
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/system"
 	"github.com/opencontainers/runc/libcontainer/utils"
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -37,6 +35,9 @@ type criuRestore struct {
 	o     CRIUOptions
 	stdio Stdio
 	criu  *readyCRIU
+	// created is called when the first process is there, in its namespaces, and nothing
+	// else. An error undoes the restore.
+	created func(pid int) error
 	// beforeRun is called when every process is there, with its memory, files
 	// and mounts, and none has run: what it does, the workload finds done. pid is
 	// that of the first process. An error undoes the restore.
@@ -218,8 +219,7 @@ func (r *criuRestore) stage(stage string, pid int, file *os.File) error {
 	}
 	switch stage {
 	case stageNamespaces:
-		// If they have not run yet: see PrepareRestore.
-		return r.c.runHooks(context.Background(), pid, specs.StateCreating, configs.Prestart, configs.CreateRuntime)
+		return r.created(pid)
 	case stageRestored:
 		// From here on it is in the pager's hands.
 		if err := r.pagerStarted(); err != nil {

@@ -3,6 +3,7 @@ package runtime
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 
@@ -33,9 +34,9 @@ const maxMessage = 16 << 10
 // not safe for concurrent use.
 type swrk struct {
 	cmd    *exec.Cmd
-	wait   func() error
 	socket *os.File
-	waited bool
+	ended  chan struct{} // closed when it has, with:
+	status error
 }
 
 // startSwrk starts CRIU from PATH. The stdio and extra files are what a restore
@@ -62,7 +63,23 @@ func startSwrk(reaper *Subreaper, stdio [3]*os.File, extra []*os.File) (*swrk, e
 		ours.Close()
 		return nil, fmt.Errorf("start CRIU: %w", err)
 	}
-	return &swrk{cmd: cmd, wait: wait, socket: ours}, nil
+	s := &swrk{cmd: cmd, socket: ours, ended: make(chan struct{})}
+	go func() {
+		s.status = wait()
+		close(s.ended)
+		s.hangUp()
+	}()
+	return s, nil
+}
+
+// hangUp ends the conversation with a CRIU that has ended: what it was restoring is of its
+// making, and keeps its end of the socket open. What it has said before can still be read.
+func (s *swrk) hangUp() {
+	conn, err := s.socket.SyscallConn()
+	if err != nil {
+		return // it was closed
+	}
+	_ = conn.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 }
 
 // swrkExtra is the descriptor of CRIU's first extra file.
@@ -78,11 +95,11 @@ func (s *swrk) call(req *criurpc.CriuReq, notify func(stage string, pid int, fil
 	var refused error
 	for next := req; ; {
 		if err := s.send(next); err != nil {
-			return errors.Join(refused, err)
+			return errors.Join(refused, s.gone(err))
 		}
 		resp, file, err := s.receive()
 		if err != nil {
-			return errors.Join(refused, err)
+			return errors.Join(refused, s.gone(err))
 		}
 		if resp.GetType() != criurpc.CriuReqType_NOTIFY {
 			switch {
@@ -108,6 +125,17 @@ func (s *swrk) call(req *criurpc.CriuReq, notify func(stage string, pid int, fil
 	}
 }
 
+// gone says how CRIU has ended, if that is why it could not be talked to.
+func (s *swrk) gone(err error) error {
+	if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+		return err
+	}
+	if err := s.end(); err != nil {
+		return fmt.Errorf("criu ended without an answer: %w", err)
+	}
+	return errors.New("criu ended without an answer")
+}
+
 func (s *swrk) send(req *criurpc.CriuReq) error {
 	data, err := proto.Marshal(req)
 	if err != nil {
@@ -123,7 +151,7 @@ func (s *swrk) receive() (*criurpc.CriuResp, *os.File, error) {
 	case err != nil:
 		return nil, nil, os.NewSyscallError("recvmsg", err)
 	case n == 0:
-		return nil, nil, errors.New("criu ended without an answer")
+		return nil, nil, io.ErrUnexpectedEOF
 	case flags&unix.MSG_TRUNC != 0:
 		return nil, nil, fmt.Errorf("criu sent a message of more than %d bytes", maxMessage)
 	}
@@ -159,14 +187,11 @@ func receivedFile(oob []byte) (*os.File, error) {
 // end waits for a CRIU that has done what it was asked.
 func (s *swrk) end() error {
 	s.socket.Close()
-	s.waited = true
-	return s.wait()
+	<-s.ended
+	return s.status
 }
 
-// close ends CRIU. What it was doing fails.
+// close ends CRIU, unless it has ended. What it was doing fails.
 func (s *swrk) close() {
-	if s.waited {
-		return
-	}
 	_ = s.end() // it ends when it finds the socket closed
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -92,8 +93,17 @@ var fakeScripts = map[string]func(fakeCRIU) int{
 		f.answer(false, "a script failed")
 		return 1
 	},
-	"fails":        func(f fakeCRIU) int { f.read(); f.answer(false, "no memory"); return 1 },
-	"dies":         func(f fakeCRIU) int { f.read(); return 1 },
+	"fails": func(f fakeCRIU) int { f.read(); f.answer(false, "no memory"); return 1 },
+	"dies":  func(f fakeCRIU) int { f.read(); return 1 },
+	"dies, and what it restores lives": func(f fakeCRIU) int {
+		f.read()
+		child := exec.Command("/bin/sleep", "1000")
+		child.ExtraFiles = []*os.File{os.NewFile(uintptr(f.socket), "socket")}
+		if child.Start() != nil || !f.ask(stageNamespaces, int32(child.Process.Pid)) {
+			return 9
+		}
+		return 1
+	},
 	"fails at end": func(f fakeCRIU) int { f.read(); f.answer(true, ""); return 1 },
 	"talks rubbish": func(f fakeCRIU) int {
 		f.read()
@@ -132,14 +142,15 @@ func TestSwrk(t *testing.T) {
 		err    string // part of it; empty: none
 		stages string
 	}{
-		"works":                  {stages: "pre-restore/0 setup-namespaces/42 orphan-pts-master/0+file post-restore/42"},
-		"refused":                {refuse: true, err: refusal.Error(), stages: "post-restore/42"},
-		"fails":                  {err: "no memory"},
-		"dies":                   {err: "ended without an answer"},
-		"fails at end":           {err: "exit status 1"},
-		"talks rubbish":          {err: "proto"},
-		"talks too much":         {err: "more than"},
-		"answers something else": {err: "answers DUMP to RESTORE"},
+		"works":                            {stages: "pre-restore/0 setup-namespaces/42 orphan-pts-master/0+file post-restore/42"},
+		"refused":                          {refuse: true, err: refusal.Error(), stages: "post-restore/42"},
+		"fails":                            {err: "no memory"},
+		"dies":                             {err: "ended without an answer"},
+		"dies, and what it restores lives": {err: "ended without an answer", stages: "setup-namespaces/child"},
+		"fails at end":                     {err: "exit status 1"},
+		"talks rubbish":                    {err: "proto"},
+		"talks too much":                   {err: "more than"},
+		"answers something else":           {err: "answers DUMP to RESTORE"},
 	} {
 		t.Run(script, func(t *testing.T) {
 			t.Setenv(fakeEnv, script)
@@ -166,6 +177,10 @@ func TestSwrk(t *testing.T) {
 			req := &criurpc.CriuReq{Type: criurpc.CriuReqType_RESTORE.Enum(), Opts: &criurpc.CriuOpts{ImagesDirFd: proto.Int32(0), LogFile: proto.String("log")}}
 			err = s.call(req, func(stage string, pid int, file *os.File) error {
 				seen := fmt.Sprintf("%s/%d", stage, pid)
+				if strings.HasPrefix(script, "dies, ") {
+					seen = stage + "/child"
+					t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGKILL) })
+				}
 				if file != nil {
 					if _, err := file.Stat(); err != nil {
 						t.Errorf("the file that came at %s: %v", stage, err)

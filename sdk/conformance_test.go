@@ -2,6 +2,7 @@ package sdk
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -80,7 +81,7 @@ func TestConformance(t *testing.T) {
 		t.Run(l.name, func(t *testing.T) {
 			for name, test := range map[string]func(*testing.T, library){
 				"hooks": testHooks, "errors": testErrors, "connections": testConnections, "restore": testRestore,
-				"status": testStatus, "checkpoint": testCheckpoint, "socket": testSocket, "elsewhere": testElsewhere,
+				"drip": testDrip, "status": testStatus, "checkpoint": testCheckpoint, "socket": testSocket, "elsewhere": testElsewhere,
 			} {
 				t.Run(name, func(t *testing.T) {
 					t.Parallel() // they mostly wait
@@ -192,6 +193,30 @@ func testConnections(t *testing.T, l library) {
 	long := strings.Replace(restore, `"x":"y"`, `"x":"`+strings.Repeat("y", 1<<20-len(restore)-1)+`"`, 1)
 	s.mustTell(long)
 	p.want(order("after-restore", "one", "two", "three")...)
+	p.wait()
+}
+
+// Somebody in the container who sends a line that never ends, byte by byte, holds up nobody for
+// longer than a participant waits for a line.
+func testDrip(t *testing.T, l library) {
+	s, p := l.run(t)
+	c := s.dial(s.waitParticipants(1)[0])
+	defer c.Close()
+	ended := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := c.Write([]byte("{")); err != nil {
+				ended <- err
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	s.mustTell(check)
+	p.want(order("check", "three", "two", "one")...)
+	if err := <-ended; errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection is kept")
+	}
 	p.wait()
 }
 

@@ -28,7 +28,6 @@ import (
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/runtime"
-	"github.com/crac-shim/crac/runtime/hook"
 )
 
 // builder is the program that packs an image. It is not part of the shim, which
@@ -39,10 +38,20 @@ const builder = "cracctl"
 // to be taken; for a checkpoint that ends it, for the whole image.
 const diffTimeout = 10 * time.Minute
 
+const (
+	// prepareTimeout bounds how long a builder may look for what stands in the way: it asks
+	// containerd for a few small files, and perhaps a key service.
+	prepareTimeout = time.Minute
+	// endTimeout is how long a builder may take to end that is not needed, and the end of the
+	// container to be announced.
+	endTimeout = 10 * time.Second
+)
+
 // checkpointRequest is what a checkpoint call asks for, whoever makes it.
 type checkpointRequest struct {
 	id   string // of this checkpoint, as participants are told
 	dir  string // where the dump goes; empty: nowhere but into the image
+	kept bool   // dir is the client's, and stays
 	ref  string // of the image to build; empty: none
 	push bool   // the image
 	exit bool
@@ -61,7 +70,7 @@ type checkpointRequest struct {
 // ownCheckpoint is the checkpoint that the container's options alone ask for.
 func (c *container) ownCheckpoint() *checkpointRequest {
 	return &checkpointRequest{
-		id:          hook.NewID(),
+		id:          c.hooks.newID(),
 		ref:         c.options.CheckpointImage,
 		push:        c.options.CheckpointPush,
 		exit:        c.options.CheckpointExit,
@@ -172,6 +181,22 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err := os.MkdirAll(r.criu.WorkDir, 0o700); err != nil {
 		return err
 	}
+	build, err := s.startBuild(c, r, version)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			build.abort()
+		}
+	}()
+	// Of a container that a client has paused the answer is waited for when it runs, or is
+	// dumped: it stands still already.
+	if c.rt.State() != runtime.Paused {
+		if err := build.ready(ctx); err != nil {
+			return fmt.Errorf("build image %s: %w", r.ref, err)
+		}
+	}
 	// Before the workload is told: what it closes for the checkpoint stays so until
 	// that is over.
 	if r.preDumped, err = c.preDump(ctx, r); err != nil {
@@ -183,7 +208,7 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("nobody waits for the checkpoint any more: %w", err)
 	}
-	if r.dir == "" {
+	if r.kept = r.dir != ""; !r.kept {
 		// On disk, not in the bundle: that is in memory on most hosts.
 		if r.dir, err = os.MkdirTemp(c.work, "dump-"); err != nil {
 			return err
@@ -195,17 +220,17 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err := clearDump(r.dir); err != nil {
 		return err
 	}
-	var build *imageBuild
-	defer func() {
-		if err != nil {
-			build.abort()
-		}
-	}()
-	frozen, manifest, err := s.dump(ctx, c, r, version, &build)
+	frozen, manifest, err := s.dump(ctx, c, r, version, build)
 	if err != nil {
 		return err
 	}
-	if err := writeDumpManifest(r.dir, manifest); err != nil {
+	if r.exit {
+		// Another announces its end: who has asked for that is to find it stopped.
+		select {
+		case <-c.init.done:
+		case <-time.After(endTimeout):
+		}
+	} else if err := r.describe(manifest); err != nil {
 		return err
 	}
 	done, err := build.wait()
@@ -236,13 +261,23 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	return notPushed
 }
 
-// dump dumps the workload between the notifications, and starts the build of the
-// image while it stands still. It returns how long that was.
-func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, version int, build **imageBuild) (frozen time.Duration, m *oci.Manifest, err error) {
+// dump dumps the workload between the notifications, and has the image built of it while
+// it stands still. It returns how long that was.
+func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, version int, build *imageBuild) (frozen time.Duration, m *oci.Manifest, err error) {
 	policy, err := c.fdPolicy()
 	if err != nil {
 		return 0, nil, err
 	}
+	end, err := c.hooks.turn(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer end()
+	release, err := c.holdDumps(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer release()
 	// Clients pause the workload before they ask; what is frozen answers nobody.
 	paused := c.rt.State() == runtime.Paused
 	thawed := paused && c.hooks.anybody()
@@ -266,16 +301,16 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			c.hooks.afterResume(ctx, resumedMessage(r.id, nil))
 		}
 	}()
+	if thawed {
+		// Before anybody is told.
+		if err := build.ready(ctx); err != nil {
+			return 0, nil, fmt.Errorf("build image %s: %w", r.ref, err)
+		}
+	}
 	if err := c.hooks.before(ctx, r.id); err != nil {
 		return 0, nil, err
 	}
 	defer c.hooks.suspend()()
-	if r.ref != "" {
-		// It connects to containerd while the workload is dumped.
-		if *build, err = s.startBuilder(); err != nil {
-			return 0, nil, err
-		}
-	}
 	manifest := c.manifest(version, r)
 	var began time.Time // the freeze
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
@@ -287,25 +322,36 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			return c.enforceFDPolicy(policy, pids)
 		},
 		WhileFrozen: func() error {
-			if r.ref == "" {
-				return nil
+			if r.exit {
+				// What fails later would fail without the workload.
+				if err := r.describe(manifest); err != nil {
+					return err
+				}
 			}
-			started := *build
-			if err := started.ask(s.buildRequest(c, r, manifest, began)); err != nil {
-				return err
+			if build == nil {
+				return nil
 			}
 			// A client that has gone, or a builder that hangs, must not keep the
 			// workload frozen.
 			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
 			defer cancel()
-			defer context.AfterFunc(ctx, started.kill)()
-			if r.exit {
-				// Nobody waits for the thaw, and without the image the workload
-				// would be lost.
-				_, err := started.wait()
+			defer context.AfterFunc(ctx, build.kill)()
+			if err := build.ready(ctx); err != nil {
+				return fmt.Errorf("build image %s: %w", r.ref, err)
+			}
+			if err := build.ask(images.BuildDump{DumpDir: r.dir, PreDumpDir: r.preDumped, Manifest: *manifest, Frozen: began}); err != nil {
 				return err
 			}
-			return started.untilDiffed()
+			if err := build.untilDiffed(); err != nil {
+				return err
+			}
+			if err := c.rt.Untouched(); err != nil || !r.exit {
+				return err
+			}
+			// Nobody waits for the thaw, and without the image the workload would be
+			// lost.
+			_, err := build.wait()
+			return err
 		},
 	})
 	return time.Since(began), manifest, err
@@ -335,6 +381,17 @@ func (c *container) manifest(criu int, r *checkpointRequest) *oci.Manifest {
 
 // inventory is the file of a dump that CRIU writes last.
 const inventory = "inventory.img"
+
+// describe puts a manifest beside the dump, if that stays where it is.
+func (r *checkpointRequest) describe(m *oci.Manifest) error {
+	if !r.kept {
+		return nil
+	}
+	if err := writeDumpManifest(r.dir, m); err != nil {
+		return errors.Join(fmt.Errorf("describe the dump in %s: %w", r.dir, err), clearDump(r.dir))
+	}
+	return nil
+}
 
 // writeDumpManifest puts a manifest beside a dump that a client will keep, so
 // that a restore from it is gated like one from an image. Of the files it lists
@@ -390,13 +447,32 @@ func clearDump(dir string) error {
 
 // imageBuild is a running builder.
 type imageBuild struct {
-	cmd     *exec.Cmd
-	request io.WriteCloser
-	waitCmd func() error
-	events  *bufio.Scanner
-	stderr  *bytes.Buffer
-	done    *images.BuildEvent
-	ended   bool // waited for
+	cmd      *exec.Cmd
+	request  io.WriteCloser
+	waitCmd  func() error
+	events   *bufio.Scanner
+	stderr   *bytes.Buffer
+	prepared bool // it has said that it is ready
+	asked    bool // it makes the image
+	done     *images.BuildEvent
+	ended    bool // waited for
+}
+
+// startBuild starts a builder that finds out what stands in the way of an image, before
+// there is a dump; nil if none is asked for. It answers when it is waited for: see ready.
+func (s *service) startBuild(c *container, r *checkpointRequest, version int) (*imageBuild, error) {
+	if r.ref == "" {
+		return nil, nil
+	}
+	b, err := s.startBuilder()
+	if err != nil {
+		return nil, err
+	}
+	if err := b.say(s.buildRequest(c, r, c.manifest(version, r))); err != nil {
+		b.abort()
+		return nil, err
+	}
+	return b, nil
 }
 
 // startBuilder starts a builder, which waits to be asked.
@@ -407,7 +483,8 @@ func (s *service) startBuilder() (*imageBuild, error) {
 	}
 	b := &imageBuild{cmd: exec.Command(path, "build-image", "--address", s.containerd), stderr: &bytes.Buffer{}}
 	b.cmd.Stderr = b.stderr
-	// It must not outlive a shim that is killed: nobody would hear of its image.
+	// What is sent to the shim's group is not for it. If the shim is killed it ends by
+	// itself, because nobody hears of its image.
 	b.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	if b.request, err = b.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -424,36 +501,58 @@ func (s *service) startBuilder() (*imageBuild, error) {
 	return b, nil
 }
 
-// buildRequest asks for the image of a container that is frozen since then.
-func (s *service) buildRequest(c *container, r *checkpointRequest, m *oci.Manifest, frozen time.Time) images.BuildRequest {
+// buildRequest asks for the image of a container, as far as it is known without a dump.
+func (s *service) buildRequest(c *container, r *checkpointRequest, m *oci.Manifest) images.BuildRequest {
 	return images.BuildRequest{
 		Address:     s.containerd,
 		Namespace:   s.namespace,
 		Container:   c.id,
 		Ref:         r.ref,
-		DumpDir:     r.dir,
-		PreDumpDir:  r.preDumped,
 		SpecPath:    filepath.Join(c.bundle, "config.json"),
-		Manifest:    *m,
-		Frozen:      frozen,
 		Push:        r.push,
 		Index:       r.index,
 		Compression: r.compression,
 		EncryptTo:   r.encryptTo,
 		Parent:      r.parent,
 		Keys:        r.keys,
+		BuildDump:   images.BuildDump{Manifest: *m},
 	}
 }
 
-// ask begins the build. That the builder has ended meanwhile is no error of it:
-// its events tell why.
-func (b *imageBuild) ask(r images.BuildRequest) error {
-	request, err := json.Marshal(r)
+// say sends a line. That the builder has ended meanwhile is no error of it: its events
+// tell why.
+func (b *imageBuild) say(line any) error {
+	data, err := json.Marshal(line)
 	if err != nil {
 		return err
 	}
-	if _, err := b.request.Write(append(request, '\n')); err != nil && !errors.Is(err, unix.EPIPE) {
+	if _, err := b.request.Write(append(data, '\n')); err != nil && !errors.Is(err, unix.EPIPE) {
 		return fmt.Errorf("ask %s for the image: %w", builder, err)
+	}
+	return nil
+}
+
+// ready waits until the builder knows of nothing that stands in the way. It may be called
+// on nil, and again.
+func (b *imageBuild) ready(ctx context.Context) error {
+	if b == nil || b.prepared {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, b.kill)()
+	if err := b.until(images.EventReady); err != nil {
+		return errors.Join(err, ctx.Err())
+	}
+	b.prepared = true
+	return nil
+}
+
+// ask begins the build.
+func (b *imageBuild) ask(d images.BuildDump) error {
+	b.asked = true
+	if err := b.say(d); err != nil {
+		return err
 	}
 	return b.request.Close()
 }
@@ -503,12 +602,20 @@ func (b *imageBuild) next() (*images.BuildEvent, error) {
 
 // untilDiffed waits until the container's changes are taken.
 func (b *imageBuild) untilDiffed() error {
+	if err := b.until(images.EventDiffed); err != nil {
+		return fmt.Errorf("take the layer of changes: %w", err)
+	}
+	return nil
+}
+
+// until waits for an event of a kind.
+func (b *imageBuild) until(kind string) error {
 	for {
 		e, err := b.next()
 		if err != nil {
-			return fmt.Errorf("take the layer of changes: %w", err)
+			return err
 		}
-		if e.Event == images.EventDiffed {
+		if e.Event == kind {
 			return nil
 		}
 	}
@@ -565,7 +672,13 @@ func (b *imageBuild) abort() {
 	if b == nil {
 		return
 	}
-	b.kill()
+	if b.asked {
+		b.kill()
+	} else {
+		// It has something to give back, and nothing else to do.
+		_ = b.request.Close()
+		defer time.AfterFunc(endTimeout, b.kill).Stop()
+	}
 	if !b.ended {
 		_ = b.drain()
 	}

@@ -24,6 +24,24 @@ var consoles = sync.OnceValues(func() (*console.Epoller, error) {
 	return e, nil
 })
 
+// openConsole makes the socket that the terminal is to come through, anew if there is
+// one: what a start that has failed has sent through it is no terminal of the next.
+func (p *processIO) openConsole() error {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("socketpair", err)
+	}
+	if p.console != nil {
+		p.console.Close()
+	}
+	if p.child.Console != nil {
+		p.child.Console.Close()
+	}
+	p.console = os.NewFile(uintptr(fds[0]), "console-parent")
+	p.child.Console = os.NewFile(uintptr(fds[1]), "console-child")
+	return nil
+}
+
 // attachConsole receives the terminal's master, which the process's start has
 // sent, and copies between it and the client.
 func (p *processIO) attachConsole(ctx context.Context, owner stdioOwner) error {

@@ -59,3 +59,40 @@ func TestResizeDuringStart(t *testing.T) {
 		t.Errorf("the terminal has %dx%d after the start, want 121x41: %v", size.Width, size.Height, err)
 	}
 }
+
+// After a restore that has failed the terminal is that of the cold start, although one
+// has come for the restore.
+func TestConsoleOfTheNextStart(t *testing.T) {
+	noMoreFiles(t)
+	p, err := newProcessIO(context.Background(), stdioConfig{Terminal: true}, owner(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	send := func() (path string) {
+		t.Helper()
+		master, path, err := console.NewPty()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer master.Close()
+		if err := unix.Sendmsg(int(p.child.Console.Fd()), []byte(path), unix.UnixRights(int(master.Fd())), nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	send()
+	if err := p.openConsole(); err != nil {
+		t.Fatal(err)
+	}
+	want := send()
+	p.afterStart()
+	got, err := receiveFile(p.console)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Name() != want {
+		t.Errorf("the terminal of %s came, want that of %s", got.Name(), want)
+	}
+	got.Close()
+	p.close()
+}

@@ -40,6 +40,8 @@ type container struct {
 
 	// warm is the restore that Start is to do; nil once done, or for a cold start.
 	warm *restore
+	// begun is how that was begun at Create; nil unless it was.
+	begun *restorePlan
 	// dumped is the manifest of the dump that this container was restored from;
 	// nil if it was started cold, or from a dump without one.
 	dumped *oci.Manifest
@@ -47,8 +49,10 @@ type container struct {
 	// oomed says that a kill for want of memory was announced.
 	oomed atomic.Bool
 
-	// checkpointing lets one checkpoint at a time in.
+	// checkpointing lets one checkpoint at a time in, and dumping no client's pause while
+	// the workload is told and dumped: what stands still answers nobody.
 	checkpointing sync.Mutex
+	dumping       chan struct{} // holds one token while that goes on
 
 	mu      sync.Mutex
 	execs   map[string]*process
@@ -141,6 +145,26 @@ func (c *container) status() task.Status {
 	return task.Status_UNKNOWN
 }
 
+// pause freezes the container, after a dump if there is one under way.
+func (c *container) pause(ctx context.Context) error {
+	release, err := c.holdDumps(ctx)
+	if err != nil {
+		return fmt.Errorf("pause container %s, which is being checkpointed: %w", c.id, err)
+	}
+	defer release()
+	return c.rt.Pause()
+}
+
+// holdDumps waits until no dump is under way. None begins before release is called.
+func (c *container) holdDumps(ctx context.Context) (release func(), err error) {
+	select {
+	case c.dumping <- struct{}{}:
+		return func() { <-c.dumping }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 // delete removes all that the container has.
 func (c *container) delete(ctx context.Context) error {
 	if _, ended := c.init.ended(); !ended && c.rt.State() != runtime.Created {
@@ -149,6 +173,9 @@ func (c *container) delete(ctx context.Context) error {
 	// First, because it ends the init of a container that was never started,
 	// which holds its streams open.
 	err := c.rt.Delete()
+	if c.begun != nil {
+		c.begun.order.done()
+	}
 	c.init.abandon(0)
 	c.init.closeIO()
 	for _, p := range c.takeExecs() {

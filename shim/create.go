@@ -58,6 +58,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		work:    workDir(r.Bundle),
 		options: asked,
 		trace:   steps,
+		dumping: make(chan struct{}, 1),
 		execs:   make(map[string]*process),
 		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
 	}
@@ -80,8 +81,9 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 	}
 	read()
 	found := s.find(c, r, opts, spec)
+	looked := false
 	defer func() {
-		if found.warm != nil && c.warm == nil { // nobody will look at it
+		if found.warm != nil && !looked { // nobody will look at it
 			found.warm.dump.Close()
 		}
 	}()
@@ -158,6 +160,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		}
 	}()
 	if c.warm = found.warm; c.warm != nil {
+		looked = true
 		c.warm.images = sync.OnceValues(func() (map[string][]byte, error) {
 			return s.ownImages(c, found.warm, spec)
 		})
@@ -166,9 +169,13 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 			defer steps.On(trace.Background, "read the memory ahead")()
 			runtime.Prefetch(append([]string{w.dir}, w.parents...)...)
 		}(c.warm)
-		defer steps.Step("make the namespaces")()
+		end := steps.Step("make the namespaces")
 		c.init.pid, err = c.rt.PrepareRestore(ctx, io.child)
-		return c, err
+		end()
+		if err != nil || !c.rt.Begins() {
+			return c, err
+		}
+		return c, s.beginRestore(ctx, c)
 	}
 	return c, s.createInit(ctx, c)
 }
@@ -353,15 +360,27 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 		c.init.abandon(255)
 		return err
 	}
-	if err := s.createInit(ctx, c); err != nil {
+	if err := s.createInstead(ctx, c); err != nil {
 		if proc := c.init.running(); proc != nil {
 			_ = c.rt.Signal(unix.SIGKILL, true)
 			s.watchInit(c, proc)
+		} else {
+			c.init.abandon(255)
 		}
 		return err
 	}
 	defer s.watchInit(c, c.init.running()) // whatever becomes of it
 	return s.startCold(c)
+}
+
+// createInstead starts the init of a container whose restore has failed.
+func (s *service) createInstead(ctx context.Context, c *container) error {
+	if c.init.config.Terminal {
+		if err := c.init.io.openConsole(); err != nil {
+			return err
+		}
+	}
+	return s.createInit(ctx, c)
 }
 
 // startCold lets a workload run that createInit has made.

@@ -2,7 +2,6 @@ package shim
 
 import (
 	"context"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/events"
 	cruntime "github.com/containerd/containerd/v2/core/runtime"
@@ -34,10 +33,6 @@ const MemoryFailedTopic = "/crac/memory-failed"
 
 // eventQueue is how many events may wait before senders do.
 const eventQueue = 128
-
-// publishTimeout bounds one attempt to hand an event to containerd, which tries
-// again by itself while containerd is away.
-const publishTimeout = 5 * time.Second
 
 type queuedEvent struct {
 	topic string
@@ -99,9 +94,11 @@ func (s *eventSender) run(ctx context.Context) {
 	}
 }
 
+// publish hands an event to containerd's publisher, which bounds each attempt itself and, while
+// containerd is away, tries again later with the same context: one that ends here would have it send
+// the event, not wait for the answer, and send it again (pkg/shim/publisher.go).
 func (s *eventSender) publish(ctx context.Context, e queuedEvent) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), publishTimeout)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
 	if err := s.publisher.Publish(ctx, e.topic, e.event); err != nil {
 		log.G(ctx).WithError(err).WithField("topic", e.topic).Error("failed to publish event")
 	}

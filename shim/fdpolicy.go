@@ -17,7 +17,7 @@ const maxPolicyLines = 100
 // fdPolicy reads the container's descriptor policy. The image's file is read
 // again for each checkpoint: the container may have written it meanwhile.
 func (c *container) fdPolicy() (oci.FDPolicy, error) {
-	p, err := fdpolicy.Load(c.descriptorPolicy(), c.rt.Spec().Root.Path)
+	p, err := fdpolicy.For(c.options, c.rt.Spec().Process, c.rt.Spec().Root.Path)
 	if err != nil {
 		return p, classified{err, errdefs.ErrFailedPrecondition}
 	}

@@ -38,16 +38,17 @@ type published struct {
 	mu     sync.Mutex
 	topics []string
 	events []any
+	ctxs   []context.Context
 	hold   chan struct{} // unless nil, publishing waits for it
 }
 
-func (p *published) Publish(_ context.Context, topic string, event events.Event) error {
+func (p *published) Publish(ctx context.Context, topic string, event events.Event) error {
 	if p.hold != nil {
 		<-p.hold
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.topics, p.events = append(p.topics, topic), append(p.events, event)
+	p.topics, p.events, p.ctxs = append(p.topics, topic), append(p.events, event), append(p.ctxs, ctx)
 	return nil
 }
 
@@ -82,5 +83,5 @@ func newTestService(tb testing.TB) (s *service, sent *published, finish func()) 
 
 func newTestContainer(tb testing.TB, id string) *container {
 	tb.Helper()
-	return &container{id: id, bundle: tb.TempDir(), init: newProcess("", stdioConfig{}, nil), execs: make(map[string]*process)}
+	return &container{id: id, bundle: tb.TempDir(), init: newProcess("", stdioConfig{}, nil), dumping: make(chan struct{}, 1), execs: make(map[string]*process)}
 }

@@ -58,6 +58,7 @@ type hooks struct {
 	// telling orders notifications: what comes after a resume is told before
 	// what comes before the next checkpoint.
 	telling sync.Mutex
+	turns   turns
 
 	mu         sync.Mutex
 	generation string
@@ -78,6 +79,18 @@ type attempt struct {
 
 // maxAttempts is how many checkpoints a workload can still ask about.
 const maxAttempts = 16
+
+// turns is the container's turn to be told something (hook.Turn), as long as anything
+// in this shim has it.
+type turns struct {
+	mu  sync.Mutex
+	n   int
+	end func()
+}
+
+// turnWait is how long cracctl check is waited for: it asks participants, which may
+// take long.
+const turnWait = 10 * time.Second
 
 // parseAdapters reads the options that name what is told without being a
 // participant.
@@ -102,7 +115,8 @@ func parseAdapters(o oci.Options) (map[hook.Event]hook.Adapter, error) {
 
 // addHooks makes the container's directory of hooks and listens in it. The
 // mount goes into the spec. dumped says that the dump to restore has the mount,
-// so that the clone must.
+// so that the clone must; and that it was told of its checkpoint, so that it waits
+// to hear what became of it, whatever the option hooks says.
 func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	off := c.options.Hooks == oci.HooksOff || sandbox(spec)
 	if off && !dumped {
@@ -126,7 +140,7 @@ func (s *service) addHooks(c *container, spec *specs.Spec, dumped bool) error {
 	}
 	spec.Mounts = append(spec.Mounts, hooksMount(c.bundle))
 	if off {
-		return nil
+		log.G(s.ctx).WithField("id", c.id).Infof("the option %shooks=off is for cold starts: the dump was told of its checkpoint, and is told that it was restored", oci.AnnotationPrefix)
 	}
 	if spec.Process != nil {
 		spec.Process.Env = withHooksEnv(spec.Process.Env)
@@ -230,6 +244,47 @@ func (h *hooks) anybody() bool {
 	return err != nil || len(names) > 0 || len(h.notifier.Adapters) > 0
 }
 
+// turn waits until nobody else tells the container anything.
+func (h *hooks) turn(ctx context.Context) (end func(), err error) {
+	if h == nil {
+		return func() {}, nil
+	}
+	h.turns.mu.Lock()
+	defer h.turns.mu.Unlock()
+	if h.turns.n == 0 {
+		ctx, cancel := context.WithTimeout(ctx, turnWait)
+		defer cancel()
+		if h.turns.end, err = hook.Turn(ctx, h.c.bundle); err != nil {
+			if errors.Is(err, context.DeadlineExceeded) {
+				err = fmt.Errorf("somebody asks the participants by cracctl check, for more than %v; try again: %w", turnWait, classified{err, errdefs.ErrUnavailable})
+			}
+			return nil, err
+		}
+	}
+	h.turns.n++
+	return func() {
+		h.turns.mu.Lock()
+		defer h.turns.mu.Unlock()
+		if h.turns.n--; h.turns.n == 0 {
+			h.turns.end()
+		}
+	}, nil
+}
+
+// notify tells everybody something that has happened: nobody can stop it any more,
+// and whoever asked for it may have gone.
+func (h *hooks) notify(ctx context.Context, m hook.Message) hook.Report {
+	ctx = context.WithoutCancel(ctx)
+	if end, err := h.turn(ctx); err != nil {
+		log.G(h.s.ctx).WithError(err).WithField("id", h.c.id).Warn("two things are told at once")
+	} else {
+		defer end()
+	}
+	h.telling.Lock()
+	defer h.telling.Unlock()
+	return h.notifier.Notify(ctx, m)
+}
+
 // before tells of a checkpoint to come. An error is a veto.
 func (h *hooks) before(ctx context.Context, id string) error {
 	if h == nil {
@@ -258,10 +313,7 @@ func (h *hooks) afterResume(ctx context.Context, m *hook.Message) {
 	if h == nil || m == nil {
 		return
 	}
-	h.telling.Lock()
-	defer h.telling.Unlock()
-	// Whoever asked for the checkpoint may have gone; the workload has not.
-	if err := h.notifier.Notify(context.WithoutCancel(ctx), *m).Err(); err != nil {
+	if err := h.notify(ctx, *m).Err(); err != nil {
 		h.failed(hook.AfterResume, err)
 	}
 }
@@ -296,24 +348,29 @@ func (h *hooks) clientResumed(ctx context.Context) {
 	h.afterResume(ctx, m)
 }
 
-// afterRestore tells a clone what it is, and returns how many were told when everybody
-// has answered.
-func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) (told int, err error) {
+// afterRestore tells a clone what it is, and returns how many have taken it when
+// everybody has answered.
+func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) (agreed int, err error) {
 	if h == nil {
 		return 0, nil
 	}
-	spec := h.c.rt.Spec()
+	return h.tellRestored(ctx, h.restoredMessage(m, h.c.rt.Spec()))
+}
+
+// restoredMessage is what a clone is told that was restored from a dump for this
+// request.
+func (h *hooks) restoredMessage(m *oci.Manifest, request *specs.Spec) hook.Message {
 	message := hook.Message{
 		V: 1, Event: hook.AfterRestore, ID: hook.NewID(),
 		Generation:  h.generation,
 		Container:   h.c.id,
 		Hostname:    h.hostname,
-		Annotations: spec.Annotations,
+		Annotations: request.Annotations,
 	}
 	if m != nil {
 		message.FrozenNS = max(0, time.Since(m.Created).Nanoseconds())
 	}
-	if p := spec.Process; p != nil {
+	if p := request.Process; p != nil {
 		message.Args = p.Args
 		message.Env = make(map[string]string, len(p.Env))
 		for _, e := range p.Env {
@@ -321,17 +378,19 @@ func (h *hooks) afterRestore(ctx context.Context, m *oci.Manifest) (told int, er
 			message.Env[k] = v
 		}
 	}
-	h.telling.Lock()
-	defer h.telling.Unlock()
-	report := h.notifier.Notify(ctx, message)
+	return message
+}
+
+func (h *hooks) tellRestored(ctx context.Context, m hook.Message) (agreed int, err error) {
+	report := h.notify(ctx, m)
 	if err := report.Err(); err != nil {
 		h.failed(hook.AfterRestore, err)
 		if h.required {
-			return report.Told(), fmt.Errorf("after-restore: %w", classified{err, errdefs.ErrFailedPrecondition})
+			return report.Agreed(), fmt.Errorf("after-restore: %w", classified{err, errdefs.ErrFailedPrecondition})
 		}
-		return report.Told(), nil
+		return report.Agreed(), nil
 	}
-	return report.Told(), h.needed(report)
+	return report.Agreed(), h.needed(report)
 }
 
 // untold is an error if the request has arguments that the workload was not started
@@ -344,7 +403,7 @@ func untold(m *oci.Manifest, spec *specs.Spec) error {
 	if !differ {
 		return nil
 	}
-	return classified{fmt.Errorf("%s (restore=require would tell the workload instead, but nothing in it listens in %s)", other.Text, oci.HooksDir), errdefs.ErrFailedPrecondition}
+	return classified{fmt.Errorf("%s (restore=require would tell the workload instead, but nothing that listens in %s has taken it)", other.Text, oci.HooksDir), errdefs.ErrFailedPrecondition}
 }
 
 // failed makes a failure known that is no error to anybody's call, or to one
@@ -387,7 +446,34 @@ func (h *hooks) begin(id string) (end func(error)) {
 	return func(err error) {
 		a.err = err
 		close(a.done)
+		if err == nil {
+			return
+		}
+		// What waits for the client's resume was true when the dump was made.
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.resumed != nil && h.resumed.ID == id {
+			h.resumed = resumedMessage(id, err)
+		}
 	}
+}
+
+// ownDigits is how many digits of the generation begin the identifiers of a start's
+// checkpoints.
+const ownDigits = 16
+
+// newID makes the identifier of a checkpoint. It shows which start has made it: a
+// clone is asked about its own, and about those that it has in its memory.
+func (h *hooks) newID() string {
+	if h == nil {
+		return hook.NewID()
+	}
+	return h.generation[:ownDigits] + hook.NewID()[ownDigits:]
+}
+
+// fromDump tells whether an identifier can be one that a clone has in its memory.
+func (h *hooks) fromDump(id string) bool {
+	return len(id) == len(h.generation) && strings.Trim(id, "0123456789abcdef") == "" && !strings.HasPrefix(id, h.generation[:ownDigits])
 }
 
 func (a *attempt) outcome() (outcome, reason string) {
@@ -475,7 +561,7 @@ func (h *hooks) Outcome(ctx context.Context, id string) (outcome hook.Outcome, r
 		case <-ctx.Done():
 		}
 		return a.outcome()
-	case warm:
+	case warm && h.fromDump(id):
 		// The original asked, and the answer went into the dump with it. Threads of
 		// the clone run one after the other; if one ends the process before the last
 		// does, CRIU finds something to be missing and gives up.

@@ -1,11 +1,17 @@
 package shim
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -20,7 +26,7 @@ func newTestHooks(tb testing.TB) *hooks {
 	tb.Helper()
 	s, _, _ := newTestService(tb)
 	c := newTestContainer(tb, "c")
-	c.hooks = &hooks{s: s, c: c, generation: "g", notifier: hook.Notifier{Dir: tb.TempDir(), Timeout: time.Second}}
+	c.hooks = &hooks{s: s, c: c, generation: hook.NewID(), notifier: hook.Notifier{Dir: tb.TempDir(), Timeout: time.Second}}
 	return c.hooks
 }
 
@@ -60,6 +66,8 @@ func TestCheckpointOutcomes(t *testing.T) {
 		t.Errorf("of an earlier one: %q", got)
 	}
 	// The list is bounded, and forgets the oldest.
+	own := h.newID()
+	h.begin(own)(errors.New("disk full"))
 	for i := range maxAttempts {
 		h.begin(fmt.Sprint(i))(nil)
 	}
@@ -68,14 +76,20 @@ func TestCheckpointOutcomes(t *testing.T) {
 	}
 	// In a clone the original's checkpoint is what it was restored from.
 	whole := h.restoring(&oci.Manifest{Name: "app:warm"})
-	if got := ask("b"); got != "pending" {
+	originals := hook.NewID()
+	if got := ask(originals); got != "pending" {
 		t.Errorf("in a clone of which not all runs yet: %q", got)
 	}
 	whole()
-	if got := ask("b"); got != "restored" {
+	if got := ask(originals); got != "restored" {
 		t.Errorf("in a clone: %q", got)
 	}
-	if st := h.Status(t.Context()); st.Start != "warm" || st.Image != "app:warm" || st.Generation != "g" {
+	for what, id := range map[string]string{"one of its own, long ago": own, "nonsense": "b", "nearly one": strings.ToUpper(originals)} {
+		if got := ask(id); got != "" {
+			t.Errorf("in a clone, of %s: %q", what, got)
+		}
+	}
+	if st := h.Status(t.Context()); st.Start != "warm" || st.Image != "app:warm" || st.Generation != h.generation {
 		t.Errorf("a clone is %+v", st)
 	}
 	// Unless the restore fails after all.
@@ -127,6 +141,128 @@ func TestHooksNeedSomebody(t *testing.T) {
 	}
 }
 
+// participant listens in the container's directory of hooks, notes what it hears, and answers.
+func (h *hooks) participant(t *testing.T, answer string) (heard func() []string) {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(h.notifier.Dir, "p.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	var mu sync.Mutex
+	var lines []string
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			line, err := bufio.NewReader(c).ReadString('\n')
+			if err == nil {
+				mu.Lock()
+				lines = append(lines, line)
+				mu.Unlock()
+				_, _ = io.WriteString(c, answer+"\n")
+			}
+			c.Close()
+		}
+	}()
+	return func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(lines)
+	}
+}
+
+// A clone is told though whoever started it has gone: it runs, with its original's random numbers.
+func TestCloneIsToldInAnyCase(t *testing.T) {
+	for _, tt := range []struct {
+		answer string
+		agreed int
+	}{
+		{`{"ok":true}`, 1},
+		// It may have taken the new arguments or not: that is no reason to believe that it has.
+		{`{"ok":false,"error":"no"}`, 0},
+	} {
+		h := newTestHooks(t)
+		heard := h.participant(t, tt.answer)
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		m := h.restoredMessage(&oci.Manifest{}, &specs.Spec{Process: &specs.Process{Args: []string{"app", "-q"}, Env: []string{"DB=prod2"}}})
+		agreed, err := h.tellRestored(gone, m)
+		if err != nil || agreed != tt.agreed {
+			t.Errorf("%s: %d have taken it, %v", tt.answer, agreed, err)
+		}
+		if got := heard(); len(got) != 1 || !strings.Contains(got[0], `"env":{"DB":"prod2"},"args":["app","-q"]`) {
+			t.Errorf("%s: the clone hears %q", tt.answer, got)
+		}
+	}
+}
+
+// What waits for the client's resume says what has become of the checkpoint until then.
+func TestHeldResume(t *testing.T) {
+	for name, tt := range map[string]struct {
+		failed string // the checkpoint that fails after its dump
+		want   string
+	}{
+		"made":          {"", `"outcome":"checkpointed"`},
+		"no image":      {"a", `"outcome":"failed","error":"disk full"`},
+		"a later fails": {"b", `"outcome":"checkpointed"`},
+	} {
+		h := newTestHooks(t)
+		heard := h.participant(t, `{"ok":true}`)
+		h.onResume(resumedMessage("a", nil))
+		if tt.failed != "" {
+			h.begin(tt.failed)(errors.New("disk full"))
+		}
+		h.clientResumed(t.Context())
+		if got := heard(); len(got) != 1 || !strings.Contains(got[0], tt.want) {
+			t.Errorf("%s: the workload hears %q", name, got)
+		}
+	}
+}
+
+// cracctl check and a checkpoint do not tell a container two things at once.
+func TestTurns(t *testing.T) {
+	h := newTestHooks(t)
+	end, err := hook.Turn(t.Context(), h.c.bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := h.turn(ctx); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "cracctl check") {
+		t.Errorf("while cracctl check asks: %v", err)
+	}
+	end()
+	// A checkpoint's turn has those of its notifications in it.
+	var ends []func()
+	for range 2 {
+		end, err := h.turn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, end)
+	}
+	taken := func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		end, err := hook.Turn(ctx, h.c.bundle)
+		if err == nil {
+			end()
+		}
+		return err != nil
+	}
+	ends[0]()
+	if !taken() {
+		t.Error("it is over before the checkpoint is")
+	}
+	ends[1]()
+	if taken() {
+		t.Error("it is never over")
+	}
+}
+
 // A container without hooks is told nothing, everywhere.
 func TestNoHooks(t *testing.T) {
 	var h *hooks
@@ -137,8 +273,10 @@ func TestNoHooks(t *testing.T) {
 	h.clientResumed(t.Context())
 	h.afterResume(t.Context(), resumedMessage("x", errors.New("no")))
 	h.suspend()()
-	told, err := h.afterRestore(t.Context(), nil)
-	if err = errors.Join(h.before(t.Context(), "x"), err); err != nil || told > 0 || h.anybody() {
+	end, err := h.turn(t.Context())
+	end()
+	agreed, restoreErr := h.afterRestore(t.Context(), nil)
+	if err = errors.Join(h.before(t.Context(), "x"), restoreErr, err); err != nil || agreed > 0 || h.anybody() {
 		t.Errorf("%v, somebody is there: %v", err, h.anybody())
 	}
 }
@@ -186,6 +324,28 @@ func TestNoDirectoryOfHooks(t *testing.T) {
 		if err := c.removeHooks(); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// hooks=off is about cold starts: a dump that was told of its checkpoint waits to hear more.
+func TestHooksOffOfADumpThatWasTold(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root may mount the directory of hooks")
+	}
+	s, _, _ := newTestService(t)
+	c := newTestContainer(t, "c")
+	c.options.Hooks = oci.HooksOff
+	spec := &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{}}
+	if err := s.addHooks(c, spec, true); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := c.removeHooks(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if c.hooks == nil || c.hooks.required || len(spec.Mounts) != 1 {
+		t.Errorf("hooks %+v, mounts %+v", c.hooks, spec.Mounts)
 	}
 }
 

@@ -10,10 +10,12 @@ import (
 	"slices"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
+	"github.com/crac-shim/crac/runtime/inspect"
 )
 
 // hookTarget is a container as hooks that are no participants reach into it: by
@@ -38,6 +40,40 @@ func (t hookTarget) Dial(ctx context.Context, network, address string) (net.Conn
 // Signal implements hook.Container.
 func (t hookTarget) Signal(sig unix.Signal) error { return t.c.rt.Signal(sig, false) }
 
+// User implements hook.Container.
+func (t hookTarget) User() (uid, gid int, err error) {
+	proc := t.c.init.running()
+	if proc == nil {
+		return 0, 0, runtime.ErrNotRunning
+	}
+	uid, gid, err = inspect.User(proc.Pid())
+	select {
+	case <-proc.Done(): // its pid may be another's
+		return 0, 0, runtime.ErrNotRunning
+	default:
+		return uid, gid, err
+	}
+}
+
+// Done implements hook.Container. It is not init.done, which is closed only after a
+// start was announced.
+func (t hookTarget) Done() <-chan struct{} {
+	if proc := t.c.init.running(); proc != nil {
+		return proc.Done()
+	}
+	return nil
+}
+
+// execEnd is what a process gets to end when it is killed because its time is over.
+const execEnd = time.Second
+
+// execEnded is what became of an Exec.
+type execEnded struct {
+	stderr []byte
+	status int
+	err    error
+}
+
 // Exec implements hook.Container: it runs a process as the container's init was
 // started, and waits for it. When ctx ends the process is killed.
 func (t hookTarget) Exec(ctx context.Context, args, env []string, stdin []byte) (stderr []byte, status int, err error) {
@@ -48,7 +84,34 @@ func (t hookTarget) Exec(ctx context.Context, args, env []string, stdin []byte) 
 	p := *spec
 	p.Args, p.Terminal, p.ConsoleSize = args, false, nil
 	p.Env = append(slices.Clone(spec.Env), env...)
+	release, err := t.c.beginExec()
+	if err != nil {
+		return nil, 0, err
+	}
+	ended := make(chan execEnded, 1)
+	go func() {
+		defer release()
+		var e execEnded
+		e.stderr, e.status, e.err = t.run(ctx, &p, stdin)
+		ended <- e
+	}()
+	select {
+	case e := <-ended:
+		return e.stderr, e.status, e.err
+	case <-ctx.Done():
+	}
+	select {
+	case e := <-ended:
+		return e.stderr, e.status, e.err
+	case <-time.After(execEnd):
+		// Others in the container can stop a process before it is one that can be
+		// killed. It ends with the container.
+		return nil, 0, ctx.Err()
+	}
+}
 
+// run is Exec, but for a process that does not get as far as to be one.
+func (t hookTarget) run(ctx context.Context, p *specs.Process, stdin []byte) (stderr []byte, status int, err error) {
 	in, err := memoryFile(stdin)
 	if err != nil {
 		return nil, 0, err
@@ -64,13 +127,7 @@ func (t hookTarget) Exec(ctx context.Context, args, env []string, stdin []byte) 
 		return nil, 0, err
 	}
 	defer r.Close()
-	release, err := t.c.beginExec()
-	if err != nil {
-		w.Close()
-		return nil, 0, err
-	}
-	defer release()
-	proc, err := t.c.rt.Exec(&p, runtime.Stdio{Stdin: in, Stdout: null, Stderr: w})
+	proc, err := t.c.rt.Exec(p, runtime.Stdio{Stdin: in, Stdout: null, Stderr: w})
 	w.Close()
 	if err != nil {
 		return nil, 0, err

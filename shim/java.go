@@ -28,7 +28,6 @@ const (
 	maxJar = 8 << 20
 
 	javaOptionsEnv = "JDK_JAVA_OPTIONS"
-	policyProperty = "-Djdk.crac.resource-policies="
 )
 
 // javaOptions make a JVM load the library when, and only when, the program or
@@ -47,7 +46,7 @@ var javaOptions = []string{
 // (container.args).
 func (s *service) adaptJava(c *container) error {
 	spec := c.rt.Spec()
-	if !wantsJava(c.options) || spec.Process == nil || len(spec.Process.Args) == 0 {
+	if !c.options.BringsJava() || spec.Process == nil || len(spec.Process.Args) == 0 {
 		return nil
 	}
 	p := javaProcess(c.options.Java, spec.Process)
@@ -61,11 +60,6 @@ func (s *service) adaptJava(c *container) error {
 	c.args = spec.Process.Args
 	spec.Process = p
 	return nil
-}
-
-// wantsJava: without hooks the library has nothing to talk to.
-func wantsJava(o oci.Options) bool {
-	return (o.Java == oci.JavaAuto || o.Java == oci.JavaEnv) && o.Hooks != oci.HooksOff
 }
 
 // javaProcess is a process with the options that load the library; nil if there
@@ -96,44 +90,6 @@ func withJavaOptions(env []string) []string {
 		out = append(out, e)
 	}
 	return append(out, javaOptionsEnv+"="+value)
-}
-
-// descriptorPolicy is what the option fd-policy says, or else, where the option
-// java is set, the file that the JVM's own options name.
-func (c *container) descriptorPolicy() string {
-	p := c.rt.Spec().Process
-	if c.options.FDPolicy == "" && wantsJava(c.options) && p != nil && len(p.Args) > 0 {
-		if policy := javaPolicy(p); policy != "" {
-			return "file:" + policy // as the option would name it
-		}
-	}
-	return c.options.FDPolicy
-}
-
-// javaPolicy is the file that a JVM with CRaC of its own would take its rules for
-// descriptors from; empty if none is named. A later option counts.
-func javaPolicy(p *specs.Process) string {
-	var words []string
-	for _, name := range []string{"JAVA_TOOL_OPTIONS", javaOptionsEnv} {
-		for _, e := range p.Env {
-			if v, ok := strings.CutPrefix(e, name+"="); ok {
-				words = append(words, strings.Fields(v)...)
-			}
-		}
-	}
-	if path.Base(p.Args[0]) == "java" {
-		words = append(words, p.Args[1:]...)
-	}
-	var policy string
-	for _, w := range words {
-		if v, ok := strings.CutPrefix(w, policyProperty); ok {
-			policy = v
-		}
-	}
-	if policy != "" && !path.IsAbs(policy) {
-		policy = path.Join(p.Cwd, policy)
-	}
-	return policy
 }
 
 // addJar puts the library into a container's root file system, unless the same

@@ -61,43 +61,6 @@ func TestJavaProcess(t *testing.T) {
 	}
 }
 
-func TestWantsJava(t *testing.T) {
-	for _, tt := range []struct {
-		java  oci.JavaMode
-		hooks oci.HooksMode
-		want  bool
-	}{
-		{"", "", false},
-		{oci.JavaOff, oci.HooksOptional, false},
-		{oci.JavaAuto, oci.HooksOptional, true},
-		{oci.JavaEnv, oci.HooksRequired, true},
-		{oci.JavaAuto, oci.HooksOff, false},
-	} {
-		if got := wantsJava(oci.Options{Java: tt.java, Hooks: tt.hooks}); got != tt.want {
-			t.Errorf("java=%s hooks=%s: %v", tt.java, tt.hooks, got)
-		}
-	}
-}
-
-func TestJavaPolicy(t *testing.T) {
-	for name, tt := range map[string]struct {
-		args, env []string
-		want      string
-	}{
-		"none":            {args: []string{"java", "Main"}},
-		"argument":        {args: []string{"java", "-Djdk.crac.resource-policies=/etc/p.yaml", "Main"}, want: "/etc/p.yaml"},
-		"the last":        {args: []string{"java", "-Djdk.crac.resource-policies=/a", "-Djdk.crac.resource-policies=/b"}, want: "/b"},
-		"relative":        {args: []string{"java", "-Djdk.crac.resource-policies=p.yaml"}, want: "/work/p.yaml"},
-		"environment":     {args: []string{"run.sh"}, env: []string{"JDK_JAVA_OPTIONS=-Xmx1g -Djdk.crac.resource-policies=/e"}, want: "/e"},
-		"arguments later": {args: []string{"java", "-Djdk.crac.resource-policies=/a"}, env: []string{"JAVA_TOOL_OPTIONS=-Djdk.crac.resource-policies=/e"}, want: "/a"},
-		"no java":         {args: []string{"run.sh", "-Djdk.crac.resource-policies=/a"}},
-	} {
-		if got := javaPolicy(&specs.Process{Args: tt.args, Env: tt.env, Cwd: "/work"}); got != tt.want {
-			t.Errorf("%s: %q, want %q", name, got, tt.want)
-		}
-	}
-}
-
 func TestReadJar(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "crac.jar")

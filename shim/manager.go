@@ -75,12 +75,34 @@ func (Manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 	if err := hook.RemoveDir(filepath.Join(bundle, hooksDir)); err != nil {
 		log.G(ctx).WithError(err).Warn("failed to remove the directory of hooks")
 	}
+	if err := removeSocket(bundle); err != nil {
+		log.G(ctx).WithError(err).Warn("failed to remove the shim's socket")
+	}
 	if e, err := readExit(bundle); err == nil {
 		return shim.StopStatus{Pid: e.Pid, ExitStatus: e.Status, ExitedAt: e.At}, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		log.G(ctx).WithError(err).Warn("failed to read the recorded exit status")
 	}
 	return shim.StopStatus{Pid: pid, ExitStatus: 128 + int(unix.SIGKILL), ExitedAt: killed}, nil
+}
+
+// removeSocket removes the socket of the shim that a bundle is of, unless one listens
+// there: that of a pod has more containers than one.
+func removeSocket(bundle string) error {
+	var params struct { // containerd's, core/runtime/v2/shim_manager.go
+		Address string `json:"address"`
+	}
+	err := readJSON(filepath.Join(bundle, "bootstrap.json"), &params)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && (params.Address == "" || shim.CanConnect(params.Address)) {
+		return nil
+	}
+	if err == nil {
+		err = shim.RemoveSocket(params.Address)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // Info implements shim.Shim.

@@ -235,6 +235,9 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 	ask := c.trace.Step("ask CRIU for its version")
 	version, err := s.criu()
 	ask()
+	if joinsUserNamespace(spec) {
+		return &coldReason{code: images.CodeNamespaces, err: errors.New("the request joins a user namespace that exists, as in a pod with one of its own, and CRIU restores into a new one only")}
+	}
 	if m == nil {
 		if err != nil {
 			return &coldReason{code: images.CodeNoCRIU, err: err}
@@ -247,9 +250,15 @@ func (s *service) gate(m *oci.Manifest, spec *specs.Spec, c *container) error {
 	}
 	request := images.RequestOf(oci.ContainerOf(&asked), oci.MountsOf(&asked))
 	// Who insists on the restore passes arguments to the workload that runs.
-	request.AnyArgs = c.options.Restore == oci.RestoreRequire && c.options.Hooks != oci.HooksOff
+	request.AnyArgs = c.options.Restore == oci.RestoreRequire && (c.options.Hooks != oci.HooksOff || hasMount(m, oci.HooksDir))
 	request.Profile = profileOf(spec.Process)
 	return refusal(images.Gate(m, images.ThisHost(version), request))
+}
+
+func joinsUserNamespace(spec *specs.Spec) bool {
+	return slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return ns.Type == specs.UserNamespace && ns.Path != ""
+	})
 }
 
 // gatePrivileges asks whether the dump holds more than the request allows: CRIU
@@ -318,42 +327,93 @@ func (s *service) cold(c *container, why *coldReason) error {
 	return nil
 }
 
-// restore starts the workload from the dump, and watches it. A *startedError
-// says that it has run.
-func (s *service) restore(ctx context.Context, c *container, r *restore) error {
-	began := time.Now()
+// restorePlan is how a restore is to be done.
+type restorePlan struct {
+	options runtime.CRIUOptions
+	order   workingSet // done must be called
+}
+
+// planRestore waits for what the restore reads, and decides how it is to be done.
+func (s *service) planRestore(c *container, r *restore) (*restorePlan, error) {
 	if err := os.MkdirAll(c.criu.work, 0o700); err != nil {
-		return err
+		return nil, err
 	}
 	if _, err := s.criu(); err != nil {
-		return &coldReason{code: images.CodeNoCRIU, err: err}
+		return nil, &coldReason{code: images.CodeNoCRIU, err: err}
 	}
 	wait := c.trace.Step("wait for the images")
 	own, err := r.images()
 	wait()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	whole := c.hooks.restoring(r.manifest)
-	io := c.init.io
 	lazy := s.lazy(c, r.memory)
 	c.trace.Facts(true, lazy, r.memory)
-	restore := c.trace.Step("restore")
 	order := workingSet{use: r.workingSet}
 	if lazy && order.use == "" {
 		order = s.ownWorkingSet(r.digest)
 	}
-	watched := false
-	defer func() {
-		if !watched {
-			order.done()
-		}
-	}()
 	o := c.criuOptions(r.tcp)
 	o.Parents, o.Images = r.parents, own
 	o.Lazy, o.WorkingSet, o.Record = lazy, order.use, order.record
 	o.Warn = func(err error) { log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("restore") }
-	proc, err := c.rt.Restore(r.dir, o, r.mounts, io.child)
+	return &restorePlan{o, order}, nil
+}
+
+// beginRestore begins a restore at Create, for a container whose network is set up
+// in namespaces that only CRIU can make. If it fails, the container is created for a cold
+// start.
+func (s *service) beginRestore(ctx context.Context, c *container) error {
+	defer c.trace.Step("begin to restore")()
+	p, err := s.planRestore(c, c.warm)
+	if err == nil {
+		if c.init.pid, err = c.rt.BeginRestore(c.warm.dir, p.options, c.warm.mounts, c.init.io.child); err == nil {
+			c.begun = p
+			return nil
+		}
+		p.order.done()
+		err = c.restoreFailed(err)
+	}
+	required := c.warm.required
+	c.warm = nil
+	if err := s.cold(c, reasonOf(err, required)); err != nil {
+		return err
+	}
+	return s.createInstead(ctx, c)
+}
+
+// restoreFailed is why there is no warm start when the runtime has failed to restore.
+func (c *container) restoreFailed(err error) error {
+	var failed *runtime.CRIUError
+	if !errors.As(err, &failed) {
+		return err
+	}
+	failed.Log = keepLog(failed.Log, c)
+	return &coldReason{code: "criu", err: err}
+}
+
+// restore starts the workload from the dump, and watches it. A *startedError
+// says that it has run.
+func (s *service) restore(ctx context.Context, c *container, r *restore) error {
+	began := time.Now()
+	p := c.begun
+	if p == nil {
+		var err error
+		if p, err = s.planRestore(c, r); err != nil {
+			return err
+		}
+	}
+	c.begun = nil
+	watched := false
+	defer func() {
+		if !watched {
+			p.order.done()
+		}
+	}()
+	whole := c.hooks.restoring(r.manifest)
+	io := c.init.io
+	restore := c.trace.Step("restore")
+	proc, err := c.rt.Restore(r.dir, p.options, r.mounts, io.child)
 	whole()
 	restore()
 	if proc != nil {
@@ -364,15 +424,10 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 		defer s.watchInit(c, proc)
 	}
 	if err != nil {
-		var failed *runtime.CRIUError
-		if errors.As(err, &failed) {
-			failed.Log = keepLog(failed.Log, c)
-			return &coldReason{code: "criu", err: err}
-		}
 		if proc != nil {
 			return &startedError{err}
 		}
-		return err
+		return c.restoreFailed(err)
 	}
 	if c.init.config.Terminal {
 		if err := io.attachConsole(ctx, s.owner(c, "")); err != nil {
@@ -382,11 +437,11 @@ func (s *service) restore(ctx context.Context, c *container, r *restore) error {
 	}
 	s.watchOOM(c)
 	watched = true
-	go s.watchMemory(c, order)
+	go s.watchMemory(c, p.order)
 	restored := time.Since(began)
 	tell := c.trace.Step("tell after-restore")
-	told, err := c.hooks.afterRestore(ctx, r.manifest)
-	if err == nil && told == 0 {
+	agreed, err := c.hooks.afterRestore(ctx, r.manifest)
+	if err == nil && agreed == 0 {
 		err = untold(r.manifest, c.rt.Spec())
 	}
 	tell()

@@ -369,6 +369,8 @@ func (s *service) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.St
 	id, status := r.ExecID, p.execStatus()
 	if r.ExecID == "" {
 		id, status = r.ID, c.status()
+	} else if whole := c.status(); status == task.Status_RUNNING && (whole == task.Status_PAUSED || whole == task.Status_PAUSING) {
+		status = whole // it stands still with its container
 	}
 	e, _ := p.ended()
 	return &taskapi.StateResponse{
@@ -386,12 +388,12 @@ func (s *service) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.St
 }
 
 // Pause freezes a container.
-func (s *service) Pause(_ context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
+func (s *service) Pause(ctx context.Context, r *taskapi.PauseRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.ID)
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	if err := c.rt.Pause(); err != nil {
+	if err := c.pause(ctx); err != nil {
 		return nil, toGRPC(err)
 	}
 	s.events.send(&eventstypes.TaskPaused{ContainerID: r.ID})

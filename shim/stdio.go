@@ -34,7 +34,9 @@ const (
 	// drainTimeout bounds the wait for output after a process has ended: what
 	// it left running may hold the other end for ever.
 	drainTimeout = 10 * time.Second
-	// loggerTimeout is what a logging program gets to end after SIGTERM.
+	// loggerEnd is what a logging program gets to end by itself, when it has read its
+	// input to the end, and loggerTimeout what it gets after SIGTERM.
+	loggerEnd     = 2 * time.Second
 	loggerTimeout = 12 * time.Second
 	// copyBuffer is the size of one read from a process's output, in bytes.
 	copyBuffer = 32 << 10
@@ -78,13 +80,7 @@ func newProcessIO(ctx context.Context, c stdioConfig, owner stdioOwner) (_ *proc
 		}
 	}()
 	if c.Terminal {
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return nil, os.NewSyscallError("socketpair", err)
-		}
-		p.console = os.NewFile(uintptr(fds[0]), "console-parent")
-		p.child.Console = os.NewFile(uintptr(fds[1]), "console-child")
-		return p, nil
+		return p, p.openConsole()
 	}
 	if c.Stdin == "" && c.Stdout == "" && c.Stderr == "" {
 		return p, p.null()
@@ -238,10 +234,34 @@ func (p *processIO) copyOut(sink io.WriteCloser, r io.Reader) {
 		defer p.copies.Done()
 		defer sink.Close()
 		// A terminal whose process has ended reads as EIO.
-		if err := copyAll(sink, r); err != nil && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.EIO) {
+		if err := copyAll(&lossy{w: sink}, r); err != nil && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.EIO) {
 			log.L.WithError(err).Warn("failed to copy output")
 		}
 	}()
+}
+
+// lossy loses what cannot be written, as on a full disk, and says so: a process must
+// not stand still for ever because its output does.
+type lossy struct {
+	w    io.Writer
+	lost int // bytes since the last that was written
+}
+
+func (l *lossy) Write(p []byte) (int, error) {
+	n, err := l.w.Write(p)
+	switch {
+	case err == nil && l.lost > 0:
+		log.L.Warnf("output is written again; %d bytes of it are lost", l.lost)
+		l.lost = 0
+	case errors.Is(err, os.ErrClosed): // by us: nobody wants it any more
+		return n, err
+	case err != nil:
+		if l.lost == 0 {
+			log.L.WithError(err).Warn("output is lost until it can be written again")
+		}
+		l.lost += len(p) - n
+	}
+	return len(p), nil
 }
 
 func copyAll(w io.Writer, r io.Reader) error {
@@ -425,6 +445,13 @@ func runLogger(u *url.URL, owner stdioOwner, stdout, stderr *os.File) (*logger, 
 func (l *logger) stop() {
 	if l == nil {
 		return
+	}
+	// Its input has ended, unless something that outlives the process holds it open: what it
+	// has not read yet, or not written, SIGTERM would lose. Some wait for that signal, though.
+	select {
+	case <-l.done:
+		return
+	case <-time.After(loggerEnd):
 	}
 	_ = l.process.Signal(unix.SIGTERM)
 	select {

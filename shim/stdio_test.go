@@ -13,6 +13,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -438,6 +439,81 @@ func TestLogger(t *testing.T) {
 		}
 	}
 }
+
+// A program that knows nothing of SIGTERM loses nothing by it, nor what it reads late.
+func TestLoggerReadsToTheEnd(t *testing.T) {
+	noMoreFiles(t)
+	out := filepath.Join(t.TempDir(), "out")
+	path := script(t, fmt.Sprintf("PATH=/usr/bin:/bin\nprintf x >&5\nexec 5>&-\nuntil [ -e %[1]s.go ]; do sleep 0.01; done\ncat <&3 >%[1]s\n", out))
+	p, err := newProcessIO(context.Background(), stdioConfig{Stdout: "binary-v2://" + path}, owner(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("line of output\n"), 4000) // what a pipe holds
+	if _, err := p.child.Stdout.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	p.afterStart()
+	p.wait()
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		p.close()
+	}()
+	time.Sleep(50 * time.Millisecond) // long enough to lose it
+	if err := os.WriteFile(out+".go", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	<-closed
+	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("it wrote %d bytes, want %d (%v)", len(got), len(data), err)
+	}
+}
+
+// A log that cannot be written loses output, and does not stop who writes it.
+func TestOutputThatCannotBeWritten(t *testing.T) {
+	noMoreFiles(t)
+	var sink failingSink
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p := &processIO{}
+	p.copyOut(&sink, r)
+	sink.fail.Store(true)
+	full := bytes.Repeat([]byte("x"), 1<<20) // more than a pipe holds
+	if _, err := w.Write(full); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all of it to be lost", func() bool { return sink.lost.Load() == int64(len(full)) })
+	sink.fail.Store(false)
+	if _, err := w.WriteString("again\n"); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	p.wait()
+	if got := sink.String(); got != "again\n" {
+		t.Errorf("written: %q", got)
+	}
+}
+
+// failingSink is a file on a disk that may be full.
+type failingSink struct {
+	bytes.Buffer
+	fail atomic.Bool
+	lost atomic.Int64
+}
+
+func (f *failingSink) Write(p []byte) (int, error) {
+	if f.fail.Load() {
+		f.lost.Add(int64(len(p)))
+		return 0, unix.ENOSPC
+	}
+	return f.Buffer.Write(p)
+}
+
+func (f *failingSink) Close() error { return nil }
 
 func TestLoggerThatDies(t *testing.T) {
 	noMoreFiles(t)

@@ -68,6 +68,67 @@ func TestEventsInOrder(t *testing.T) {
 	}
 }
 
+// containerd's publisher keeps the context for what it tries again later, and one that has ended by
+// then makes it send an event again and again.
+func TestEventsOutliveTheirPublishing(t *testing.T) {
+	s, sent, finish := newTestService(t)
+	s.events.send(&eventstypes.TaskExit{})
+	finish()
+	if len(sent.ctxs) != 1 || sent.ctxs[0].Err() != nil {
+		t.Errorf("published with contexts %v, want one that has not ended", sent.ctxs)
+	}
+	if deadline, ok := sent.ctxs[0].Deadline(); ok {
+		t.Errorf("it ends at %v", deadline)
+	}
+}
+
+// Multipath TCP is off in a network namespace that the container gets, also in one that belongs to a
+// user namespace, unless the request says otherwise.
+func TestAdaptMPTCP(t *testing.T) {
+	if _, err := os.Stat("/proc/sys/net/mptcp/enabled"); err != nil {
+		t.Skip("this kernel has no Multipath TCP")
+	}
+	s, _, _ := newTestService(t)
+	network := specs.LinuxNamespace{Type: specs.NetworkNamespace}
+	for name, tt := range map[string]struct {
+		namespaces []specs.LinuxNamespace
+		sysctl     map[string]string
+		want       string
+	}{
+		"a new one":           {[]specs.LinuxNamespace{network}, nil, "0"},
+		"of a user namespace": {[]specs.LinuxNamespace{{Type: specs.UserNamespace}, network}, nil, "0"},
+		"asked for":           {[]specs.LinuxNamespace{network}, map[string]string{mptcpSysctl: "1"}, "1"},
+		"somebody's":          {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/run/netns/x"}}, nil, ""},
+		"the host's":          {nil, nil, ""},
+	} {
+		spec := &specs.Spec{Linux: &specs.Linux{Namespaces: tt.namespaces, Sysctl: tt.sysctl}}
+		s.adapt(spec, "c")
+		if got := spec.Linux.Sysctl[mptcpSysctl]; got != tt.want {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+}
+
+// A client's pause waits for a dump: what stands still answers nobody.
+func TestPauseDuringDump(t *testing.T) {
+	c := newTestContainer(t, "c")
+	release, err := c.holdDumps(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.pause(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "checkpointed") {
+		t.Errorf("a pause that nobody waits for any more: %v", err)
+	}
+	release()
+	again, err := c.holdDumps(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	again()
+}
+
 // What waits to be restored has no process, but can be killed.
 func TestKillBeforeRestore(t *testing.T) {
 	ctx := context.Background()
@@ -413,7 +474,7 @@ func TestCheckpointOptions(t *testing.T) {
 // A dump that failed half-way over an older one does not pass for it.
 func TestDumpManifest(t *testing.T) {
 	dir := t.TempDir()
-	m := &oci.Manifest{Container: oci.Container{Args: []string{"true"}}}
+	m := &oci.Manifest{Created: time.Now(), Container: oci.Container{ID: "c", Args: []string{"true"}}}
 	images.ThisHost(40200).Describe(m)
 	if err := clearDump(dir); err != nil {
 		t.Errorf("an empty directory: %v", err)
@@ -523,12 +584,22 @@ func TestImageBuild(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := b.ask(s.buildRequest(c, &checkpointRequest{ref: "r", dir: c.bundle}, &oci.Manifest{}, time.Now())); err != nil {
+		if err := b.say(s.buildRequest(c, &checkpointRequest{ref: "r"}, &oci.Manifest{})); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.ready(t.Context()); err != nil {
+			b.abort()
+			t.Fatal(err)
+		}
+		if err := b.ask(images.BuildDump{DumpDir: c.bundle}); err != nil {
 			t.Fatal(err)
 		}
 		return b
 	}
-	const request = "read -r request\ncase $1$request in build-image{*'\"r\"'*) ;; *) echo \"asked for $1 $request\" >&2; exit 1 ;; esac\n"
+	const (
+		first   = "read -r request\ncase $1$request in build-image{*'\"r\"'*) ;; *) echo \"asked for $1 $request\" >&2; exit 1 ;; esac\n"
+		request = first + "echo '{\"event\":\"ready\"}'\nread -r dump\ncase $dump in {'\"dumpDir\"'*) ;; *) echo \"a dump $dump\" >&2; exit 1 ;; esac\n"
+	)
 	for name, tt := range map[string]struct {
 		script          string
 		diff, wait, end string // what the errors say; none if empty
@@ -579,31 +650,61 @@ func TestImageBuild(t *testing.T) {
 			}
 		})
 	}
-	t.Run("gone before it is asked", func(t *testing.T) {
-		noMoreFiles(t)
-		fakeBuilder(t, "echo no socket >&2; exit 1")
-		b, err := s.startBuilder()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer b.abort()
-		for unix.Waitid(unix.P_PID, b.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
-		}
-		if err := b.ask(images.BuildRequest{}); err != nil {
-			t.Fatal(err)
-		}
-		if err := b.untilDiffed(); err == nil || !strings.Contains(err.Error(), "no socket") {
-			t.Errorf("error is %v, want what the builder said", err)
-		}
-	})
+	for name, tt := range map[string]struct{ script, want string }{
+		"gone before it is asked": {"echo no socket >&2; exit 1", "no socket"},
+		"something in the way":    {first + `echo '{"event":"warning","error":"w"}'; echo '{"event":"error","error":"no such parent"}'; exit 1`, "no such parent"},
+		"ends without a word":     {first + "exit 0", "ended early"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			noMoreFiles(t)
+			fakeBuilder(t, tt.script)
+			b, err := s.startBuilder()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.abort()
+			if name == "gone before it is asked" {
+				for unix.Waitid(unix.P_PID, b.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+				}
+			}
+			if err := b.say(images.BuildRequest{Ref: "r"}); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.ready(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error is %v, want %q", err, tt.want)
+			}
+		})
+	}
+	// What has something to give back does so.
 	t.Run("never asked", func(t *testing.T) {
 		noMoreFiles(t)
-		fakeBuilder(t, request)
+		gaveBack := filepath.Join(t.TempDir(), "gave-back")
+		fakeBuilder(t, "read -r request; touch '"+gaveBack+"'")
 		b, err := s.startBuilder()
 		if err != nil {
 			t.Fatal(err)
 		}
 		b.abort()
+		if _, err := os.Stat(gaveBack); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("nobody waits for the answer", func(t *testing.T) {
+		noMoreFiles(t)
+		fakeBuilder(t, first+"exec sleep 1000")
+		b, err := s.startBuilder()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer b.abort()
+		if err := b.say(images.BuildRequest{Ref: "r"}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := b.ready(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v", err)
+		}
 	})
 	t.Run("aborted", func(t *testing.T) {
 		fakeBuilder(t, request+`echo '{"event":"diffed"}'; exec sleep 1000`)
@@ -624,6 +725,9 @@ func TestImageBuild(t *testing.T) {
 	})
 	var none *imageBuild
 	none.abort()
+	if err := none.ready(t.Context()); err != nil {
+		t.Error(err)
+	}
 	if done, err := none.wait(); done != nil || err != nil {
 		t.Errorf("of no build: %v, %v", done, err)
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -22,8 +23,8 @@ import (
 )
 
 // newBuildImage is the shim's other half: the shim must stay small, so it runs
-// this as a child. One images.BuildRequest on standard input, events as lines on
-// standard output.
+// this as a child. One images.BuildRequest on standard input, and an images.BuildDump
+// once that is answered; events as lines on standard output.
 func newBuildImage(t *target) *cobra.Command {
 	return &cobra.Command{
 		Use:    "build-image",
@@ -33,8 +34,19 @@ func newBuildImage(t *target) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			// A shim that dies must not take a half-made image's clean-up along.
 			signal.Ignore(unix.SIGPIPE)
-			e := &events{enc: json.NewEncoder(cmd.OutOrStdout())}
-			err := buildImage(cmd.Context(), t, cmd.Flags().Changed("address"), cmd.InOrStdin(), e.emit)
+			e := &events{enc: json.NewEncoder(cmd.OutOrStdout()), named: func() {}}
+			ctx := cmd.Context()
+			if out, ok := cmd.OutOrStdout().(*os.File); ok {
+				// Nor is an image made that nobody hears of: whose checkpoint it is,
+				// will take it for failed.
+				heard, stop, err := whileHeard(ctx, out)
+				if err != nil {
+					return err
+				}
+				defer stop()
+				ctx, e.named = heard, stop
+			}
+			err := buildImage(ctx, t, cmd.Flags().Changed("address"), cmd.InOrStdin(), e.emit)
 			if err != nil {
 				e.emit(images.BuildEvent{Event: images.EventError, Error: err.Error()})
 				fmt.Fprintln(os.Stderr, "cracctl build-image:", err)
@@ -48,7 +60,7 @@ func newBuildImage(t *target) *cobra.Command {
 // buildImage takes one request. Started with an address, it connects before the
 // request is there: the shim starts it before the dump, so that a frozen
 // container waits for neither.
-func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit func(images.BuildEvent)) error {
+func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit func(images.BuildEvent)) (err error) {
 	var client *containerd.Client
 	if early {
 		c, err := connect(ctx, t.address)
@@ -82,14 +94,34 @@ func buildImage(ctx context.Context, t *target, early bool, in io.Reader, emit f
 		client = c
 		defer c.Close()
 	}
-	_, err := build.Build(namespaces.WithNamespace(ctx, r.Namespace), client, r, emit)
+	ctx = namespaces.WithNamespace(ctx, r.Namespace)
+	p, err := build.Prepare(ctx, client, r, emit)
+	if err != nil {
+		return err
+	}
+	defer func() { p.Close(ctx, err) }()
+	emit(images.BuildEvent{Event: images.EventReady})
+	d := r.BuildDump
+	if d.DumpDir == "" { // else it is a shim that runs since before this was installed
+		if err := dec.Decode(&d); err != nil {
+			if errors.Is(err, io.EOF) {
+				return errors.New("there was no dump")
+			}
+			return fmt.Errorf("read about the dump on standard input: %w", err)
+		}
+	}
+	_, err = p.Finish(ctx, d)
 	return err
 }
 
 // connect returns a client of a containerd that answers.
 func connect(ctx context.Context, address string) (*containerd.Client, error) {
+	path, err := socketOf(address)
+	if err != nil {
+		return nil, err
+	}
 	// gRPC's own words for what can be wrong here are long, and say it last.
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", address)
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("containerd's socket: %w; run this as root, or as whoever may use the socket", err)
@@ -97,7 +129,7 @@ func connect(ctx context.Context, address string) (*containerd.Client, error) {
 		return nil, fmt.Errorf("containerd's socket: %w; start containerd, or say where it is with --address", err)
 	}
 	conn.Close()
-	client, err := containerd.New(address)
+	client, err := containerd.New(path)
 	if err != nil {
 		return nil, fmt.Errorf("connect to containerd at %s: %w", address, err)
 	}
@@ -108,15 +140,28 @@ func connect(ctx context.Context, address string) (*containerd.Client, error) {
 	return client, nil
 }
 
+// socketOf is the path that an address names: nerdctl and Docker write unix:// before it.
+func socketOf(address string) (string, error) {
+	path := strings.TrimPrefix(address, "unix://")
+	if scheme, _, ok := strings.Cut(path, "://"); ok {
+		return "", fmt.Errorf("containerd at %s: the socket is a file here, not something of %s; say its path", address, scheme)
+	}
+	return path, nil
+}
+
 // events writes one line for each event.
 type events struct {
-	mu  sync.Mutex
-	enc *json.Encoder
+	mu    sync.Mutex
+	enc   *json.Encoder
+	named func() // called when the image has its name
 }
 
 // emit does not fail: a shim that no longer listens changes nothing about the
 // image.
 func (e *events) emit(ev images.BuildEvent) {
+	if ev.Event == images.EventDone {
+		e.named()
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	_ = e.enc.Encode(ev)

@@ -45,7 +45,7 @@ would, and 2 when that could not be found out.`,
 			return notFound(err)
 		}
 		defer s.Close()
-		r, err := runCheck(s, *t, state, args[0], "")
+		r, err := runCheck(s, t, state, args[0], "")
 		if err == nil {
 			err = show(cmd.OutOrStdout(), *format, r, check.Table)
 		}
@@ -62,7 +62,7 @@ would, and 2 when that could not be found out.`,
 
 // runCheck looks at a container as a checkpoint with this mode for connections
 // would (empty: the container's own option).
-func runCheck(s *session, t target, state, id string, tcp oci.TCPMode) (*check.Report, error) {
+func runCheck(s *session, t *target, state, id string, tcp oci.TCPMode) (*check.Report, error) {
 	id = containerID(s.ctx, s.Client, id)
 	c, err := findContainer(s.ctx, s.Client, t, id)
 	if err != nil {
@@ -83,9 +83,13 @@ func runCheck(s *session, t target, state, id string, tcp oci.TCPMode) (*check.R
 	if err != nil {
 		return nil, err
 	}
+	socket, err := socketOf(t.address)
+	if err != nil {
+		return nil, err
+	}
 	return check.Run(s.ctx, check.Container{
 		ID: id, Init: int(p.Pid), Shim: shim, Bundle: bundle, Image: c.Image,
-		Paused: p.Status == tasktypes.Status_PAUSED, Address: t.address, TCP: tcp,
+		Paused: p.Status == tasktypes.Status_PAUSED, Address: socket, TCP: tcp,
 	})
 }
 

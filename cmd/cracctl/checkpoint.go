@@ -12,7 +12,6 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/defaults"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/platforms"
@@ -21,6 +20,7 @@ import (
 
 	"github.com/crac-shim/crac/cmd/cracctl/check"
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -38,6 +38,7 @@ type checkpointFlags struct {
 	preDump     string
 	dryRun      bool
 	state       string
+	format      string // of the dry run
 	quiet       bool
 }
 
@@ -55,13 +56,13 @@ The container runs on afterwards, unless --exit is given. It stands still only
 while its memory and its changes are taken, not while the image is packed.
 
 With --dry-run nothing is made: what the command asks for is checked, and the
-container as cracctl check does, with its exit statuses.`,
+container as cracctl check does, with its exit statuses and in a --format.`,
 		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeContainers(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			err := checkpoint(cmd.Context(), *t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
+			err := checkpoint(cmd.Context(), t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
 			if f.dryRun && !errors.Is(err, errReported) {
 				return notFound(err)
 			}
@@ -71,10 +72,9 @@ container as cracctl check does, with its exit statuses.`,
 	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
 	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
 	cmd.Flags().BoolVar(&f.index, "index", false, "put the image into an index, beside those that the container's image and REF have for other platforms")
-	cmd.Flags().StringVar(&f.compression, "compression", "", "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
-	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	compressionFlag(cmd, &f.compression, "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	encryptToFlag(cmd, &f.encryptTo)
-	keyFlag(cmd, &f.keys, "of an encrypted parent")
+	keyFlag(cmd, &f.keys, "of an encrypted parent, or of the image that the container came from (default: those in "+crypt.NodeKeyDir+")")
 	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
@@ -82,13 +82,21 @@ container as cracctl check does, with its exit statuses.`,
 	cmd.Flags().StringVar(&f.preDump, "pre-dump", "", "when to copy memory before the container stands still, on kernels that can tell what changes: auto (much memory), require (or no checkpoint), off (default: the container's option, else auto)")
 	completions(cmd, "pre-dump", string(oci.PreDumpAuto), string(oci.PreDumpRequire), string(oci.PreDumpOff))
 	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "tell what would stop the checkpoint, as cracctl check does, and make none")
+	cmd.Flags().StringVar(&f.format, "format", formatTable, "of a dry run: "+formatHelp)
+	completions(cmd, "format", formatTable, formatJSON)
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
 }
 
-func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string, out, errOut io.Writer) error {
+func checkpoint(ctx context.Context, t *target, f checkpointFlags, id, ref string, out, errOut io.Writer) error {
 	// Before anything stands still for it.
+	if err := checkFormat(f.format); err != nil {
+		return err
+	}
+	if f.format != formatTable && !f.dryRun {
+		return errors.New("--format is for --dry-run: say both, or leave it out")
+	}
 	checkRef := oci.CheckRef
 	if f.push {
 		checkRef = oci.CheckPushRef
@@ -96,11 +104,9 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	if err := checkRef(ref); err != nil {
 		return err
 	}
-	compression := oci.Compression(f.compression)
-	if compression != "" {
-		if err := oci.CheckCompression(compression); err != nil {
-			return err
-		}
+	compression, err := compressionOf(f.compression)
+	if err != nil {
+		return err
 	}
 	tcp := oci.TCPMode(f.tcp)
 	if tcp != "" {
@@ -126,20 +132,20 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	if err != nil && f.push {
 		return err
 	}
-	ctx = namespaces.WithNamespace(ctx, t.namespace)
-	client, err := connect(ctx, t.address)
+	s, err := t.open(ctx)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
+	defer s.Close()
+	ctx, client := s.ctx, s.Client
 
 	if f.parent != "" {
-		img, err := (&session{client, ctx}).image(f.parent)
+		img, err := s.image(f.parent)
 		if err != nil {
 			return fmt.Errorf("parent: %w", err)
 		}
 		if img.Checkpoint < 0 {
-			return fmt.Errorf("parent: %w: %s; leave --parent out to make a whole checkpoint", inspect.ErrNoCheckpoint, f.parent)
+			return fmt.Errorf("there is no checkpoint in the parent %s; leave --parent out to make a whole one", f.parent)
 		}
 	}
 	id = containerID(ctx, client, id)
@@ -152,11 +158,11 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	}
 
 	if f.dryRun {
-		r, err := runCheck(&session{client, ctx}, t, f.state, id, tcp)
+		r, err := runCheck(s, t, f.state, id, tcp)
 		if err != nil {
 			return err
 		}
-		if err := check.Table(out, r); err != nil {
+		if err := show(out, f.format, r, check.Table); err != nil {
 			return err
 		}
 		if !r.OK {
@@ -180,7 +186,7 @@ func checkpoint(ctx context.Context, t target, f checkpointFlags, id, ref string
 	if err != nil {
 		return explain(err)
 	}
-	if err := report(ctx, client, ref, took, f.quiet, out); err != nil || !f.push {
+	if err := report(ctx, client, ref, f.parent, took, f.quiet, out, errOut); err != nil || !f.push {
 		return err
 	}
 	// Here and not in the shim: whoever asks has the credentials, and waits.
@@ -205,7 +211,7 @@ func containerID(ctx context.Context, client *containerd.Client, name string) st
 }
 
 // findContainer finds a container of this runtime.
-func findContainer(ctx context.Context, client *containerd.Client, t target, id string) (containers.Container, error) {
+func findContainer(ctx context.Context, client *containerd.Client, t *target, id string) (containers.Container, error) {
 	c, err := client.ContainerService().Get(ctx, id)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
@@ -239,11 +245,15 @@ func explain(err error) error {
 	return err
 }
 
-// report prints what was made.
-func report(ctx context.Context, client *containerd.Client, ref string, took time.Duration, quiet bool, out io.Writer) error {
+// report prints what was made, on top of parent, if there is one.
+func report(ctx context.Context, client *containerd.Client, ref, parent string, took time.Duration, quiet bool, out, errOut io.Writer) error {
 	img, err := client.ImageService().Get(ctx, ref)
 	if err != nil {
 		return fmt.Errorf("the shim reported success, but image %s is not there: %w", ref, err)
+	}
+	reused, memory, continues := build.Reused(img.Labels)
+	if warning := build.ReusedWarning(parent, reused, memory); warning != "" {
+		fmt.Fprintln(errOut, "cracctl: warning:", warning)
 	}
 	if quiet {
 		_, err := fmt.Fprintln(out, img.Target.Digest)
@@ -268,6 +278,9 @@ func report(ctx context.Context, client *containerd.Client, ref string, took tim
 	}
 	if ahead, _ := strconv.ParseInt(img.Labels[build.LabelPreDumped], 10, 64); ahead > 0 {
 		fmt.Fprintf(out, "Pre-dumped  %s of the memory\n", size(ahead))
+	}
+	if continues {
+		fmt.Fprintf(out, "From parent %s of %s of memory\n", size(reused), size(memory))
 	}
 	return nil
 }

@@ -42,6 +42,7 @@ func run(t *testing.T, stdin string, args ...string) (stdout string, err error) 
 }
 
 func TestCommandLine(t *testing.T) {
+	t.Setenv("NERDCTL_TOML", filepath.Join(t.TempDir(), "none.toml"))
 	nowhere := filepath.Join(t.TempDir(), "containerd.sock")
 	t.Setenv("CONTAINERD_ADDRESS", nowhere)
 	for _, tt := range []struct {
@@ -58,12 +59,26 @@ func TestCommandLine(t *testing.T) {
 		{args: []string{"check"}, err: "1 arg"},
 		{args: []string{"check", "--format", "xml", "c"}, err: "table, json"},
 		{args: []string{"check", "c"}, err: nowhere},
-		{args: []string{"doctor", "--format", "xml"}, err: "table and json"},
+		{args: []string{"doctor", "--format", "xml"}, err: "table, json"},
 		{args: []string{"checkpoint", "c", "a b"}, err: "image name"},
 		{args: []string{"import", "ref"}, err: "--bundle"},
 		{args: []string{"import", "archive", "ref", "--images", "d", "--bundle", "b"}, err: "--bundle"},
 		{args: []string{"import", "archive", "ref"}, err: nowhere},
-		{args: []string{"export", "ref", "file"}, err: "format"},
+		{args: []string{"export", "ref", "file"}, err: "--to podman, --to containerd, --to bundle"},
+		{args: []string{"export", "--to", "tar", "ref", "file"}, err: "--to podman"},
+		{args: []string{"export", "--to", "podman", "--format", "podman", "ref", "file"}, err: "none of the others can be"},
+		{args: []string{"export", "--to", "podman", "--compression", "xz", "ref", "file"}, err: "zstd, gzip"},
+		{args: []string{"import", "--compression", "xz", "archive", "ref"}, err: "zstd, gzip"},
+		{args: []string{"import", "--max-size", "0", "archive", "ref"}, err: "at least 1"},
+		{args: []string{"import", "--max-size", "-3", "archive", "ref"}, err: "at least 1"},
+		{args: []string{"import", "--max-size", "9000000000", "archive", "ref"}, err: "--max-size"},
+		{args: []string{"flatten", "--compression", "xz", "ref"}, err: "zstd, gzip"},
+		{args: []string{"checkpoint", "--dry-run", "--format", "xml", "c", "ref"}, err: "table, json"},
+		{args: []string{"checkpoint", "--format", "json", "c", "ref"}, err: "--dry-run"},
+		{args: []string{"checkpoint", "--key", "key.pem:fd=3", "c", "ref"}, err: "fd="},
+		{args: []string{"-a", "unix://" + nowhere, "ls"}, err: "dial unix " + nowhere},
+		{args: []string{"-a", "tcp://localhost:1", "ls"}, err: "file here"},
+		{args: []string{"-a", "tcp://localhost:1", "doctor"}, err: "file here"},
 		{args: []string{"export", "--format", "podman", "ref", "file"}, err: nowhere},
 		{args: []string{"checkpoint", "c", "ref"}, err: nowhere}, // the variable counts, and the way out is said
 		{args: []string{"checkpoint", "c", "ref"}, err: "--address"},
@@ -79,6 +94,44 @@ func TestCommandLine(t *testing.T) {
 	}
 	if out, _ := run(t, "", "help"); strings.Contains(out, "build-image") {
 		t.Error("help shows what is for the shim only")
+	}
+}
+
+// Which containerd is asked say, in this order, a flag, a variable, and nerdctl's settings.
+func TestSettings(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "nerdctl.toml")
+	t.Setenv("NERDCTL_TOML", file)
+	for _, tt := range []struct {
+		settings, address, namespace string // those of variables
+		args                         []string
+		err                          string
+	}{
+		{settings: "address = 'unix:///toml.sock'", err: "dial unix /toml.sock"},
+		{settings: "address = '/toml.sock'", address: "/env.sock", err: "dial unix /env.sock"},
+		{settings: "address = '/toml.sock'", address: "/env.sock", args: []string{"-a", "/flag.sock"}, err: "dial unix /flag.sock"},
+		{settings: "address =", err: file},
+		{settings: "address =", address: "/env.sock", err: file}, // the namespace may be said there
+		{settings: "address =", address: "/env.sock", namespace: "n", err: "dial unix /env.sock"},
+		{settings: "address =", namespace: "n", args: []string{"-a", "/flag.sock"}, err: "dial unix /flag.sock"},
+	} {
+		t.Setenv(addressEnv, tt.address)
+		t.Setenv(namespaceEnv, tt.namespace)
+		if err := os.WriteFile(file, []byte(tt.settings), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := run(t, "", append([]string{"ls"}, tt.args...)...); err == nil || !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("%+v: %v", tt, err)
+		}
+		if _, err := run(t, "", "version"); err != nil {
+			t.Errorf("%+v: version: %v", tt, err)
+		}
+	}
+	if err := os.WriteFile(file, []byte("namespace = 'shop'\nsnapshotter = 'native'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(namespaceEnv, "")
+	if got := newCommand().PersistentFlags().Lookup("namespace").DefValue; got != "shop" {
+		t.Errorf("the namespace is %q", got)
 	}
 }
 
@@ -188,6 +241,14 @@ func TestBuildImageErrors(t *testing.T) {
 		if jerr := json.Unmarshal([]byte(out), &e); jerr != nil || e.Event != images.EventError || !strings.Contains(e.Error, want) {
 			t.Errorf("%q: said %q (%v), want an error with %q", stdin, out, jerr, want)
 		}
+	}
+}
+
+// Arguments may hold anything, and a terminal obeys.
+func TestQuoted(t *testing.T) {
+	got := strings.Join(quoted([]string{"/bin/sh", "-c", "a b", "", "\x1b[2J", "\u009b2J", "ä"}), " ")
+	if want := `/bin/sh -c "a b" "" "\x1b[2J" "\u009b2J" ä`; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 )
@@ -20,6 +21,8 @@ func newDiff(t *target) *cobra.Command {
 		Long: `Tell what differs between two checkpoint images: what they need of a host, their
 files, and their processes' memory, page by page. Changed and added pages are what
 a checkpoint of the second continuing the first would store.`,
+		Example: `  cracctl diff registry.example/shop/web:warm registry.example/shop/web:warmer
+  cracctl diff --format '{{size .Memory.Changed}}' registry.example/shop/web:warm registry.example/shop/web:warmer`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeImages(t),
 	}
@@ -38,11 +41,11 @@ a checkpoint of the second continuing the first would store.`,
 			if images[i], err = s.image(ref); err != nil {
 				return err
 			}
-			if layers[i], err = s.readChain(images[i], inspect.Options{Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
+			if layers[i], err = s.readChain(images[i], inspect.Options{Digests: true, Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 		}
-		d, err := inspect.Diff(images[0], images[1], layers[0], layers[1])
+		d, err := inspect.Diff(cmd.Context(), images[0], images[1], layers[0], layers[1])
 		if err != nil {
 			return err
 		}
@@ -53,7 +56,7 @@ a checkpoint of the second continuing the first would store.`,
 
 func writeDiff(out io.Writer, d *inspect.Difference) error {
 	for _, f := range d.Facts {
-		fmt.Fprintf(out, "%s\n  - %s\n  + %s\n", f.What, f.From, f.To)
+		fmt.Fprintf(out, "%s\n  - %s\n  + %s\n", f.What, plain.Line(f.From), plain.Line(f.To))
 	}
 	if !d.SameLayers {
 		fmt.Fprintln(out, "files: the layers below the checkpoints differ; see cracctl history")

@@ -16,7 +16,7 @@ import (
 
 // encryptToFlag adds --encrypt-to to a command that makes layers.
 func encryptToFlag(cmd *cobra.Command, to *[]string) {
-	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the new layers for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
+	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
 }
 
 // keyFlag adds --key to a command that reads layers.
@@ -54,26 +54,13 @@ func privateKeys(list []string) ([]string, error) {
 	if _, err := crypt.ParseKeys(list); err != nil {
 		return nil, err
 	}
-	located := slices.Clone(list)
-	for i, one := range located {
-		if strings.HasPrefix(one, "provider:") {
-			continue
-		}
-		file, password, with := strings.Cut(one, ":")
-		abs, err := filepath.Abs(file)
-		if err != nil {
-			return nil, err
-		}
-		if located[i] = abs; with {
-			located[i] += ":" + password
-		}
-	}
-	return located, nil
+	return crypt.AbsoluteKeys(list)
 }
 
 func newEncrypt(t *target) *cobra.Command {
 	var (
 		r     build.EncryptRequest
+		to    []string
 		quiet bool
 	)
 	cmd := &cobra.Command{
@@ -85,12 +72,12 @@ stay as they are, and are shared.
 
 Nodes need a private key to unpack it: see docs/security.md. REF stays as it is;
 remove it where it was pushed.`,
-		Example:           `  cracctl encrypt web:warm registry.example/shop/web:warm --to jwe:node.pem`,
+		Example:           `  cracctl encrypt web:warm registry.example/shop/web:warm --encrypt-to jwe:node.pem`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeImages(t),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			r.From, r.Ref = args[0], args[1]
-			if r.To, err = recipients(r.To); err != nil {
+			if r.To, err = recipients(append(r.To, to...)); err != nil {
 				return err
 			}
 			s, err := t.open(cmd.Context())
@@ -110,7 +97,8 @@ remove it where it was pushed.`,
 			})
 		},
 	}
-	cmd.Flags().StringArrayVar(&r.To, "to", nil, "who can decrypt it: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated")
+	cmd.Flags().StringArrayVar(&r.To, "encrypt-to", nil, "who can decrypt it: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated")
+	cmd.Flags().StringArrayVar(&to, "to", nil, "the same as --encrypt-to")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
 }

@@ -13,6 +13,8 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 )
 
 // event is what events tells.
@@ -32,6 +34,8 @@ func newEvents(t *target) *cobra.Command {
 		Long: `Show checkpoints, cold starts in place of restores, and what else the runtime tells,
 as it happens, in the namespace (--all-namespaces: in all). ctr events shows
 containerd's own events, too, but cannot show these.`,
+		Example: `  cracctl events
+  cracctl events --all-namespaces --format json | jq -r .message`,
 		Args: cobra.NoArgs,
 	}
 	all := cmd.Flags().BoolP("all-namespaces", "A", false, "of all namespaces")
@@ -86,7 +90,7 @@ func eventOf(e *ctrevents.Envelope) event {
 func showEvent(out io.Writer, format string, e event) error {
 	switch format {
 	case formatTable:
-		_, err := fmt.Fprintf(out, "%s %s %s %s\n", e.Time.Local().Format(time.RFC3339), e.Namespace, strings.TrimPrefix(e.Topic, "/"), e.Message)
+		_, err := fmt.Fprintf(out, "%s %s %s %s\n", e.Time.Local().Format(time.RFC3339), e.Namespace, strings.TrimPrefix(e.Topic, "/"), plain.Line(e.Message))
 		return err
 	case formatJSON:
 		return json.NewEncoder(out).Encode(e) // one line, for programs that read on

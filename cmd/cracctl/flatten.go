@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images/build"
-	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/images/crypt"
 )
 
 func newFlatten(t *target) *cobra.Command {
@@ -16,8 +16,9 @@ func newFlatten(t *target) *cobra.Command {
 		Short: "Make one whole checkpoint of one that continues others",
 		Long: `Make a checkpoint image with a whole dump of one that continues others (checkpoint
 --parent): with the same memory and files, in one checkpoint layer. Without NEW the
-name REF is moved to it. The dumps are unpacked for as long as it takes, so it needs
-as much room as their memory.`,
+name REF is moved to it. In an index it takes the old one's place. The dumps are
+unpacked for as long as it takes, so it needs as much room as their memory.`,
+		Example: `  cracctl flatten registry.example/shop/web:delta registry.example/shop/web:whole`,
 	}
 	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
 		before, err := s.find(r.From)
@@ -47,7 +48,9 @@ func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenR
 	cmd.Args, cmd.ValidArgsFunction = cobra.RangeArgs(1, 2), completeImages(t)
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
 		r.From, r.Ref = args[0], args[len(args)-1]
-		r.Compression = oci.Compression(compression)
+		if r.Compression, err = compressionOf(compression); err != nil {
+			return err
+		}
 		if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
 			return err
 		}
@@ -61,10 +64,9 @@ func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenR
 		}
 		return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) { return work(s, r, emit) })
 	}
-	cmd.Flags().StringVar(&compression, "compression", "", "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
-	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	compressionFlag(cmd, &compression, "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
 	encryptToFlag(cmd, &r.EncryptTo)
-	keyFlag(cmd, &r.Keys, "of an encrypted image")
+	keyFlag(cmd, &r.Keys, "of an encrypted image (default: those in "+crypt.NodeKeyDir+")")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 }

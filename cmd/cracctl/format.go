@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 )
 
 const (
@@ -17,9 +19,11 @@ const (
 	formatJSON  = "json"
 )
 
+const formatHelp = "table, json, or a Go template such as '{{json .}}' over the fields of the JSON, by their Go names"
+
 // formatFlag adds --format, as nerdctl and docker have it.
 func formatFlag(cmd *cobra.Command) *string {
-	format := cmd.Flags().String("format", formatTable, "table, json, or a Go template such as '{{json .}}' over the fields of the JSON, by their Go names")
+	format := cmd.Flags().String("format", formatTable, formatHelp)
 	completions(cmd, "format", formatTable, formatJSON)
 	return format
 }
@@ -84,7 +88,11 @@ func showList[T any](out io.Writer, format string, list []T, head []string, row 
 		w := tabwriter.NewWriter(out, 0, 8, 3, ' ', 0)
 		fmt.Fprintln(w, strings.Join(head, "\t"))
 		for _, v := range list {
-			fmt.Fprintln(w, strings.Join(row(v), "\t"))
+			cells := row(v)
+			for i := range cells {
+				cells[i] = plain.Line(cells[i])
+			}
+			fmt.Fprintln(w, strings.Join(cells, "\t"))
 		}
 		return w.Flush()
 	}

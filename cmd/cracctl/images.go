@@ -26,8 +26,11 @@ type session struct {
 
 // open connects; the context has the namespace.
 func (t *target) open(ctx context.Context) (*session, error) {
+	if t.unset != nil {
+		return nil, t.unset
+	}
 	ctx = namespaces.WithNamespace(ctx, t.namespace)
-	client, err := connect(ctx, t.address)
+	client, err := t.dial(ctx, t.address)
 	if err != nil {
 		return nil, err
 	}
@@ -80,20 +83,18 @@ func (s *session) readChain(img *inspect.Image, o inspect.Options, errOut io.Wri
 	return img.ReadChain(s.ctx, s.ContentStore(), o)
 }
 
-// reading shows progress for layers that take longer than a second.
+// patience is how long it takes until reading shows progress.
+var patience = time.Second
+
+// reading shows progress for layers that take longer than a moment.
 func reading(img *inspect.Image, o *inspect.Options, errOut io.Writer) (stop func()) {
 	if img.Checkpoint < 0 {
 		return func() {}
 	}
-	total, done, began := int64(0), int64(0), time.Now()
-	for n, l := range img.Manifest.Layers {
-		if img.Kind(n) == "checkpoint" {
-			total += l.Size
-		}
-	}
+	total, done, began := img.CheckpointSize(), int64(0), time.Now()
 	d := newDisplay(errOut)
 	o.Progress = func(n int64) {
-		if done += n; time.Since(began) > time.Second {
+		if done += n; time.Since(began) >= patience {
 			d.at("reading "+img.Name, done, total)
 		}
 	}
@@ -204,6 +205,8 @@ func newList(t *target) *cobra.Command {
 		Long: `List the checkpoint images of the namespace. HERE tells whether this host can
 restore one, by what the image's annotations say it needs; cracctl inspect tells
 why not.`,
+		Example: `  cracctl ls
+  cracctl ls --format '{{.Name}} {{size .Dump}}'`,
 		Args: cobra.NoArgs,
 	}
 	quiet := cmd.Flags().BoolP("quiet", "q", false, "print the names only")
@@ -228,8 +231,11 @@ why not.`,
 
 func newHistory(t *target) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:               "history REF",
-		Short:             "Tell what layers an image has, and where they come from",
+		Use:   "history REF",
+		Short: "Tell what layers an image has, and where they come from",
+		Long: `Tell what layers an image has, lowest first, and where they come from: its base
+image, what the container changed in its files, or its checkpoints.`,
+		Example:           `  cracctl history registry.example/shop/web:warm`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}

@@ -3,13 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/convert"
-	"github.com/crac-shim/crac/oci"
 )
 
 func newImport(t *target) *cobra.Command {
@@ -55,10 +56,16 @@ checkpoints only from whom you trust.`,
 				return errors.New("name an archive or an image to import and the image to make of it, or --images, --bundle and the image to make")
 			}
 			var err error
+			if r.Compression, err = compressionOf(compression); err != nil {
+				return err
+			}
 			if r.EncryptTo, err = recipients(r.EncryptTo); err != nil {
 				return err
 			}
-			r.Compression, r.MaxSize = oci.Compression(compression), maxGiB<<30
+			if maxGiB < 1 || maxGiB > math.MaxInt64>>30 {
+				return fmt.Errorf("--max-size %d is no size; say how many GiB the source may be, at least 1", maxGiB)
+			}
+			r.MaxSize, r.Snapshotter = maxGiB<<30, t.snapshotter
 			s, err := t.open(cmd.Context())
 			if err != nil {
 				return err
@@ -77,9 +84,8 @@ checkpoints only from whom you trust.`,
 	cmd.Flags().StringVar(&r.Images, "images", "", "directory of a dump by runc or criu")
 	cmd.Flags().StringVar(&r.Bundle, "bundle", "", "bundle that the dumped container was run from")
 	cmd.Flags().StringArrayVar(&r.Keep, "keep", nil, "mount that stays in the dump, so that a request must have it, such as /sys/fs/cgroup or /etc/hosts (may be repeated)")
-	cmd.Flags().Int64Var(&maxGiB, "max-size", convert.DefaultMaxSize>>30, "largest size of the unpacked source, in GiB")
-	cmd.Flags().StringVar(&compression, "compression", "", "of the new layers: zstd (the default) or gzip (the default if they are encrypted)")
-	completions(cmd, "compression", string(oci.CompressionZstd), string(oci.CompressionGzip))
+	cmd.Flags().Int64Var(&maxGiB, "max-size", convert.DefaultMaxSize>>30, "largest size of the unpacked source in GiB, files that are passed over included")
+	compressionFlag(cmd, &compression, "of the new layers: zstd (the default) or gzip (the default if they are encrypted)")
 	encryptToFlag(cmd, &r.EncryptTo)
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the source (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
@@ -96,10 +102,10 @@ func orBundle(r convert.ImportRequest) string {
 // carried tells what a conversion took over, and what not.
 func carried(report *convert.Report) (text string) {
 	for _, s := range report.Taken {
-		text += "Taken       " + s + "\n"
+		text += "Taken       " + plain.Line(s) + "\n"
 	}
 	for _, s := range report.Left {
-		text += "Not taken   " + s + "\n"
+		text += "Not taken   " + plain.Line(s) + "\n"
 	}
 	return text
 }

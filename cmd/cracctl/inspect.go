@@ -7,9 +7,11 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -56,7 +58,9 @@ The contents of the memory, arguments and environment of processes are not shown
 func writeReport(out io.Writer, r *inspect.Report, full bool) error {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
 	m := r.Manifest
-	line := func(key, format string, a ...any) { fmt.Fprintf(w, "%s\t%s\n", key, fmt.Sprintf(format, a...)) }
+	line := func(key, format string, a ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", key, plain.Line(fmt.Sprintf(format, a...)))
+	}
 	line("Image", "%s", r.Name)
 	line("Digest", "%s", r.Digest)
 	line("Created", "%s (%s)", m.Created.Format("2006-01-02 15:04:05 MST"), ago(m.Created))
@@ -126,7 +130,7 @@ func quoted(args []string) []string {
 	out := make([]string, len(args))
 	for i, a := range args {
 		out[i] = a
-		if a == "" || strings.ContainsFunc(a, func(r rune) bool { return r <= ' ' || r == '"' || r == 0x7f }) {
+		if a == "" || strings.ContainsFunc(a, func(r rune) bool { return r == ' ' || r == '"' || unicode.IsControl(r) }) {
 			out[i] = fmt.Sprintf("%q", a)
 		}
 	}

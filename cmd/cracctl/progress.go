@@ -12,6 +12,10 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
+
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 )
 
 // watch shows how a checkpoint gets on until the function it returns is called.
@@ -73,10 +77,35 @@ type display struct {
 
 // newDisplay is a bar for somebody who looks, else plain lines.
 func newDisplay(out io.Writer) display {
+	d := lines(out)
 	if f, ok := out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
-		return bar(out)
+		d = bar(out)
 	}
-	return lines(out)
+	at := d.at
+	d.at = func(phase string, done, total int64) { at(plain.Line(phase), done, total) }
+	return d
+}
+
+// follow shows what a library tells of its work, until stop is called.
+func follow(errOut io.Writer, quiet bool) (emit func(build.Event), stop func()) {
+	d := display{at: func(string, int64, int64) {}, end: func() {}}
+	if !quiet {
+		d = newDisplay(errOut)
+	}
+	return func(e build.Event) {
+		total := e.Total
+		if total == 0 {
+			total = -1
+		}
+		switch e.Event {
+		case images.EventReading:
+			d.at("reading "+e.Name, e.Done, total)
+		case images.EventProgress:
+			d.at(packing, e.Done, total)
+		case images.EventWarning:
+			fmt.Fprintln(errOut, "cracctl: warning:", plain.Line(e.Error))
+		}
+	}, d.end
 }
 
 func bar(out io.Writer) display {
@@ -125,8 +154,11 @@ func lines(out io.Writer) display {
 			if phase == shown && time.Since(last) < 5*time.Second {
 				return
 			}
+			begins := phase != shown
 			shown, last = phase, time.Now()
 			switch {
+			case begins:
+				fmt.Fprintln(out, phase)
 			case done > 0 && total > 0:
 				fmt.Fprintf(out, "%s: %s of %s\n", phase, size(done), size(total))
 			case done > 0:

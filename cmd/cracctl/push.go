@@ -28,7 +28,7 @@ Credentials are those of docker login and nerdctl login (DOCKER_CONFIG). Hosts a
 configured as for nerdctl and containerd: hosts.toml below the hosts_dir of
 nerdctl.toml (NERDCTL_TOML), else below /etc/containerd/certs.d and
 /etc/docker/certs.d. Plain http is for loopback addresses, and where a hosts.toml
-says so.
+or insecure_registry in nerdctl.toml says so.
 
 With --index the name means an index afterwards, here and in the registry: this
 image for its platform, and for others what the registry has, or else what the
@@ -48,13 +48,12 @@ had in its memory.`,
 			if err != nil {
 				return err
 			}
-			ctx := namespaces.WithNamespace(cmd.Context(), t.namespace)
-			client, err := connect(ctx, t.address)
+			s, err := t.open(cmd.Context())
 			if err != nil {
 				return err
 			}
-			defer client.Close()
-			return pushImage(ctx, client, config, args[0], index, quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			defer s.Close()
+			return pushImage(s.ctx, s.Client, config, args[0], index, quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	cmd.Flags().BoolVar(&index, "index", false, "put the image into the index that the registry has under this name, or make one")

@@ -15,6 +15,7 @@ func newRemove(t *target) *cobra.Command {
 		Short: "Remove checkpoint images",
 		Long: `Remove checkpoint images. containerd then collects what nothing else uses: clones
 that run keep what they need. Images without a checkpoint are left alone.`,
+		Example:           `  cracctl rm registry.example/shop/web:warm registry.example/shop/web:warmer`,
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}

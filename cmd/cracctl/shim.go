@@ -43,7 +43,7 @@ type bootstrap struct {
 
 // findTask finds a container's task and the directory of its bundle. An empty
 // state directory is asked of the running shim.
-func findTask(ctx context.Context, client *containerd.Client, t target, state, id string) (*task.Process, string, error) {
+func findTask(ctx context.Context, client *containerd.Client, t *target, state, id string) (*task.Process, string, error) {
 	tr, err := client.TaskService().Get(ctx, &tasks.GetRequest{ContainerID: id})
 	if err != nil {
 		err = errgrpc.ToNative(err)
@@ -63,7 +63,7 @@ func findTask(ctx context.Context, client *containerd.Client, t target, state, i
 	return tr.Process, filepath.Join(bundles(state, t.namespace), id), nil
 }
 
-func dialShim(ctx context.Context, client *containerd.Client, t target, state, id string) (*shimClient, error) {
+func dialShim(ctx context.Context, client *containerd.Client, t *target, state, id string) (*shimClient, error) {
 	_, bundle, err := findTask(ctx, client, t, state, id)
 	if err != nil {
 		return nil, err

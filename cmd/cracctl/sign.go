@@ -16,13 +16,13 @@ import (
 
 func newSign(t *target) *cobra.Command {
 	var (
-		key, cert string
-		push      bool
+		key, cert   string
+		push, quiet bool
 	)
 	cmd := &cobra.Command{
 		Use:   "sign REF",
 		Short: "Sign an image, so that nodes can tell whose it is",
-		Long: `Sign an image in the form of the Notary Project, as its own tool (notation) does.
+		Long: `Sign an image in the form of the Notary Project, with its library.
 The signature is kept in containerd for as long as the image, and with --push sent to
 the registry as a referrer of the image, which has to be there. cracctl push sends the
 signatures of an image with it.
@@ -60,7 +60,9 @@ docs/security.md.`,
 			if err := trust.Sign(ctx, s.ContentStore(), record.Target, key, cert); err != nil {
 				return fmt.Errorf("sign %s: %w", ref, err)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", record.Target.Digest)
+			if !quiet {
+				fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", record.Target.Digest)
+			}
 			if !push {
 				return nil
 			}
@@ -74,6 +76,7 @@ docs/security.md.`,
 	cmd.Flags().StringVar(&key, "key", "", "the private key's file (PEM)")
 	cmd.Flags().StringVar(&cert, "cert", "", "the file with its certificate, and those between it and the one that nodes trust (PEM)")
 	cmd.Flags().BoolVar(&push, "push", false, "send the image's signatures to its registry")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
 	_ = cmd.MarkFlagRequired("key")
 	_ = cmd.MarkFlagRequired("cert")
 	return cmd

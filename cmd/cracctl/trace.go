@@ -43,7 +43,7 @@ part, before Create (it starts the shim) and around the calls, is not in it.`,
 	cmd.Flags().StringVarP(&output, "output", "o", "", "write a file for trace viewers (Chrome's trace event format) instead; - for standard output")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
 		id := containerID(s.ctx, s.Client, args[0])
-		_, bundle, err := findTask(s.ctx, s.Client, *t, state, id)
+		_, bundle, err := findTask(s.ctx, s.Client, t, state, id)
 		if err != nil {
 			return err
 		}

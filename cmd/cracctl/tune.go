@@ -28,8 +28,11 @@ these pages at once, instead of asking for each. Without NEW the name REF is mov
 to the new image.
 
 The image is otherwise the same; readers that know nothing of it ignore it. One that
-continues other checkpoints becomes a whole one, as by cracctl flatten. The dumps are
-unpacked for as long as it takes, so it needs as much room as their memory.`,
+continues other checkpoints becomes a whole one, and one in an index takes the old
+one's place there, as by cracctl flatten. The dumps are unpacked for as long as it
+takes, so it needs as much room as their memory.`,
+		Example: `  cracctl tune registry.example/shop/web:warm
+  cracctl push registry.example/shop/web:warm`,
 	}
 	var root string
 	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (_ ocispec.Descriptor, more string, err error) {

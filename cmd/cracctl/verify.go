@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
@@ -43,6 +44,7 @@ Where this node has a policy (/etc/crac/policy.json, or CRAC_POLICY), tell what 
 says, too; signatures that are not here are fetched from the registry.
 
 The exit status is 0 when the image is whole, fits and is allowed, else 1.`,
+		Example:           `  cracctl verify registry.example/shop/web:warm`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeImages(t),
 	}
@@ -77,10 +79,8 @@ func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdi
 	}
 	v := &verdict{Name: ref}
 	chain, err := s.readChain(img, inspect.Options{Digests: true, Keys: keys}, errOut)
-	for _, l := range chain {
-		if err == nil {
-			err = l.Verify()
-		}
+	if err == nil {
+		err = inspect.VerifyChain(chain)
 	}
 	if err == nil {
 		_, err = chain[0].Processes()
@@ -121,7 +121,7 @@ func writeVerdict(out io.Writer, v *verdict) error {
 	if v.Whole {
 		fmt.Fprintf(out, "whole: %d files, %s\n", v.Files, size(v.Bytes))
 	} else {
-		fmt.Fprintf(out, "not whole: %s\n", v.Damage)
+		fmt.Fprintf(out, "not whole: %s\n", plain.Line(v.Damage))
 	}
 	switch {
 	case v.Here.OK:
@@ -130,10 +130,10 @@ func writeVerdict(out io.Writer, v *verdict) error {
 		fmt.Fprintln(out, "does not fit this host:")
 	}
 	for _, r := range v.Here.Reasons {
-		fmt.Fprintf(out, "  %s: %s\n", r.Code, r.Text)
+		fmt.Fprintf(out, "  %s: %s\n", r.Code, plain.Line(r.Text))
 	}
 	if v.Policy != nil {
-		fmt.Fprintln(out, v.Policy.Words())
+		fmt.Fprintln(out, plain.Line(v.Policy.Words()))
 	}
 	return nil
 }

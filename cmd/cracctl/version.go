@@ -16,7 +16,10 @@ func newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  cobra.NoArgs,
+		Long: `Print the version of cracctl, which is the shim's where both were installed together,
+and what it was built with.`,
+		Example: `  cracctl version`,
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "cracctl %s %s %s/%s\n", versionString(), goruntime.Version(), goruntime.GOOS, goruntime.GOARCH)
 			return err

@@ -13,6 +13,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -34,7 +36,7 @@ type AdoptRequest struct {
 	// layer; nil for nothing.
 	Changes     func(io.Writer) error
 	Compression oci.Compression
-	// EncryptTo are the recipients of the new layers: see oci.CheckRecipients.
+	// EncryptTo are the recipients of the container's own layers: see oci.CheckRecipients.
 	EncryptTo []string
 }
 
@@ -62,13 +64,20 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 	if err != nil {
 		return none, err
 	}
-	if missing := b.missing(ctx, s.content); missing != "" {
-		return none, fmt.Errorf("layer %s of the base image %s is not in the content store; fetch the image again (ctr content fetch)", missing, b.name)
+	for missing := range b.absent {
+		return none, fmt.Errorf("layer %s of the base image %s is not in the content store; fetch the image again (ctr content fetch)", missing, b.Name)
 	}
-	if err := mustEncrypt(b.name, b.manifest.Layers, r.EncryptTo); err != nil {
+	if err := mustEncrypt(b.Name, b.manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
-	w := wrapping{id: fmt.Sprintf("import-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: r.DumpDir, spec: r.Spec, comp: comp}
+	keys, err := readKeys(nil)
+	if err != nil {
+		return none, err
+	}
+	if err := b.canReseal(comp, keys); err != nil {
+		return none, err
+	}
+	w := wrapping{id: fmt.Sprintf("import-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: r.DumpDir, spec: r.Spec, comp: comp, keys: keys}
 	if r.Changes != nil {
 		if w.changes, err = writeLayer(ctx, s.content, "crac-changes-"+w.id, comp, r.Changes); err != nil {
 			return none, fmt.Errorf("write the layer of changes: %w", err)
@@ -86,21 +95,32 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 func (s services) adoptedBase(ctx context.Context, r AdoptRequest) (*base, error) {
 	target := r.BaseTarget
 	if target == nil {
-		record, err := s.images.Get(ctx, r.Base)
-		if errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("its base image %s is not there; pull it, or name another with the same layers (cracctl import --base): %w", r.Base, err)
-		}
+		found, err := s.findBase(ctx, r.Base)
 		if err != nil {
 			return nil, err
 		}
-		target = &record.Target
+		target = &found
 	}
 	b, err := readBase(ctx, s, r.Base, *target)
 	if err != nil {
-		return nil, fmt.Errorf("read the base image %s: %w", r.Base, err)
+		return nil, fmt.Errorf("base %w", err)
 	}
 	b.dropCheckpoints()
 	return b, nil
+}
+
+// CheckBase tells why an image cannot be a base: it is not there.
+func CheckBase(ctx context.Context, client *containerd.Client, name string) error {
+	_, err := servicesOf(client).findBase(ctx, name)
+	return err
+}
+
+func (s services) findBase(ctx context.Context, name string) (ocispec.Descriptor, error) {
+	record, err := s.images.Get(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return ocispec.Descriptor{}, fmt.Errorf("its base image %s is not there; pull it, or name another with the same layers (cracctl import --base): %w", name, err)
+	}
+	return record.Target, err
 }
 
 // wrapping is what goes around a base image's layers.
@@ -111,6 +131,8 @@ type wrapping struct {
 	dir     string // of the dump
 	spec    []byte
 	comp    compression
+	keys    *crypt.Keys    // of what the base has of an earlier checkpoint
+	from    *inspect.Image // whose place in its index the new one takes, if it is in one; or nil
 }
 
 // wrap writes an image with a whole dump on top of a base, and names it.
@@ -124,16 +146,23 @@ func (s services) wrap(ctx context.Context, b *base, m *oci.Manifest, w wrapping
 	for _, f := range files {
 		total += f.Size
 	}
-	dump, err := writeDump(ctx, s.content, Request{Container: w.id, DumpDir: w.dir}, w.spec, m, nil, w.comp, total, emit)
+	dump, _, err := s.writeDump(ctx, IngestRef(w.id), w.dir, w.spec, m, nil, w.comp, total, emit)
 	if err != nil {
 		return none, fmt.Errorf("pack the dump: %w", err)
 	}
-	target, size, err := writeImage(ctx, s.content, b, w.changes, nil, dump, m)
+	if err := b.reseal(ctx, s.content, w.comp, w.keys); err != nil {
+		return none, err
+	}
+	own, size, err := writeImage(ctx, s.content, b, w.changes, nil, dump, m)
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", w.ref, err)
 	}
-	if err := name(ctx, s.images, coreimages.Image{Name: w.ref, Target: target}); err != nil {
-		return none, fmt.Errorf("name image %s: %w", w.ref, err)
+	target, err := s.replaced(ctx, w.from, own)
+	if err != nil {
+		return none, fmt.Errorf("write index %s: %w", w.ref, err)
+	}
+	if err := s.publish(ctx, coreimages.Image{Name: w.ref, Target: target}, own, b.absent); err != nil {
+		return none, err
 	}
 	emit(Event{
 		Event: images.EventDone, Name: w.ref, Digest: target.Digest.String(), Size: size,

@@ -7,13 +7,13 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images/converter"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -21,14 +21,15 @@ import (
 // base is the image a container was made from, without what an earlier
 // checkpoint added on top and without what its name was moved to since.
 type base struct {
-	name     string
-	desc     ocispec.Descriptor // of the manifest
-	manifest ocispec.Manifest   // with layers as kept
+	*inspect.Image                  // as it is
+	manifest       ocispec.Manifest // with layers as kept
 	// config is the image's configuration as found: a field that this code
 	// does not know (Docker's Healthcheck) stays.
 	config  map[string]json.RawMessage
 	args    []string             // what the image runs when nothing else is asked for
 	made    []ocispec.Descriptor // what the container was made from, earlier checkpoints included
+	absent  absent
+	kinds   []string // of the layers as kept: see inspect.Image.Kind
 	diffIDs []digest.Digest
 	history []ocispec.History // empty entries when it did not fit the layers
 }
@@ -44,7 +45,7 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	}
 	b, err := readBase(ctx, s, image, img.Target)
 	if err != nil {
-		return nil, fmt.Errorf("read its image %s: %w", image, err)
+		return nil, fmt.Errorf("its %w", err)
 	}
 	if err := b.cut(parent); err != nil {
 		return nil, err
@@ -54,51 +55,35 @@ func loadBase(ctx context.Context, s services, image, parent string) (*base, err
 	return b, nil
 }
 
-// readBase reads an image as it is.
+// readBase reads an image as it is, and holds it.
 func readBase(ctx context.Context, s services, name string, target ocispec.Descriptor) (*base, error) {
-	b := &base{name: name}
-	var err error
-	if b.desc, err = inspect.ManifestOf(ctx, s.content, target, s.platform); err != nil {
-		return nil, err
-	}
-	// The digest that the image is named by is worth more than its parts.
-	data, err := content.ReadBlob(ctx, s.content, b.desc)
+	img, err := s.openTarget(ctx, name, target)
 	if err != nil {
 		return nil, err
 	}
-	if err := json.Unmarshal(data, &b.manifest); err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", b.desc.Digest, err)
-	}
-	return b, b.readConfig(ctx, s.content)
+	return baseOf(ctx, s, img)
 }
 
-func (b *base) readConfig(ctx context.Context, cs content.Store) error {
-	data, err := content.ReadBlob(ctx, cs, b.manifest.Config)
-	if err != nil {
-		return err
+// baseOf is readBase for an image that is held.
+func baseOf(ctx context.Context, s services, img *inspect.Image) (*base, error) {
+	b := &base{
+		Image: img, manifest: img.Manifest, diffIDs: img.Config.RootFS.DiffIDs, history: img.Config.History,
+		args: slices.Concat(img.Config.Config.Entrypoint, img.Config.Config.Cmd),
 	}
-	var known struct {
-		Config  ocispec.ImageConfig `json:"config"`
-		RootFS  ocispec.RootFS      `json:"rootfs"`
-		History []ocispec.History   `json:"history"`
+	for n := range b.manifest.Layers {
+		b.kinds = append(b.kinds, b.Kind(n))
 	}
-	if err := json.Unmarshal(data, &b.config); err != nil {
-		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
-	}
-	if err := json.Unmarshal(data, &known); err != nil {
-		return fmt.Errorf("configuration %s: %w", b.manifest.Config.Digest, err)
-	}
-	b.diffIDs, b.history = known.RootFS.DiffIDs, known.History
-	b.args = slices.Concat(known.Config.Entrypoint, known.Config.Cmd)
-	if len(b.diffIDs) != len(b.manifest.Layers) {
-		return fmt.Errorf("manifest %s has %d layers and its configuration %d", b.desc.Digest, len(b.manifest.Layers), len(b.diffIDs))
+	if err := blob.ReadJSON(ctx, s.content, b.manifest.Config, &b.config); err != nil {
+		return nil, fmt.Errorf("image %s: %w", b.Name, err)
 	}
 	if layers := layersOf(b.history); layers != len(b.diffIDs) {
 		// Tools reject a history that does not fit; one that tells nothing is fine,
 		// and lets the new layers be told apart.
 		b.history = make([]ocispec.History, len(b.diffIDs))
 	}
-	return nil
+	var err error
+	b.absent, err = s.absentOf(ctx, b.manifest)
+	return b, err
 }
 
 func layersOf(history []ocispec.History) (n int) {
@@ -122,38 +107,20 @@ func (b *base) cut(parent string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("its root file system was not made from what the name %s means now (it was made from %s); tag the image it was made from with this name again", b.name, parent)
+	return fmt.Errorf("its root file system was not made from what the name %s means now (it was made from %s); tag the image it was made from with this name again", b.Name, parent)
 }
 
 // dropCheckpoints leaves out the checkpoint layers: a new checkpoint replaces
 // them.
 func (b *base) dropCheckpoints() {
-	b.keep(func(i int) bool { return !b.isCheckpoint(i) })
-}
-
-// isCheckpoint knows a checkpoint layer by its descriptor, and where a tool lost
-// the annotations by the history.
-func (b *base) isCheckpoint(i int) bool {
-	if b.manifest.Layers[i].Annotations[oci.LayerAnnotation] == oci.LayerCheckpoint {
-		return true
-	}
-	n := 0
-	for _, h := range b.history {
-		if h.EmptyLayer {
-			continue
-		}
-		if n == i {
-			return h.CreatedBy == oci.CreatedByCheckpoint
-		}
-		n++
-	}
-	return false
+	b.keep(func(i int) bool { return b.kinds[i] != "checkpoint" })
 }
 
 // keep drops layers from everything that lists them.
 func (b *base) keep(want func(i int) bool) {
 	var (
 		layers  []ocispec.Descriptor
+		kinds   []string
 		diffIDs []digest.Digest
 		history []ocispec.History
 		kept    = make([]bool, len(b.diffIDs))
@@ -161,6 +128,7 @@ func (b *base) keep(want func(i int) bool) {
 	for i := range b.diffIDs {
 		if kept[i] = want(i); kept[i] {
 			layers = append(layers, b.manifest.Layers[i])
+			kinds = append(kinds, b.kinds[i])
 			diffIDs = append(diffIDs, b.diffIDs[i])
 		}
 	}
@@ -175,7 +143,7 @@ func (b *base) keep(want func(i int) bool) {
 		}
 		n++
 	}
-	b.manifest.Layers, b.diffIDs, b.history = layers, diffIDs, history
+	b.manifest.Layers, b.kinds, b.diffIDs, b.history = layers, kinds, diffIDs, history
 }
 
 // identity is what the manifest says about the base. An image that is a
@@ -184,18 +152,7 @@ func (b *base) identity() oci.Base {
 	if d := b.manifest.Annotations[oci.AnnotationBaseDigest]; d != "" {
 		return oci.Base{Name: b.manifest.Annotations[oci.AnnotationBaseName], Digest: d, Args: b.args}
 	}
-	return oci.Base{Name: b.name, Digest: b.desc.Digest.String(), Args: b.args}
-}
-
-// missing names a layer whose content is not stored (containerd can be told to
-// discard it once unpacked).
-func (b *base) missing(ctx context.Context, cs content.Store) string {
-	for _, l := range b.manifest.Layers {
-		if _, err := cs.Info(ctx, l.Digest); errdefs.IsNotFound(err) {
-			return l.Digest.String()
-		}
-	}
-	return ""
+	return oci.Base{Name: b.Name, Digest: b.Desc.Digest.String(), Args: b.args}
 }
 
 // annotations of the new manifest: the base's own, without what an earlier

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,19 +27,23 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
 
-// Request and Event are the two halves of a build's protocol. They are defined
-// in images, for the shim, which cannot link this package.
+// Request, Dump and Event are a build's protocol. They are defined in images, for the
+// shim, which cannot link this package.
 type (
 	Request = images.BuildRequest
+	Dump    = images.BuildDump
 	Event   = images.BuildEvent
 )
 
@@ -48,6 +53,10 @@ const LabelFrozen = oci.ImagePrefix + "frozen"
 
 // LabelPreDumped is another: how many bytes of the memory were copied before that.
 const LabelPreDumped = oci.ImagePrefix + "pre-dumped"
+
+// LabelReused is another: how many bytes of the memory the parent has, of how many that a
+// whole image would store, with a slash between; without a parent there is none.
+const LabelReused = oci.ImagePrefix + "reused"
 
 // IngestRef is the name under which the checkpoint layer of a container is
 // written to the content store, or, when containerd has that locked, what the
@@ -80,112 +89,185 @@ func servicesOf(client *containerd.Client) services {
 	}
 }
 
-// Build makes the checkpoint image that r asks for and returns its manifest's
-// descriptor, or that of the index that lists it, also beside a *PushError, which says that only the push failed. ctx
-// must carry the namespace. The container must stay frozen until emit was called
-// with images.EventDiffed; it is called by one goroutine at a time.
-func Build(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (ocispec.Descriptor, error) {
-	return build(ctx, servicesOf(client), r, emit)
+// Prepared is a checkpoint image that can be made as soon as there is a dump.
+type Prepared struct {
+	services
+	r     Request
+	emit  func(Event)
+	lease leases.Lease
+
+	comp      compression
+	keys      *crypt.Keys
+	spec      []byte
+	own       *owners
+	container containers.Container
+	sn        snapshots.Snapshotter
+	info      snapshots.Info // of the container's root file system
+	base      *base
+	parent    *inspect.Image // to continue; nil for none
 }
 
-func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocispec.Descriptor, err error) {
-	none := ocispec.Descriptor{}
-	comp, err := newCompression(r.Compression, r.EncryptTo)
-	if err != nil {
-		return none, err
-	}
+// Prepare looks at everything that an image needs but the dump, and refuses what would be
+// refused once the container stands still for it. ctx must carry the namespace. What is
+// there is held until Close, which must be called. emit is called by one goroutine at a
+// time.
+func Prepare(ctx context.Context, client *containerd.Client, r Request, emit func(Event)) (*Prepared, error) {
+	return prepare(ctx, servicesOf(client), r, emit)
+}
+
+func prepare(ctx context.Context, s services, r Request, emit func(Event)) (_ *Prepared, err error) {
 	check := oci.CheckRef
 	if r.Push {
 		check = oci.CheckPushRef
 	}
 	if err := check(r.Ref); err != nil {
-		return none, err
+		return nil, err
 	}
-	spec, own, err := readSpec(r.SpecPath)
-	if err != nil {
-		return none, err
+	p := &Prepared{services: s, r: r, emit: emit}
+	if p.comp, err = newCompression(r.Compression, r.EncryptTo); err != nil {
+		return nil, err
 	}
-	continues, err := images.ContinuesPreDump(r.DumpDir, r.PreDumpDir)
-	if err != nil {
-		return none, err
+	if p.keys, err = readKeys(r.Keys); err != nil {
+		return nil, err
 	}
+	if p.spec, p.own, err = readSpec(r.SpecPath); err != nil {
+		return nil, err
+	}
+	if p.lease, err = newLease(ctx, s.leases); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			p.Close(ctx, err)
+		}
+	}()
+	ctx = leases.WithLease(ctx, p.lease.ID)
+	if p.container, err = s.containers.Get(ctx, r.Container); err != nil {
+		return nil, fmt.Errorf("find container %s: %w", r.Container, err)
+	}
+	if err := p.readImages(ctx); err != nil {
+		return nil, fmt.Errorf("container %s: %w", r.Container, err)
+	}
+	m := r.Manifest
+	m.Base = p.base.identity()
+	m.Files = []oci.File{{Name: "inventory.img", Digest: emptyTar.String()}} // whatever they will be
+	if err := m.Validate(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
 
-	ctx, release, err := s.hold(ctx, emit)
-	if err != nil {
-		return none, err
-	}
-	defer release(&err)
-
-	c, err := s.containers.Get(ctx, r.Container)
-	if err != nil {
-		return none, fmt.Errorf("find container %s: %w", r.Container, err)
-	}
+// readImages reads the image that the container came from, and the one to continue.
+func (p *Prepared) readImages(ctx context.Context) error {
+	c := p.container
 	if c.Image == "" || c.SnapshotKey == "" {
-		return none, fmt.Errorf("container %s was not made from an image, so there is none to put a checkpoint on; make a plain checkpoint (ctr tasks checkpoint --image-path)", c.ID)
+		return errors.New("it was not made from an image, so there is none to put a checkpoint on; make a plain checkpoint (ctr tasks checkpoint --image-path)")
 	}
-	sn := s.snapshots(c.Snapshotter)
-	info, err := sn.Stat(ctx, c.SnapshotKey)
+	p.sn = p.snapshots(c.Snapshotter)
+	var err error
+	if p.info, err = p.sn.Stat(ctx, c.SnapshotKey); err != nil {
+		return fmt.Errorf("find its root file system: %w", err)
+	}
+	unpacked, err := p.own.unpacked(ctx, p.sn, p.info.Parent)
 	if err != nil {
-		return none, fmt.Errorf("find the root file system of container %s: %w", c.ID, err)
+		return err
 	}
-	changes, err := takeChanges(ctx, s, sn, c, info, own, comp)
+	if p.base, err = loadBase(ctx, p.services, c.Image, unpacked); err != nil {
+		return err
+	}
+	if err := mustEncrypt(c.Image, p.base.made, p.r.EncryptTo); err != nil {
+		return err
+	}
+	if err := p.base.canReseal(p.comp, p.keys); err != nil {
+		return err
+	}
+	for missing := range p.base.absent {
+		p.emit(Event{Event: images.EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
+			missing, c.Image)})
+		break
+	}
+	p.parent, err = openParent(ctx, p.services, p.r, p.keys)
+	return err
+}
+
+// Close lets go what was held. failed is why there is no image, if there is none.
+func (p *Prepared) Close(ctx context.Context, failed error) {
+	if err := endLease(ctx, p.leases, p.lease); err != nil && failed == nil {
+		// The image is there; the lease only keeps content that it refers to
+		// anyway, until it expires.
+		p.emit(Event{Event: images.EventWarning, Error: err.Error()})
+	}
+}
+
+// Finish makes the image of a dump, and returns its manifest's descriptor, or that of the
+// index that lists it, also beside a *PushError, which says that only the push failed.
+// The container must stay frozen until emit was called with images.EventDiffed. It may be
+// called once.
+func (p *Prepared) Finish(ctx context.Context, d Dump) (ocispec.Descriptor, error) {
+	none := ocispec.Descriptor{}
+	ctx = leases.WithLease(ctx, p.lease.ID)
+	r, c := p.r, p.container
+	r.BuildDump = d
+	continues, err := images.ContinuesPreDump(d.DumpDir, d.PreDumpDir)
+	if err != nil {
+		return none, err
+	}
+	changes, err := takeChanges(ctx, p.services, p.sn, c, p.info, p.own, p.comp)
 	if err != nil {
 		return none, fmt.Errorf("take the changes of container %s: %w", c.ID, err)
 	}
-	emit(Event{Event: images.EventDiffed, ChangesSize: changes.size()})
+	p.emit(Event{Event: images.EventDiffed, ChangesSize: changes.size()})
+	// The container has stood still until here.
 	labels := make(map[string]string)
-	if !r.Frozen.IsZero() {
-		labels[LabelFrozen] = time.Since(r.Frozen).Round(time.Millisecond).String()
+	if !d.Frozen.IsZero() {
+		labels[LabelFrozen] = time.Since(d.Frozen).Round(time.Millisecond).String()
 	}
-	preDumped, err := mergePreDump(r, continues)
+	preDumped, err := mergePreDump(ctx, r, continues)
 	if err != nil {
 		return none, fmt.Errorf("put the dump of container %s together: %w", c.ID, err)
 	}
 	if preDumped > 0 {
 		labels[LabelPreDumped] = strconv.FormatInt(preDumped, 10)
 	}
-	total, memory, err := dumpSize(r.DumpDir)
+	total, memory, err := dumpSize(d.DumpDir)
 	if err != nil {
 		return none, err
 	}
-
-	// Only now: the container has stood still until here.
-	parent, err := own.unpacked(ctx, sn, info.Parent)
-	if err != nil {
-		return none, fmt.Errorf("container %s: %w", c.ID, err)
-	}
-	base, err := loadBase(ctx, s, c.Image, parent)
-	if err != nil {
-		return none, fmt.Errorf("container %s: %w", c.ID, err)
-	}
-	if missing := base.missing(ctx, s.content); missing != "" {
-		emit(Event{Event: images.EventWarning, Error: fmt.Sprintf("layer %s of %s is not in the content store: the checkpoint image works on this host but cannot be pushed; fetch the base image again first (ctr content fetch)",
-			missing, c.Image)})
-	}
-
-	if err := mustEncrypt(c.Image, base.made, r.EncryptTo); err != nil {
-		return none, fmt.Errorf("container %s: %w", c.ID, err)
-	}
-
-	m := r.Manifest
-	m.Base = base.identity()
-	p, err := loadParent(ctx, s, r, &m)
+	m := d.Manifest
+	m.Base = p.base.identity()
+	continued, err := p.readParent(ctx, &m)
 	if err != nil {
 		return none, err
 	}
-	dump, err := writeDump(ctx, s.content, r, spec, &m, p, comp, total, emit)
+	dump, reused, err := p.writeDump(ctx, IngestRef(c.ID), d.DumpDir, p.spec, &m, continued.memoryOrNil(), p.comp, total, p.emit)
 	if err != nil {
 		return none, fmt.Errorf("pack the dump of container %s: %w", c.ID, err)
 	}
-
-	target, size, err := writeImage(ctx, s.content, base, changes, p.layersOrNil(), dump, &m)
+	if continued != nil {
+		// Zeroes, which are most of some workloads' memory, are stored nowhere.
+		whole := reused
+		for _, f := range m.Files {
+			if images.IsPages(f.Name) {
+				whole += f.Size
+			}
+		}
+		labels[LabelReused] = fmt.Sprintf("%d/%d", reused, whole)
+		if warning := ReusedWarning(r.Parent, reused, whole); warning != "" {
+			p.emit(Event{Event: images.EventWarning, Error: warning})
+		}
+	}
+	if err := p.base.reseal(ctx, p.content, p.comp, p.keys); err != nil {
+		return none, fmt.Errorf("container %s: %w", c.ID, err)
+	}
+	own, size, err := writeImage(ctx, p.content, p.base, changes, continued.layersOrNil(), dump, &m)
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
 	}
+	target := own
 	if r.Index {
-		lists, err := s.lists(ctx, c.Image, r.Ref)
+		lists, err := p.lists(ctx, c.Image, r.Ref)
 		if err == nil {
-			target, err = writeIndex(ctx, s.content, target, lists...)
+			target, err = writeIndex(ctx, p.content, own, lists...)
 		}
 		if err != nil {
 			return none, fmt.Errorf("write index %s: %w", r.Ref, err)
@@ -195,28 +277,28 @@ func build(ctx context.Context, s services, r Request, emit func(Event)) (_ ocis
 	for _, f := range m.Files {
 		stored += f.Size
 	}
-	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target, Labels: labels}); err != nil {
-		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
+	if err := p.publish(ctx, coreimages.Image{Name: r.Ref, Target: target, Labels: labels}, own, p.base.absent); err != nil {
+		return none, err
 	}
-	emit(Event{
+	p.emit(Event{
 		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: stored, ChangesSize: changes.size(),
-		MemorySize: memory, PreDumpedSize: preDumped,
+		MemorySize: memory, PreDumpedSize: preDumped, ReusedSize: reused,
 	})
 	if r.Push {
-		return push(ctx, s, r, target, emit)
+		return push(ctx, p.services, r, target, p.emit)
 	}
 	return target, nil
 }
 
 // mergePreDump makes a whole dump of one that continues a pre-dump, and tells how many
 // bytes of its memory were copied ahead.
-func mergePreDump(r Request, continues bool) (int64, error) {
+func mergePreDump(ctx context.Context, r Request, continues bool) (int64, error) {
 	if !continues {
 		return 0, nil
 	}
 	page := uint64(r.Manifest.Host.PageSize)
-	pages, err := images.Merge([]string{r.DumpDir, r.PreDumpDir}, page)
+	pages, err := images.Merge(ctx, []string{r.DumpDir, r.PreDumpDir}, page)
 	if err != nil {
 		return 0, err
 	}
@@ -281,7 +363,8 @@ func readSpec(path string) ([]byte, *owners, error) {
 	return data, ownersOf(&spec), nil
 }
 
-// open reads the metadata of the image that a new one is to be made of.
+// open reads the metadata of the image that a new one is to be made of, and holds the
+// image.
 func (s services) open(ctx context.Context, from string) (*inspect.Image, error) {
 	record, err := s.images.Get(ctx, from)
 	if err != nil {
@@ -290,40 +373,127 @@ func (s services) open(ctx context.Context, from string) (*inspect.Image, error)
 		}
 		return nil, err
 	}
-	return inspect.Open(ctx, s.content, from, record.Target, s.platform)
+	return s.openTarget(ctx, from, record.Target)
 }
 
-// hold is withLease for what has events: unless all has failed anyway, that the lease
+// openTarget is open for what the name of an image means.
+func (s services) openTarget(ctx context.Context, name string, target ocispec.Descriptor) (*inspect.Image, error) {
+	if err := s.keep(ctx, target); err != nil {
+		return nil, err
+	}
+	img, err := inspect.Open(ctx, s.content, name, target, s.platform)
+	if err != nil {
+		return nil, err
+	}
+	if img.Desc.Digest != target.Digest {
+		if err := s.keepParts(ctx, target, img.Desc); err != nil {
+			return nil, err
+		}
+	}
+	return img, s.keepParts(ctx, img.Desc, append([]ocispec.Descriptor{img.Manifest.Config}, img.Manifest.Layers...)...)
+}
+
+// keepParts is keep for what is held with what refers to it, whole, unless that came
+// without containerd's labels. To hold more costs containerd a write to its disk each.
+func (s services) keepParts(ctx context.Context, whole ocispec.Descriptor, parts ...ocispec.Descriptor) error {
+	info, err := s.content.Info(ctx, whole.Digest)
+	if err != nil {
+		return err
+	}
+	held := make(map[string]bool)
+	for k, v := range info.Labels {
+		if strings.HasPrefix(k, gcContent) {
+			held[v] = true
+		}
+	}
+	return s.keep(ctx, slices.DeleteFunc(slices.Clone(parts), func(d ocispec.Descriptor) bool { return held[d.Digest.String()] })...)
+}
+
+// gcContent begins the labels by which containerd keeps content with what refers to it.
+const gcContent = "containerd.io/gc.ref.content"
+
+// keep makes the lease of ctx hold content that is there already, and that only the name
+// of an image holds otherwise: somebody may remove that name.
+func (s services) keep(ctx context.Context, all ...ocispec.Descriptor) error {
+	id, ok := leases.FromContext(ctx)
+	if !ok {
+		return errors.New("no lease")
+	}
+	for _, d := range all {
+		if err := s.leases.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: d.Digest.String(), Type: "content"}); err != nil {
+			return fmt.Errorf("hold %s: %w", d.Digest, err)
+		}
+	}
+	return nil
+}
+
+// absent are an image's layers whose content is not stored: containerd can be told to
+// discard it once unpacked.
+type absent map[digest.Digest]bool
+
+func (s services) absentOf(ctx context.Context, m ocispec.Manifest) (absent, error) {
+	gone := make(absent)
+	for _, l := range m.Layers {
+		_, err := s.content.Info(ctx, l.Digest)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		if err != nil {
+			gone[l.Digest] = true
+		}
+	}
+	return gone, nil
+}
+
+// hold is a lease for what has events: unless all has failed anyway, that the lease
 // stays is to be known.
 func (s services) hold(ctx context.Context, emit func(Event)) (_ context.Context, release func(failed *error), _ error) {
-	ctx, end, err := withLease(ctx, s.leases)
+	l, err := newLease(ctx, s.leases)
 	if err != nil {
 		return nil, nil, err
 	}
-	return ctx, func(failed *error) {
-		if err := end(); err != nil && *failed == nil {
-			// The image is there; the lease only keeps content that it
-			// refers to anyway, until it expires.
+	return leases.WithLease(ctx, l.ID), func(failed *error) {
+		if err := endLease(ctx, s.leases, l); err != nil && *failed == nil {
 			emit(Event{Event: images.EventWarning, Error: err.Error()})
 		}
 	}, nil
 }
 
-// withLease holds what ctx stores from now on. release gives it up, also when
-// ctx was cancelled.
-func withLease(ctx context.Context, lm leases.Manager) (_ context.Context, release func() error, _ error) {
+// newLease holds what is stored under it from now on.
+func newLease(ctx context.Context, lm leases.Manager) (leases.Lease, error) {
 	l, err := lm.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime))
 	if err != nil {
-		return nil, nil, fmt.Errorf("get a lease: %w", err)
+		return l, fmt.Errorf("get a lease: %w", err)
 	}
-	return leases.WithLease(ctx, l.ID), func() error {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
-		defer cancel()
-		if err := lm.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("give up lease %s: %w; it expires in %s", l.ID, err, leaseTime)
+	return l, nil
+}
+
+// endLease gives a lease up, also when ctx was cancelled.
+func endLease(ctx context.Context, lm leases.Manager, l leases.Lease) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	if err := lm.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("give up lease %s: %w; it expires in %s", l.ID, err, leaseTime)
+	}
+	return nil
+}
+
+// publish gives an image its name once all that it refers to is there, but for what has
+// been absent from the start. own is the manifest, which target is or lists.
+func (s services) publish(ctx context.Context, img coreimages.Image, own ocispec.Descriptor, gone absent) error {
+	var m ocispec.Manifest
+	if err := blob.ReadJSON(ctx, s.content, own, &m); err != nil {
+		return fmt.Errorf("name image %s: %w", img.Name, err)
+	}
+	for _, part := range append(m.Layers, m.Config) {
+		if _, err := s.content.Info(ctx, part.Digest); err != nil && !gone[part.Digest] {
+			return fmt.Errorf("name image %s: its part %s was removed meanwhile: %w; try again, with the images it is made of pulled again", img.Name, part.Digest, err)
 		}
-		return nil
-	}, nil
+	}
+	if err := name(ctx, s.images, img); err != nil {
+		return fmt.Errorf("name image %s: %w", img.Name, err)
+	}
+	return nil
 }
 
 // name gives the image its name, or moves the name to it.
@@ -334,7 +504,7 @@ func name(ctx context.Context, store coreimages.Store, img coreimages.Image) err
 		if err == nil || !errdefs.IsAlreadyExists(err) {
 			return err
 		}
-		_, err = store.Update(ctx, img, "target", "labels."+LabelFrozen, "labels."+LabelPreDumped)
+		_, err = store.Update(ctx, img, "target", "labels."+LabelFrozen, "labels."+LabelPreDumped, "labels."+LabelReused)
 		if err == nil || !errdefs.IsNotFound(err) {
 			return err
 		}

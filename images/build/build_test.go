@@ -292,11 +292,21 @@ func (w *world) request(container, ref string) Request {
 	}
 	spec := filepath.Join(w.t.TempDir(), "spec.json")
 	w.must(os.WriteFile(spec, []byte(`{"ociVersion":"1.2.0"}`), 0o600))
-	r := Request{Container: container, Ref: ref, DumpDir: dir, SpecPath: spec}
+	r := Request{Container: container, Ref: ref, SpecPath: spec, BuildDump: Dump{DumpDir: dir}}
 	images.ThisHost(40101).Describe(&r.Manifest)
 	r.Manifest.Created = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	r.Manifest.Container = oci.Container{ID: container, Args: []string{"/app"}}
 	return r
+}
+
+// build does all that makes an image.
+func build(ctx context.Context, s services, r Request, emit func(Event)) (desc ocispec.Descriptor, err error) {
+	p, err := prepare(ctx, s, r, emit)
+	if err != nil {
+		return desc, err
+	}
+	defer func() { p.Close(ctx, err) }()
+	return p.Finish(ctx, r.BuildDump)
 }
 
 // build builds and returns what was told meanwhile.
@@ -795,13 +805,23 @@ func TestBuildRefuses(t *testing.T) {
 		want   []string
 	}{
 		{"container", func(_ *world, r *Request) { r.Container = "other" }, []string{"other", "not found"}},
-		{"compression", func(_ *world, r *Request) { r.Compression = "lzma" }, []string{"lzma", "zstd and gzip"}},
+		{"compression", func(_ *world, r *Request) { r.Compression = "lzma" }, []string{"lzma", "zstd, gzip"}},
 		{"empty name", func(_ *world, r *Request) { r.Ref = "" }, []string{"image name"}},
 		{"name with a space", func(_ *world, r *Request) { r.Ref = "a b" }, []string{`"a b"`}},
 		{"unfinished dump", func(w *world, r *Request) { w.must(os.Remove(filepath.Join(r.DumpDir, "inventory.img"))) }, []string{"inventory.img"}},
 		{"spec", func(w *world, r *Request) { w.must(os.WriteFile(r.SpecPath, []byte("{"), 0o600)) }, []string{specName, "not JSON"}},
 		{"no spec", func(w *world, r *Request) { w.must(os.Remove(r.SpecPath)) }, []string{"runtime spec"}},
 		{"manifest", func(_ *world, r *Request) { r.Manifest.Container.Args = nil }, []string{"arguments"}},
+		{"encrypted image, and nobody to read the new one", func(w *world, r *Request) {
+			_, recipient := node(w.t)
+			sealed := w.request("c", "base:1")
+			sealed.EncryptTo = []string{recipient}
+			_, _, err := w.build(sealed)
+			w.must(err)
+			w.clone("clone", "base:1")
+			r.Container = "clone"
+		}, []string{"--encrypt-to", "clone"}},
+		{"control characters", func(_ *world, r *Request) { r.Manifest.Mounts = []oci.Mount{{Destination: "/a\nb"}} }, []string{"control"}},
 		{"image gone", func(w *world, _ *Request) { w.must(w.images.Delete(w.ctx, "base:1")) }, []string{"base:1", "no longer there"}},
 		{"name is another image now", func(w *world, _ *Request) { w.image("base:1", "overlayfs", "entirely", "different") }, []string{"base:1", "means now"}},
 		{"no image", func(w *world, r *Request) {
@@ -819,6 +839,14 @@ func TestBuildRefuses(t *testing.T) {
 			tt.change(w, &r)
 			want := w.clean()
 
+			// All but what is wrong with the dump shows before there is one.
+			p, err := prepare(w.ctx, w.services, r, func(Event) {})
+			if late := tt.name == "unfinished dump"; late != (err == nil) {
+				t.Errorf("prepared: %v", err)
+			}
+			if err == nil {
+				p.Close(w.ctx, nil)
+			}
 			_, events, err := w.build(r)
 			if err == nil {
 				t.Fatal("no error")
@@ -1031,6 +1059,8 @@ func TestBuildWithParent(t *testing.T) {
 		done := events[len(events)-1]
 		if depth == 0 {
 			size = done.DumpSize
+		} else if done.ReusedSize != (pages-2)*4096 || slices.Contains(kinds(events), images.EventWarning) {
+			t.Errorf("at depth %d %d bytes are the parent's; %v", depth, done.ReusedSize, kinds(events))
 		} else if done.DumpSize > size-(pages-2)*4096+1024 {
 			t.Errorf("at depth %d %d bytes are stored, of %d", depth, done.DumpSize, size)
 		}
@@ -1095,14 +1125,43 @@ func TestBuildWithParent(t *testing.T) {
 			t.Errorf("%+v gives no error", r)
 		}
 	}
+	// One that has nothing of the memory is of no use, and that is said.
+	unrelated := request("other:1", "", 0)
+	w.must(os.WriteFile(filepath.Join(unrelated.DumpDir, "pages-1.img"), bytes.Repeat([]byte("u"), pages*4096), 0o600))
+	_, _, err := w.build(unrelated)
+	w.must(err)
+	_, events, err := w.build(request("more:1", "other:1", 0))
+	w.must(err)
+	if i := slices.IndexFunc(events, func(e Event) bool { return e.Event == images.EventWarning }); i < 0 || !strings.Contains(events[i].Error, "without --parent") {
+		t.Errorf("%+v", events)
+	}
+	img, err := w.images.Get(w.ctx, "more:1")
+	w.must(err)
+	if reused, memory, ok := Reused(img.Labels); !ok || reused != 0 || memory != pages*4096 {
+		t.Errorf("%v", img.Labels)
+	}
+	// All of it before there is a dump: at the depth that there may be, of another machine, gone.
 	for parent, want := range map[string]string{
-		name: "cracctl flatten", "base:1": "no checkpoint", "gone:1": "pull it",
+		name: "cracctl flatten", "base:1": "no checkpoint", "gone:1": "pull it", "flat:1": "pages of 4096 bytes",
 	} {
-		_, _, err := w.build(request("more:1", parent, 0))
+		r := request("more:1", parent, 0)
+		if parent == "flat:1" {
+			r.Manifest.Host.PageSize = 65536
+		}
+		p, err := prepare(w.ctx, w.services, r, func(Event) {})
+		if err == nil {
+			p.Close(w.ctx, nil)
+		}
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("on %s: %v, want %q", parent, err, want)
 		}
 	}
+	// Content that containerd was told to discard.
+	w.must(w.content.Delete(w.ctx, w.load("flat:1").manifest.Layers[1].Digest))
+	if _, err := prepare(w.ctx, w.services, request("more:1", "flat:1", 0), func(Event) {}); err == nil || !strings.Contains(err.Error(), "fetch") {
+		t.Errorf("on a parent that is not stored: %v", err)
+	}
+	w.clean()
 }
 
 // A dump that continues a pre-dump becomes an image like any other, also on top of a parent.
@@ -1186,5 +1245,148 @@ func TestBuildAfterPreDump(t *testing.T) {
 	w.must(os.WriteFile(filepath.Join(r.PreDumpDir, "pagemap-1.img"), []byte(pagemap([2]uint64{pages - 3, inDump})), 0o600))
 	if _, _, err := w.build(r); !errors.Is(err, images.ErrDamaged) {
 		t.Errorf("a page is missing: %v", err)
+	}
+}
+
+// touched calls back whenever something is to be written.
+type touched struct {
+	content.Store
+	before func()
+}
+
+func (s touched) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	s.before()
+	return s.Store.Writer(ctx, opts...)
+}
+
+// What an image is made of, and only another's name holds, is there until it has its own: also if
+// that other name is removed meanwhile and containerd collects what nothing refers to.
+func TestSourcesAreHeld(t *testing.T) {
+	_, recipient := node(t)
+	request := func(w *world, ref string) Request {
+		r := w.request("c", ref)
+		r.Manifest.Host.PageSize = 4096
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pages-1.img"), []byte(strings.Repeat("s", 4096)), 0o600))
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pagemap-1.img"),
+			[]byte("\x19\x43\x56\x54\x25\x40\x08\x56\x02\x00\x00\x00\x08\x01\x0a\x00\x00\x00\x08\x80\x80\x04\x10\x00\x20\x04\x28\x01"), 0o600))
+		return r
+	}
+	for name, make := range map[string]func(w *world, s services) error{
+		"build": func(w *world, s services) error {
+			_, err := build(w.ctx, s, request(w, "new:1"), func(Event) {})
+			return err
+		},
+		"build into an index": func(w *world, s services) error {
+			r := request(w, "new:1")
+			r.Index = true
+			_, err := build(w.ctx, s, r, func(Event) {})
+			return err
+		},
+		"build with a parent": func(w *world, s services) error {
+			r := request(w, "new:1")
+			r.Parent = "delta:1"
+			_, err := build(w.ctx, s, r, func(Event) {})
+			return err
+		},
+		"flatten": func(w *world, s services) error {
+			_, err := flatten(w.ctx, s, FlattenRequest{From: "delta:1", Ref: "new:1", WorkDir: t.TempDir()}, func(Event) {})
+			return err
+		},
+		"encrypt": func(w *world, s services) error {
+			_, err := encrypt(w.ctx, s, EncryptRequest{From: "delta:1", Ref: "new:1", To: []string{recipient}}, func(Event) {})
+			return err
+		},
+		"adopt": func(w *world, s services) error {
+			r := request(w, "new:1")
+			_, err := adopt(w.ctx, s, AdoptRequest{Ref: "new:1", Base: "base:1", DumpDir: r.DumpDir, Spec: []byte("{}"), Manifest: r.Manifest}, func(Event) {})
+			return err
+		},
+	} {
+		// Without the labels by which containerd keeps an image together each part is held.
+		for _, labelled := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, labelled %v", name, labelled), func(t *testing.T) {
+				w := newWorld(t)
+				w.image("base:1", "overlayfs", "one", "two")
+				upper := w.container("c", "base:1", "overlayfs")
+				w.must(os.WriteFile(filepath.Join(upper, "f"), []byte("x"), 0o600))
+				_, _, err := w.build(request(w, "whole:1"))
+				w.must(err)
+				delta := request(w, "delta:1")
+				delta.Parent = "whole:1"
+				_, _, err = w.build(delta)
+				w.must(err)
+				names := []string{"base:1", "whole:1", "delta:1"}
+				if !labelled {
+					for _, name := range names {
+						img, err := w.images.Get(w.ctx, name)
+						w.must(err)
+						_, err = w.content.Update(w.ctx, content.Info{Digest: img.Target.Digest}, "labels")
+						w.must(err)
+					}
+				}
+				s := w.services
+				s.content = touched{w.content, func() {
+					for _, name := range names {
+						if err := w.images.Delete(w.ctx, name); err != nil && !errdefs.IsNotFound(err) {
+							t.Error(err)
+						}
+					}
+					_, err := w.db.GarbageCollect(w.ctx)
+					w.must(err)
+				}}
+				w.must(make(w, s))
+				w.clean()
+				img, err := w.images.Get(w.ctx, "new:1")
+				w.must(err)
+				m, err := coreimages.Manifest(w.ctx, w.content, img.Target, w.platform)
+				w.must(err)
+				for _, part := range append(m.Layers, m.Config) {
+					if _, err := w.content.Info(w.ctx, part.Digest); err != nil {
+						t.Errorf("%s: %v", part.MediaType, err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Content that is removed by its digest no lease holds: then there is no image by name.
+func TestRemovedMeanwhile(t *testing.T) {
+	_, recipient := node(t)
+	for name, make := range map[string]func(w *world, s services) error{
+		"build": func(w *world, s services) error {
+			_, err := build(w.ctx, s, w.request("c", "new:1"), func(Event) {})
+			return err
+		},
+		"flatten": func(w *world, s services) error {
+			_, err := flatten(w.ctx, s, FlattenRequest{From: "warm:1", Ref: "new:1", WorkDir: t.TempDir(), Compression: oci.CompressionGzip}, func(Event) {})
+			return err
+		},
+		"encrypt": func(w *world, s services) error {
+			_, err := encrypt(w.ctx, s, EncryptRequest{From: "warm:1", Ref: "new:1", To: []string{recipient}}, func(Event) {})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.image("base:1", "overlayfs", "one")
+			w.container("c", "base:1", "overlayfs")
+			_, _, err := w.build(w.request("c", "warm:1"))
+			w.must(err)
+			layer := w.load("base:1").manifest.Layers[0].Digest
+			s := w.services
+			s.content = touched{w.content, func() {
+				if err := w.content.Delete(w.ctx, layer); err != nil && !errdefs.IsNotFound(err) {
+					t.Error(err)
+				}
+			}}
+			if err := make(w, s); err == nil || !strings.Contains(err.Error(), layer.String()) || !strings.Contains(err.Error(), "try again") {
+				t.Errorf("got %v", err)
+			}
+			if _, err := w.images.Get(w.ctx, "new:1"); !errdefs.IsNotFound(err) {
+				t.Errorf("the image: %v", err)
+			}
+			w.clean()
+		})
 	}
 }

@@ -194,7 +194,7 @@ func compare(ctx context.Context, s services, sn snapshots.Snapshotter, c contai
 		}
 	}()
 	// The differ names its ingest itself, and removes what it could not finish only then.
-	desc, err := s.diff.Compare(ctx, withoutCheckpoint(lower), withoutCheckpoint(upper), diff.WithMediaType(comp.mediaType))
+	desc, err := s.diff.Compare(ctx, withoutCheckpoint(lower), withoutCheckpoint(upper), diff.WithMediaType(comp.MediaType))
 	if err != nil {
 		return newLayer{}, err
 	}

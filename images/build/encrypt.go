@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -16,13 +17,14 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
 
 // What a workload had in its memory it may have written to its files, and the other
-// way round: the layer of changes is encrypted with the checkpoint layer. Without the
+// way round: layers of changes are encrypted with the checkpoint layer. Without the
 // key an image with either cannot be unpacked anyway. The base's layers are as they
 // were, and shared.
 
@@ -32,27 +34,26 @@ func encrypts(to []string) bool { return len(to) > 0 && !slices.Equal(to, []stri
 // storedType is the media type of a layer that is stored so.
 func (c compression) storedType() string {
 	if c.recipients == nil {
-		return c.mediaType
+		return c.MediaType
 	}
-	return crypt.EncryptedType(c.mediaType)
+	return crypt.EncryptedType(c.MediaType)
 }
 
 // seal gives a writer that encrypts into w, if there are recipients. end has to be
-// called, and tells what the layer has become.
-func (c compression) seal(w io.Writer) (out io.Writer, end func() (mediaType string, annotations map[string]string, err error), err error) {
+// called, and gives the annotations that the layer is decrypted by.
+func (c compression) seal(w io.Writer) (out io.Writer, end func() (annotations map[string]string, err error), err error) {
 	if c.recipients == nil {
-		return w, func() (string, map[string]string, error) { return c.mediaType, nil, nil }, nil
+		return w, func() (map[string]string, error) { return nil, nil }, nil
 	}
 	e, err := c.recipients.Encrypt(w)
 	if err != nil {
 		return nil, nil, err
 	}
-	return e, func() (string, map[string]string, error) {
+	return e, func() (map[string]string, error) {
 		if err := e.Close(); err != nil {
-			return "", nil, err
+			return nil, err
 		}
-		annotations, err := e.Annotations()
-		return c.storedType(), annotations, err
+		return e.Annotations()
 	}, nil
 }
 
@@ -86,12 +87,17 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 		return none, err
 	}
 	if !encrypts(r.To) {
-		return none, errors.New("nobody is named who could read it: say whom with --to")
+		return none, errors.New("nobody is named who could read it: say whom with --encrypt-to")
 	}
 	recipients, err := crypt.ParseRecipients(r.To)
 	if err != nil {
 		return none, err
 	}
+	ctx, release, err := s.hold(ctx, emit)
+	if err != nil {
+		return none, err
+	}
+	defer release(&err)
 	img, err := s.open(ctx, r.From)
 	if err != nil {
 		return none, err
@@ -99,23 +105,29 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	if img.Checkpoint < 0 {
 		return none, fmt.Errorf("%s: %w", r.From, inspect.ErrNoCheckpoint)
 	}
-	ctx, release, err := s.hold(ctx, emit)
+	gone, err := s.absentOf(ctx, img.Manifest)
 	if err != nil {
 		return none, err
 	}
-	defer release(&err)
 	manifest := img.Manifest
 	manifest.Layers = slices.Clone(manifest.Layers)
+	inOpen := func(n int) bool { return img.Kind(n) != "base" && !crypt.IsEncrypted(img.Manifest.Layers[n].MediaType) }
+	total := int64(0)
 	for n, l := range manifest.Layers {
-		kind := img.Kind(n)
-		if kind == "base" || crypt.IsEncrypted(l.MediaType) {
+		if inOpen(n) {
+			total += l.Size
+		}
+	}
+	tell := Telling(Event{Event: images.EventProgress, Total: total}, emit)
+	for n, l := range manifest.Layers {
+		if !inOpen(n) {
 			continue
 		}
-		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]})
+		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]}, tell)
 		if err != nil {
 			return none, fmt.Errorf("encrypt layer %s of %s: %w", l.Digest, r.From, err)
 		}
-		if kind == "checkpoint" {
+		if img.Kind(n) == "checkpoint" {
 			sealed = sealed.asCheckpoint()
 		}
 		manifest.Layers[n] = sealed.desc
@@ -125,28 +137,143 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	}) {
 		return none, fmt.Errorf("%s is encrypted already, for %s; to add a recipient use a tool that changes the layer's keys (ctr-enc, skopeo)", r.From, crypt.For(img.Manifest.Layers[img.Checkpoint]))
 	}
-	target, size, err := storeManifest(ctx, s.content, manifest)
+	own, size, err := storeManifest(ctx, s.content, manifest)
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
 	}
-	if err := name(ctx, s.images, coreimages.Image{Name: r.Ref, Target: target}); err != nil {
-		return none, fmt.Errorf("name image %s: %w", r.Ref, err)
+	target, err := s.replaced(ctx, img, own)
+	if err != nil {
+		return none, fmt.Errorf("write index %s: %w", r.Ref, err)
+	}
+	if err := s.publish(ctx, coreimages.Image{Name: r.Ref, Target: target}, own, gone); err != nil {
+		return none, err
 	}
 	emit(Event{Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size})
 	return target, nil
 }
 
 // encryptLayer stores a layer once more, encrypted: compressed as it is.
-func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer) (newLayer, error) {
+func encryptLayer(ctx context.Context, cs content.Store, to *crypt.Recipients, l newLayer, tell func(n int64)) (newLayer, error) {
+	return copyLayer(ctx, cs, l, compression{compress.Format{MediaType: l.desc.MediaType}, to}, tell, func(r io.Reader) (io.Reader, error) { return r, nil })
+}
+
+// decryptLayer is the reverse.
+func decryptLayer(ctx context.Context, cs content.Store, keys *crypt.Keys, l newLayer) (newLayer, error) {
+	plain := compression{compress.Format{MediaType: crypt.PlainType(l.desc.MediaType)}, nil}
+	return copyLayer(ctx, cs, l, plain, quietly, func(r io.Reader) (io.Reader, error) { return keys.Decrypt(r, l.desc) })
+}
+
+// quietly tells nobody how a copy gets on.
+func quietly(int64) {}
+
+// copyLayer stores what through makes of a layer's bytes.
+func copyLayer(ctx context.Context, cs content.Store, l newLayer, comp compression, tell func(n int64), through func(io.Reader) (io.Reader, error)) (newLayer, error) {
 	ra, err := cs.ReaderAt(ctx, l.desc)
 	if err != nil {
 		return newLayer{}, err
 	}
 	defer ra.Close()
+	r, err := through(content.NewReader(ra))
+	if err != nil {
+		return newLayer{}, err
+	}
 	// Under a name that no other build has.
-	ref := fmt.Sprintf("crac-encrypt-%d-%d", os.Getpid(), time.Now().UnixNano())
-	return storeLayer(ctx, cs, ref, compression{mediaType: l.desc.MediaType, recipients: to}, func(w io.Writer) (digest.Digest, error) {
-		_, err := io.Copy(&ctxWriter{ctx, w}, content.NewReader(ra))
+	ref := fmt.Sprintf("crac-copy-%d-%d", os.Getpid(), time.Now().UnixNano())
+	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
+		_, err := io.Copy(&progress{w, tell}, r)
 		return l.diffID, err
 	})
+}
+
+// nodeKeyDir is where the keys of the node are.
+var nodeKeyDir = crypt.NodeKeyDir
+
+// readKeys reads the keys that a request names, or, if it names none, those of the node:
+// containers of encrypted images run there.
+func readKeys(list []string) (*crypt.Keys, error) {
+	if len(list) == 0 {
+		return crypt.KeysIn(nodeKeyDir)
+	}
+	return crypt.ParseKeys(list)
+}
+
+// resealing is what becomes of a layer that an image is made with.
+type resealing int
+
+const (
+	stays resealing = iota
+	isEncrypted
+	isDecrypted
+	isPassedOn // its key is encrypted for others
+)
+
+// resealing tells what becomes of a layer. Whoever can read a new image must be able to
+// read all of it: of what the container's image had of its own, not only what is new.
+func (c compression) resealing(l ocispec.Descriptor, kind string) resealing {
+	switch encrypted := crypt.IsEncrypted(l.MediaType); {
+	case encrypted && c.recipients == nil:
+		return isDecrypted
+	case encrypted:
+		return isPassedOn
+	case kind != "base" && c.recipients != nil:
+		return isEncrypted
+	}
+	return stays
+}
+
+// reseal makes a layer of an earlier image one that the new image's recipients can read,
+// or anybody if there are none.
+func (c compression) reseal(ctx context.Context, cs content.Store, l newLayer, kind string, keys *crypt.Keys) (newLayer, error) {
+	had := l.desc
+	var err error
+	switch c.resealing(had, kind) {
+	case isEncrypted:
+		l, err = encryptLayer(ctx, cs, c.recipients, l, quietly)
+	case isDecrypted:
+		l, err = decryptLayer(ctx, cs, keys, l)
+	case isPassedOn:
+		l.desc.Annotations, err = keys.Pass(had, c.recipients)
+	default:
+		return l, nil
+	}
+	if err != nil {
+		return l, fmt.Errorf("layer %s: %w", had.Digest, err)
+	}
+	// What else was said of it still holds.
+	others := maps.Clone(had.Annotations)
+	maps.DeleteFunc(others, func(k, _ string) bool { return crypt.IsAnnotation(k) })
+	if l.desc.Annotations == nil {
+		l.desc.Annotations = others
+	} else {
+		maps.Copy(l.desc.Annotations, others)
+	}
+	return l, nil
+}
+
+// reseal does so with all layers of the base.
+func (b *base) reseal(ctx context.Context, cs content.Store, comp compression, keys *crypt.Keys) error {
+	layers := slices.Clone(b.manifest.Layers)
+	for i, l := range layers {
+		sealed, err := comp.reseal(ctx, cs, newLayer{desc: l, diffID: b.diffIDs[i]}, b.kinds[i], keys)
+		if err != nil {
+			return fmt.Errorf("image %s: %w", b.Name, err)
+		}
+		layers[i] = sealed.desc
+	}
+	b.manifest.Layers = layers
+	return nil
+}
+
+// canReseal refuses what reseal would.
+func (b *base) canReseal(comp compression, keys *crypt.Keys) error {
+	for i, l := range b.manifest.Layers {
+		becomes := comp.resealing(l, b.kinds[i])
+		if (becomes == isDecrypted || becomes == isPassedOn) && keys.Fit(l) != nil {
+			return fmt.Errorf("image %s: the new image would have its layer %s, too: %w", b.Name, l.Digest, keys.Fit(l))
+		}
+		if (becomes == isDecrypted || becomes == isEncrypted) && b.absent[l.Digest] {
+			return fmt.Errorf("image %s: its layer %s has to be encrypted otherwise, and is not in the content store; fetch the image again (ctr content fetch)", b.Name, l.Digest)
+		}
+	}
+	return nil
 }

@@ -1,16 +1,22 @@
 package build
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/content"
+	archivecompression "github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -203,4 +209,175 @@ func TestEncryptionIsNotLostOnTheWay(t *testing.T) {
 	_, _, err := w.build(r)
 	w.must(err)
 	w.check("again:1")
+}
+
+// readers asserts that each of these keys alone reads all of an image, or that anybody can, and
+// tells how many layers are encrypted.
+func (w *world) readers(ref string, keys ...string) (encrypted int) {
+	w.t.Helper()
+	l := w.load(ref)
+	for n, desc := range l.manifest.Layers {
+		if !crypt.IsEncrypted(desc.MediaType) {
+			w.entriesOf(desc, l.config.RootFS.DiffIDs[n], nil)
+			continue
+		}
+		encrypted++
+		if len(keys) == 0 {
+			w.t.Errorf("layer %d of %s is encrypted", n, ref)
+		}
+		for _, key := range keys {
+			k, err := crypt.ParseKeys([]string{key})
+			w.must(err)
+			w.entriesOf(desc, l.config.RootFS.DiffIDs[n], k)
+		}
+	}
+	return encrypted
+}
+
+// entriesOf reads a layer to its end, and compares it with its diff ID.
+func (w *world) entriesOf(desc ocispec.Descriptor, diffID digest.Digest, keys *crypt.Keys) {
+	w.t.Helper()
+	ra, err := w.content.ReaderAt(w.ctx, desc)
+	w.must(err)
+	defer ra.Close()
+	r := content.NewReader(ra)
+	if crypt.IsEncrypted(desc.MediaType) {
+		if r, err = keys.Decrypt(r, desc); err != nil {
+			w.t.Error(err)
+			return
+		}
+	}
+	packed, err := io.ReadAll(r)
+	w.must(err)
+	plain, err := archivecompression.DecompressStream(bytes.NewReader(packed))
+	w.must(err)
+	defer plain.Close()
+	if got, err := digest.FromReader(plain); err != nil || got != diffID {
+		w.t.Errorf("layer %s has the diff ID %s instead of %s: %v", desc.Digest, got, diffID, err)
+	}
+}
+
+// clone makes a container of an image that is encrypted, and returns where its changes go.
+func (w *world) clone(id, ref string) string {
+	w.t.Helper()
+	sn, diffIDs := w.snapshots("overlayfs"), w.load(ref).config.RootFS.DiffIDs
+	for i := range diffIDs {
+		chain := identity.ChainID(diffIDs[:i+1]).String()
+		if _, err := sn.Stat(w.ctx, chain); err != nil {
+			w.unpack(sn, identity.ChainID(diffIDs[:i]).String(), chain, func(string) {})
+		}
+	}
+	return w.container(id, ref, "overlayfs")
+}
+
+// TestEncryptedForTheNewRecipients: what an image has of earlier ones, layers of changes and parents,
+// is for those that it is encrypted for, and for nobody else; or for anybody.
+func TestEncryptedForTheNewRecipients(t *testing.T) {
+	keyA, toA := node(t)
+	keyB, toB := node(t)
+	nobody := t.TempDir()
+	setNodeKeys(t, nobody)
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	request := func(container, ref string, to ...string) Request {
+		r := w.request(container, ref)
+		r.Manifest.Host.PageSize = 4096
+		r.EncryptTo = to
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pages-1.img"), []byte(strings.Repeat("s", 4096)), 0o600))
+		w.must(os.WriteFile(filepath.Join(r.DumpDir, "pagemap-1.img"),
+			[]byte("\x19\x43\x56\x54\x25\x40\x08\x56\x02\x00\x00\x00\x08\x01\x0a\x00\x00\x00\x08\x80\x80\x04\x10\x00\x20\x04\x28\x01"), 0o600))
+		return r
+	}
+	changed := func(dir string) {
+		w.must(os.WriteFile(filepath.Join(dir, "token"), []byte("t"), 0o600))
+	}
+	changed(w.container("c", "base:1", "overlayfs"))
+	for ref, to := range map[string][]string{"sealed:0": {toA}, "plain:0": nil} {
+		_, _, err := w.build(request("c", ref, to...))
+		w.must(err)
+	}
+	changed(w.clone("clone", "sealed:0"))
+	changed(w.clone("open", "plain:0"))
+	// A delta on top of one that is encrypted.
+	delta := request("c", "delta:0", toA)
+	delta.Parent, delta.Keys = "sealed:0", []string{keyA}
+	_, _, err := w.build(delta)
+	w.must(err)
+
+	checkpoint := func(container, parent string) func(ref string, to, keys []string) error {
+		return func(ref string, to, keys []string) error {
+			r := request(container, ref, to...)
+			r.Keys, r.Parent = keys, parent
+			_, events, err := w.build(r)
+			if err != nil && len(events) > 0 {
+				t.Errorf("what stands in the way shows after %v", kinds(events))
+			}
+			return err
+		}
+	}
+	flat := func(from string) func(ref string, to, keys []string) error {
+		return func(ref string, to, keys []string) error {
+			_, err := flatten(w.ctx, w.services, FlattenRequest{From: from, Ref: ref, WorkDir: t.TempDir(), EncryptTo: to, Keys: keys}, func(Event) {})
+			return err
+		}
+	}
+	none, forA, forB := []string{oci.NoRecipients}, []string{toA}, []string{toB}
+	for _, tt := range []struct {
+		name      string
+		make      func(ref string, to, keys []string) error
+		encrypted int // layers of its own
+		key       bool
+	}{
+		{"a clone's checkpoint", checkpoint("clone", ""), 3, true},
+		{"a delta", checkpoint("c", "sealed:0"), 3, true},
+		{"a delta of a delta", checkpoint("c", "delta:0"), 4, true},
+		{"a clone's delta", checkpoint("clone", "sealed:0"), 4, true},
+		{"flattened", flat("delta:0"), 2, true},
+		{"a clone's checkpoint of a plain one", checkpoint("open", ""), 3, false},
+		{"flattened from a plain one", flat("plain:0"), 2, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w.t = t
+			for _, step := range []struct {
+				to, readers []string
+			}{{none, nil}, {forA, []string{keyA}}, {forB, []string{keyB}}, {[]string{toA, toB}, []string{keyA, keyB}}} {
+				if err := tt.make("new:1", step.to, []string{keyA}); err != nil {
+					t.Errorf("for %v: %v", step.to, err)
+					continue
+				}
+				if n := w.readers("new:1", step.readers...); n != tt.encrypted && step.readers != nil {
+					t.Errorf("for %v: %d layers are encrypted, want %d", step.to, n, tt.encrypted)
+				}
+				if l := w.load("new:1"); len(step.readers) == 1 {
+					other := map[string]string{keyA: keyB, keyB: keyA}[step.readers[0]]
+					k, err := crypt.ParseKeys([]string{other})
+					w.must(err)
+					for n, desc := range l.manifest.Layers {
+						if crypt.IsEncrypted(desc.MediaType) && k.Fit(desc) == nil {
+							t.Errorf("for %v: another key reads layer %d", step.to, n)
+						}
+					}
+				}
+				// Without the key it is refused, unless the node has it.
+				for _, keys := range [][]string{nil, {keyB}} {
+					err := tt.make("new:2", step.to, keys)
+					if tt.key != (err != nil) || err != nil && (!errors.Is(err, crypt.ErrEncrypted) || !strings.Contains(err.Error(), "key")) {
+						t.Errorf("for %v with %v: %v", step.to, keys, err)
+					}
+				}
+			}
+			setNodeKeys(t, filepath.Dir(keyA))
+			w.must(tt.make("new:3", forB, nil))
+			w.readers("new:3", keyB)
+		})
+	}
+	w.t = t
+	w.clean()
+}
+
+func setNodeKeys(t *testing.T, dir string) {
+	t.Helper()
+	was := nodeKeyDir
+	t.Cleanup(func() { nodeKeyDir = was })
+	nodeKeyDir = dir
 }

@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -9,8 +10,10 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -22,13 +25,15 @@ type FlattenRequest struct {
 	// system's temporary directory.
 	WorkDir     string
 	Compression oci.Compression
-	// EncryptTo are whom the checkpoint layer is encrypted for, Keys decrypt From.
+	// EncryptTo are whom the container's own layers are encrypted for. Keys decrypt From;
+	// without any, those of the node are tried.
 	EncryptTo, Keys []string
 }
 
 // Flatten makes a checkpoint image with a whole dump of one that continues others.
 // Memory and files are the same, the manifest says the same but for the parent; the
-// same image gives the same bytes. ctx must carry the namespace.
+// same image gives the same bytes. Of an index the result is one, with the images of other
+// platforms as they were. ctx must carry the namespace.
 func Flatten(ctx context.Context, client *containerd.Client, r FlattenRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	return flatten(ctx, servicesOf(client), r, emit)
 }
@@ -45,18 +50,11 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err != nil {
 		return none, err
 	}
-	keys, err := crypt.ParseKeys(r.Keys)
+	keys, err := readKeys(r.Keys)
 	if err != nil {
 		return none, err
 	}
 	if err := oci.CheckRef(r.Ref); err != nil {
-		return none, err
-	}
-	img, err := s.open(ctx, r.From)
-	if err != nil {
-		return none, err
-	}
-	if err := mustEncrypt(r.From, img.Manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
 	ctx, release, err := s.hold(ctx, emit)
@@ -64,33 +62,42 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 		return none, err
 	}
 	defer release(&err)
-	work, err := os.MkdirTemp(r.WorkDir, "crac-flatten-")
+	img, err := s.open(ctx, r.From)
 	if err != nil {
 		return none, err
 	}
-	defer os.RemoveAll(work)
-	chain, dump, err := img.ReadWhole(ctx, s.content, work, keys)
+	if err := mustEncrypt(r.From, img.Manifest.Layers, r.EncryptTo); err != nil {
+		return none, err
+	}
+	b, err := baseOf(ctx, s, img)
+	if err != nil {
+		return none, err
+	}
+	b.dropCheckpoints()
+	if err := b.canReseal(comp, keys); err != nil {
+		return none, err
+	}
+	work, err := workdir.New(r.WorkDir)
+	if err != nil {
+		return none, err
+	}
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, Reading(img, keys, emit))
 	if err != nil {
 		return none, err
 	}
 	if err := change(chain, dump); err != nil {
 		return none, err
 	}
-	return s.rewrap(ctx, r, img, chain[0], dump, comp, emit)
-}
-
-// rewrap writes an image with another dump in place of its checkpoint layers.
-func (s services) rewrap(ctx context.Context, r FlattenRequest, img *inspect.Image, top *inspect.Layer, dir string, comp compression, emit func(Event)) (ocispec.Descriptor, error) {
-	none := ocispec.Descriptor{}
-	b, err := readBase(ctx, s, r.From, img.Target)
-	if err != nil {
-		return none, fmt.Errorf("read image %s: %w", r.From, err)
-	}
-	b.dropCheckpoints()
-	m := *top.Manifest
+	m := *chain[0].Manifest
 	m.Parent = nil
 	// Under a name that no other build has: another image may be flattened.
 	return s.wrap(ctx, b, &m, wrapping{
-		id: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: dir, spec: top.Spec, comp: comp,
+		id: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: dump, spec: chain[0].Spec, comp: comp, keys: keys, from: img,
 	}, emit)
+}
+
+// Reading are options for reading an image's dumps that tell how it gets on.
+func Reading(img *inspect.Image, keys *crypt.Keys, emit func(Event)) inspect.Options {
+	return inspect.Options{Keys: keys, Progress: Telling(Event{Event: images.EventReading, Name: img.Name, Total: img.CheckpointSize()}, emit)}
 }

@@ -9,11 +9,13 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -52,7 +54,7 @@ func place(list []ocispec.Descriptor, own ocispec.Descriptor) []ocispec.Descript
 	}
 	kept := out[:0]
 	for _, m := range out {
-		if !gone[m.Annotations[attestationOf]] {
+		if of := m.Annotations[attestationOf]; of == "" || !gone[of] { // a broken entry may have no digest
 			kept = append(kept, m)
 		}
 	}
@@ -88,14 +90,7 @@ func readList(ctx context.Context, cs content.Provider, target ocispec.Descripto
 		entry, err := entryOf(ctx, cs, target)
 		return ocispec.Index{Manifests: []ocispec.Descriptor{entry}}, err
 	}
-	data, err := content.ReadBlob(ctx, cs, target)
-	if err != nil {
-		return list, err
-	}
-	if err := json.Unmarshal(data, &list); err != nil {
-		return list, fmt.Errorf("index %s: %w", target.Digest, err)
-	}
-	return list, nil
+	return list, blob.ReadJSON(ctx, cs, target, &list)
 }
 
 // entryOf is an image as an index lists it: with its platform and, if it is a
@@ -106,17 +101,11 @@ func entryOf(ctx context.Context, cs content.Provider, desc ocispec.Descriptor) 
 		manifest ocispec.Manifest
 		config   struct{ ocispec.Platform }
 	)
-	for _, part := range []struct {
-		desc *ocispec.Descriptor
-		into any
-	}{{&desc, &manifest}, {&manifest.Config, &config}} {
-		data, err := content.ReadBlob(ctx, cs, *part.desc)
-		if err != nil {
-			return entry, err
-		}
-		if err := json.Unmarshal(data, part.into); err != nil {
-			return entry, fmt.Errorf("%s %s: %w", part.desc.MediaType, part.desc.Digest, err)
-		}
+	if err := blob.ReadJSON(ctx, cs, desc, &manifest); err != nil {
+		return entry, err
+	}
+	if err := blob.ReadJSON(ctx, cs, manifest.Config, &config); err != nil {
+		return entry, err
 	}
 	platform := platforms.Normalize(config.Platform)
 	entry.Platform = &platform
@@ -149,6 +138,45 @@ func writeIndex(ctx context.Context, cs content.Store, own ocispec.Descriptor, l
 	return writeBlob(ctx, cs, ocispec.MediaTypeImageIndex, data, gcLabels(index.Manifests))
 }
 
+// replaced gives what a name is to mean that meant an image, or an index with that image,
+// now that another is made of it: the others of the index are kept as they are. from may be
+// nil.
+func (s services) replaced(ctx context.Context, from *inspect.Image, own ocispec.Descriptor) (ocispec.Descriptor, error) {
+	if from == nil || !coreimages.IsIndexType(from.Target.MediaType) {
+		return own, nil
+	}
+	if own.Digest == from.Desc.Digest {
+		return from.Target, nil
+	}
+	list, err := s.list(ctx, from.Target)
+	if err != nil {
+		return own, err
+	}
+	entry, err := entryOf(ctx, s.content, own)
+	if err != nil {
+		return own, err
+	}
+	for i, m := range list.Manifests {
+		if m.Digest == from.Desc.Digest {
+			// However its platform was said, if at all.
+			list.Manifests[i].Platform = entry.Platform
+		}
+	}
+	return writeIndex(ctx, s.content, own, list)
+}
+
+// list reads what an image's name means as a list, and holds what is in it.
+func (s services) list(ctx context.Context, target ocispec.Descriptor) (ocispec.Index, error) {
+	if err := s.keep(ctx, target); err != nil {
+		return ocispec.Index{}, err
+	}
+	list, err := readList(ctx, s.content, target)
+	if err != nil {
+		return list, err
+	}
+	return list, s.keepParts(ctx, target, list.Manifests...)
+}
+
 // lists are those that a new index starts from: of the image that the container
 // came from, and of what the new name means so far.
 func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, error) {
@@ -161,7 +189,7 @@ func (s services) lists(ctx context.Context, names ...string) ([]ocispec.Index, 
 		if err != nil {
 			return nil, err
 		}
-		list, err := readList(ctx, s.content, record.Target)
+		list, err := s.list(ctx, record.Target)
 		if err != nil {
 			return nil, fmt.Errorf("read image %s: %w", name, err)
 		}
@@ -179,17 +207,18 @@ func MakeIndex(ctx context.Context, client *containerd.Client, config registry.C
 
 func makeIndex(ctx context.Context, s services, config registry.Config, ref string) (_ ocispec.Descriptor, err error) {
 	none := ocispec.Descriptor{}
-	ctx, release, err := withLease(ctx, s.leases)
+	l, err := newLease(ctx, s.leases)
 	if err != nil {
 		return none, err
 	}
 	// What is stored has its name by then, or is of no use.
-	defer func() { _ = release() }()
+	defer func() { _ = endLease(ctx, s.leases, l) }()
+	ctx = leases.WithLease(ctx, l.ID)
 	record, err := s.images.Get(ctx, ref)
 	if err != nil {
 		return none, fmt.Errorf("find image %s: %w", ref, err)
 	}
-	img, err := inspect.Open(ctx, s.content, ref, record.Target, s.platform)
+	img, err := s.openTarget(ctx, ref, record.Target)
 	if err != nil {
 		return none, err
 	}

@@ -2,6 +2,7 @@ package build
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	stdlog "log"
 	"net/http/httptest"
@@ -183,6 +184,71 @@ func TestBuildIntoIndex(t *testing.T) {
 	_, _, err = w.build(w.request("c", "warm:1"))
 	w.must(err)
 	w.check("warm:1")
+}
+
+// What is made of an image in an index takes its place there, and leaves the others.
+func TestRewriteInIndex(t *testing.T) {
+	_, recipient := node(t)
+	other, said := entryFor("elsewhere", "plan9/mips"), attestation("elsewhere")
+	for name, rewrite := range map[string]func(w *world, ref string) (ocispec.Descriptor, error){
+		"flatten": func(w *world, ref string) (ocispec.Descriptor, error) {
+			return flatten(w.ctx, w.services, FlattenRequest{From: "warm:1", Ref: ref, WorkDir: t.TempDir(), Compression: oci.CompressionGzip}, func(Event) {})
+		},
+		"tune": func(w *world, ref string) (ocispec.Descriptor, error) {
+			return tune(w.ctx, w.services, TuneRequest{
+				FlattenRequest: FlattenRequest{From: "warm:1", Ref: ref, WorkDir: t.TempDir()},
+				WorkingSet:     func(string) ([]byte, error) { return []byte("set"), nil },
+			}, func(Event) {})
+		},
+		"encrypt": func(w *world, ref string) (ocispec.Descriptor, error) {
+			return encrypt(w.ctx, w.services, EncryptRequest{From: "warm:1", Ref: ref, To: []string{recipient}}, func(Event) {})
+		},
+	} {
+		for _, ref := range []string{"warm:1", "new:1"} {
+			for _, platform := range []*ocispec.Platform{ptr(platforms.DefaultSpec()), nil} {
+				t.Run(fmt.Sprintf("%s to %s, of %v", name, ref, platform), func(t *testing.T) {
+					w := newWorld(t)
+					w.image("base:1", "overlayfs", "one")
+					w.container("c", "base:1", "overlayfs")
+					old, _, err := w.build(w.request("c", "warm:1"))
+					w.must(err)
+					old.Platform = platform
+					list := ocispec.Index{
+						MediaType: ocispec.MediaTypeImageIndex, Annotations: map[string]string{"kept": "yes"},
+						Manifests: []ocispec.Descriptor{other, old, said, {
+							MediaType: old.MediaType, Digest: digest.FromString("x"), Size: 9, Platform: ptr(ocispec.Platform{OS: unknown, Architecture: unknown}),
+							Annotations: map[string]string{attestationOf: old.Digest.String()},
+						}},
+					}
+					w.tag("warm:1", w.json(ocispec.MediaTypeImageIndex, list, gcLabels(list.Manifests)))
+					target, err := rewrite(w, ref)
+					w.must(err)
+					index, named := w.index(ref)
+					if named.Digest != target.Digest || index.Annotations["kept"] != "yes" {
+						t.Errorf("made %s, named %s: %+v", target.Digest, named.Digest, index)
+					}
+					if len(index.Manifests) != 3 || !reflect.DeepEqual(index.Manifests[0], other) || !reflect.DeepEqual(index.Manifests[2], said) {
+						t.Fatalf("%+v", index.Manifests)
+					}
+					if own := index.Manifests[1]; own.Digest == old.Digest || own.Platform == nil || own.Annotations[oci.AnnotationVersion] != "1" {
+						t.Errorf("%+v", own)
+					}
+				})
+			}
+		}
+	}
+	// What changes nothing changes no index either.
+	w := newWorld(t)
+	w.indexedBase("base:1", other)
+	w.container("c", "base:1", "overlayfs")
+	r := w.request("c", "warm:1")
+	r.Index = true
+	before, _, err := w.build(r)
+	w.must(err)
+	after, err := flatten(w.ctx, w.services, FlattenRequest{From: "warm:1", Ref: "warm:1", WorkDir: t.TempDir()}, func(Event) {})
+	if err != nil || after.Digest != before.Digest {
+		t.Errorf("flattened for nothing: %s, was %s, %v", after.Digest, before.Digest, err)
+	}
 }
 
 // An image that goes into a registry beside one of another platform that somebody

@@ -24,7 +24,11 @@ type TuneRequest struct {
 // Tune makes a checkpoint image that brings a working set along, and is otherwise
 // what Flatten makes.
 func Tune(ctx context.Context, client *containerd.Client, r TuneRequest, emit func(Event)) (ocispec.Descriptor, error) {
-	return flattenAnd(ctx, servicesOf(client), r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
+	return tune(ctx, servicesOf(client), r, emit)
+}
+
+func tune(ctx context.Context, s services, r TuneRequest, emit func(Event)) (ocispec.Descriptor, error) {
+	return flattenAnd(ctx, s, r.FlattenRequest, func(chain []*inspect.Layer, dir string) error {
 		data, err := r.WorkingSet(chain[0].ManifestDigest)
 		if err != nil {
 			return fmt.Errorf("tune %s: %w", r.From, err)

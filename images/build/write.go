@@ -1,11 +1,9 @@
 package build
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -14,22 +12,20 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/labels"
-	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
 // compression is how new layers are stored.
 type compression struct {
-	mediaType  string
-	writer     func(io.Writer) (io.WriteCloser, error)
+	compress.Format
 	recipients *crypt.Recipients // nil: whoever has the image can read it
 }
 
@@ -44,26 +40,8 @@ func newCompression(name oci.Compression, encryptTo []string) (c compression, er
 		}
 		name = cmp.Or(name, oci.CompressionGzip)
 	}
-	if c, err = compressionOf(name); err == nil {
-		c.recipients = recipients
-	}
-	return c, err
-}
-
-func compressionOf(name oci.Compression) (compression, error) {
-	switch name {
-	case "", oci.CompressionZstd:
-		// The fastest level: on a JVM's dump the default one takes twice as
-		// long to save 5 %.
-		return compression{mediaType: ocispec.MediaTypeImageLayerZstd, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest))
-		}}, nil
-	case oci.CompressionGzip:
-		return compression{mediaType: ocispec.MediaTypeImageLayerGzip, writer: func(w io.Writer) (io.WriteCloser, error) {
-			return gzip.NewWriterLevel(w, gzip.BestSpeed)
-		}}, nil
-	}
-	return compression{}, fmt.Errorf("unknown compression %q; known are zstd and gzip", name)
+	format, err := compress.Of(name)
+	return compression{format, recipients}, err
 }
 
 // newLayer is a layer that a build made; the zero value is no layer.
@@ -78,11 +56,11 @@ func (l newLayer) size() int64 { return l.desc.Size }
 func writeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) error) (newLayer, error) {
 	return storeLayer(ctx, cs, ref, comp, func(w io.Writer) (digest.Digest, error) {
 		diffID := digest.SHA256.Digester()
-		z, err := comp.writer(w)
+		z, err := comp.NewWriter(w)
 		if err != nil {
 			return "", err
 		}
-		if err := write(&ctxWriter{ctx, io.MultiWriter(z, diffID.Hash())}); err != nil {
+		if err := write(io.MultiWriter(z, diffID.Hash())); err != nil {
 			z.Close()
 			return "", err
 		}
@@ -92,95 +70,37 @@ func writeLayer(ctx context.Context, cs content.Store, ref string, comp compress
 
 // storeLayer stores a layer that write writes, compressed, and tells the diff ID of:
 // encrypted, if it is to be.
-func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (_ newLayer, err error) {
-	cw, ref, err := layerWriter(ctx, cs, ref, comp.storedType())
+func storeLayer(ctx context.Context, cs content.Store, ref string, comp compression, write func(io.Writer) (digest.Digest, error)) (newLayer, error) {
+	var (
+		l           newLayer
+		annotations map[string]string
+		err         error
+	)
+	l.desc, err = blob.Store(ctx, cs, ref, comp.storedType(), func(w io.Writer) (map[string]string, error) {
+		out, end, err := comp.seal(w)
+		if err != nil {
+			return nil, err
+		}
+		l.diffID, err = write(out)
+		var serr error
+		annotations, serr = end()
+		return map[string]string{labels.LabelUncompressed: l.diffID.String()}, cmp.Or(err, serr)
+	})
 	if err != nil {
 		return newLayer{}, err
 	}
-	defer func() {
-		cerr := cw.Close()
-		if err == nil {
-			err = cerr
-			return
-		}
-		// A failed build leaves nothing, also not for a resume.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-		defer cancel()
-		if aerr := cs.Abort(ctx, ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-			err = errors.Join(err, fmt.Errorf("remove the unfinished layer: %w", aerr))
-		}
-	}()
-	// A builder that was killed may have left a beginning.
-	if err := cw.Truncate(0); err != nil {
-		return newLayer{}, err
-	}
-
-	ahead := newAheadWriter(cw)
-	defer ahead.close()
-	out, end, err := comp.seal(ahead)
-	if err != nil {
-		return newLayer{}, err
-	}
-	var l newLayer
-	l.diffID, err = write(out)
-	mediaType, annotations, serr := end()
-	if err = cmp.Or(err, serr); err != nil {
-		return newLayer{}, err
-	}
-	if err := ahead.close(); err != nil {
-		return newLayer{}, err
-	}
-	dgst := cw.Digest()
-	uncompressed := map[string]string{labels.LabelUncompressed: l.diffID.String()}
-	if err := cw.Commit(ctx, 0, dgst, content.WithLabels(uncompressed)); err != nil && !errdefs.IsAlreadyExists(err) {
-		return newLayer{}, err
-	}
-	info, err := cs.Info(ctx, dgst)
-	if err != nil {
-		return newLayer{}, err
-	}
-	if info.Labels[labels.LabelUncompressed] == "" {
-		// The content was there before, from somebody who did not say.
-		if _, err := cs.Update(ctx, content.Info{Digest: dgst, Labels: uncompressed}, "labels."+labels.LabelUncompressed); err != nil {
-			return newLayer{}, err
-		}
-	}
-	l.desc = ocispec.Descriptor{MediaType: mediaType, Digest: dgst, Size: info.Size, Annotations: annotations}
+	l.desc.Annotations = annotations
 	return l, nil
 }
 
-// layerWriter opens the ingest named ref for one layer, or one whose name begins so when
-// that is locked, and tells which. containerd 2.4.2 locks a name until it restarts when it
-// could not record the ingest, as on a full disk (core/metadata/content.go, Writer).
-func layerWriter(ctx context.Context, cs content.Store, ref, mediaType string) (content.Writer, string, error) {
-	desc := content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType})
-	cw, err := cs.Writer(ctx, content.WithRef(ref), desc)
-	if errdefs.IsUnavailable(err) {
-		ref = fmt.Sprintf("%s@%d", ref, time.Now().UnixNano())
-		cw, err = cs.Writer(ctx, content.WithRef(ref), desc)
-	}
-	return cw, ref, err
-}
-
-// ctxWriter makes a long copy stop when its context ends.
-type ctxWriter struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-func (w *ctxWriter) Write(p []byte) (int, error) {
-	if err := w.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return w.w.Write(p)
-}
-
-// writeDump stores the checkpoint layer and fills m.Files.
-func writeDump(ctx context.Context, cs content.Store, r Request, spec []byte, m *oci.Manifest, p *parent, comp compression, total int64, emit func(Event)) (newLayer, error) {
-	l, err := writeLayer(ctx, cs, IngestRef(r.Container), comp, func(w io.Writer) error {
-		return images.WriteLayer(&progress{w: w, total: total, emit: emit}, r.DumpDir, spec, m, p.memoryOrNil())
+// writeDump stores the checkpoint layer, whose ingest is named ref, and fills m.Files. It
+// tells how many bytes of the memory parent has, which may be nil.
+func (s services) writeDump(ctx context.Context, ref, dir string, spec []byte, m *oci.Manifest, parent images.ParentMemory, comp compression, total int64, emit func(Event)) (_ newLayer, reused int64, _ error) {
+	l, err := writeLayer(ctx, s.content, ref, comp, func(w io.Writer) (err error) {
+		reused, err = images.WriteLayer(&progress{w, Telling(Event{Event: images.EventProgress, Total: total}, emit)}, dir, spec, m, parent)
+		return err
 	})
-	return l.asCheckpoint(), err
+	return l.asCheckpoint(), reused, err
 }
 
 // asCheckpoint marks a layer as a checkpoint layer. Of its annotations it keeps those
@@ -194,22 +114,34 @@ func (l newLayer) asCheckpoint() newLayer {
 	return l
 }
 
-// progress reports how much was written, a few times a second.
+// Telling gives a function that is told how many bytes more are done, and emits e with how
+// many that are in all, a few times a second.
+func Telling(e Event, emit func(Event)) func(n int64) {
+	var (
+		done int64
+		last time.Time
+	)
+	return func(n int64) {
+		if done += n; time.Since(last) < 200*time.Millisecond {
+			return
+		}
+		last = time.Now()
+		if e.Done = done; e.Total > 0 {
+			e.Done = min(done, e.Total) // a tar's headers are not part of a dump
+		}
+		emit(e)
+	}
+}
+
+// progress tells how much was written.
 type progress struct {
-	w           io.Writer
-	done, total int64
-	last        time.Time
-	emit        func(Event)
+	w    io.Writer
+	tell func(n int64)
 }
 
 func (p *progress) Write(b []byte) (int, error) {
 	n, err := p.w.Write(b)
-	p.done += int64(n)
-	if now := time.Now(); now.Sub(p.last) > 200*time.Millisecond {
-		p.last = now
-		// The tar's headers are not part of the dump.
-		p.emit(Event{Event: images.EventProgress, Done: min(p.done, p.total), Total: p.total})
-	}
+	p.tell(int64(n))
 	return n, err
 }
 
@@ -314,13 +246,5 @@ func gcLabels(children []ocispec.Descriptor) map[string]string {
 
 func writeBlob(ctx context.Context, cs content.Store, mediaType string, data []byte, gc map[string]string) (ocispec.Descriptor, error) {
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	ref := "crac-" + desc.Digest.String()
-	var opts []content.Opt
-	if len(gc) > 0 {
-		opts = append(opts, content.WithLabels(gc))
-	}
-	if err := content.WriteBlob(ctx, cs, ref, bytes.NewReader(data), desc, opts...); err != nil {
-		return desc, err
-	}
-	return desc, nil
+	return desc, blob.Write(ctx, cs, desc, data, gc)
 }

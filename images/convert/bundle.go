@@ -19,12 +19,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/oci"
 )
 
 // openBundle makes a source of what criu dump or runc checkpoint left, and the bundle
 // that the container was run from. Neither is changed.
-func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Client, work string) (*source, error) {
+func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Client, work string, emit func(build.Event)) (*source, error) {
 	if r.Images == "" || r.Bundle == "" {
 		return nil, errors.New("name an archive or an image, or the directories of a dump (--images) and of its bundle (--bundle)")
 	}
@@ -42,11 +43,21 @@ func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Clien
 	if len(files) > oci.MaxFiles {
 		return nil, fmt.Errorf("%w: the dump has %d files", ErrSource, len(files))
 	}
+	total := int64(0)
 	for _, f := range files {
-		if err := link(filepath.Join(r.Images, f.Name), filepath.Join(s.dump.dir, f.Name)); err != nil {
+		total += f.Size
+	}
+	tell := build.Telling(build.Event{Event: images.EventReading, Name: r.Images, Total: total}, emit)
+	for _, f := range files {
+		if err := link(ctx, filepath.Join(r.Images, f.Name), filepath.Join(s.dump.dir, f.Name), tell); err != nil {
 			return nil, err
 		}
 	}
+	st, err := os.Stat(filepath.Join(r.Images, inventoryName))
+	if err != nil {
+		return nil, err
+	}
+	s.created = st.ModTime()
 	if s.spec, err = readSpec(filepath.Join(r.Bundle, "config.json")); err != nil {
 		return nil, err
 	}
@@ -63,7 +74,7 @@ func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Clien
 			return nil, err
 		}
 	}
-	s.changes = rootfsChanges(ctx, client, r.Base, rootfs, r.MaxSize)
+	s.changes = r.rootfsChanges(ctx, client, rootfs, emit)
 	s.report.take("the differences of %s to %s", rootfs, r.Base)
 	return s, nil
 }
@@ -86,15 +97,15 @@ func readSpec(path string) (*specs.Spec, error) {
 }
 
 // rootfsChanges compares a root file system with the image that it was made of.
-func rootfsChanges(ctx context.Context, client *containerd.Client, base, rootfs string, maxSize int64) func(io.Writer) error {
+func (r *ImportRequest) rootfsChanges(ctx context.Context, client *containerd.Client, rootfs string, emit func(build.Event)) func(io.Writer) error {
 	return func(w io.Writer) error {
-		return withImage(ctx, client, base, func(lower string) error {
-			r, pipe := io.Pipe()
-			go func() { pipe.CloseWithError(tararchive.WriteDiff(ctx, pipe, lower, rootfs)) }()
-			defer r.Close()
-			c := newChanges(w, maxSize)
-			if err := c.copy(r, true); err != nil {
-				return fmt.Errorf("compare %s with %s: %w", rootfs, base, err)
+		return withImage(ctx, client, r.Snapshotter, r.Base, func(lower string) error {
+			c := newChanges(w, r.MaxSize)
+			tell := build.Telling(build.Event{Event: images.EventReading, Name: "what differs in " + rootfs}, emit)
+			err := piped(func(w io.Writer) error { return tararchive.WriteDiff(ctx, w, lower, rootfs) },
+				func(r io.Reader) error { return c.copy(ctx, &meter{ctx: ctx, r: r, tell: tell}, true) })
+			if err != nil {
+				return fmt.Errorf("compare %s with %s: %w", rootfs, r.Base, err)
 			}
 			return c.close()
 		})
@@ -103,7 +114,7 @@ func rootfsChanges(ctx context.Context, client *containerd.Client, base, rootfs 
 
 // withImage shows the root file system of an image, read-only, for as long as do
 // takes.
-func withImage(ctx context.Context, client *containerd.Client, ref string, do func(root string) error) (err error) {
+func withImage(ctx context.Context, client *containerd.Client, snapshotter, ref string, do func(root string) error) (err error) {
 	// Without it, containerd collects a snapshot that nobody's container uses.
 	ctx, release, err := client.WithLease(ctx)
 	if err != nil {
@@ -117,11 +128,10 @@ func withImage(ctx context.Context, client *containerd.Client, ref string, do fu
 	if err != nil {
 		return err
 	}
-	name := "" // containerd's default
-	if unpacked, err := img.IsUnpacked(ctx, name); err != nil {
+	if unpacked, err := img.IsUnpacked(ctx, snapshotter); err != nil {
 		return err
 	} else if !unpacked {
-		if err := img.Unpack(ctx, name); err != nil {
+		if err := img.Unpack(ctx, snapshotter); err != nil {
 			return fmt.Errorf("unpack image %s: %w", ref, err)
 		}
 	}
@@ -129,7 +139,7 @@ func withImage(ctx context.Context, client *containerd.Client, ref string, do fu
 	if err != nil {
 		return err
 	}
-	sn := client.SnapshotService(name)
+	sn := client.SnapshotService(snapshotter)
 	key := fmt.Sprintf("crac-convert-%d-%s", os.Getpid(), filepath.Base(ref))
 	mounts, err := sn.View(ctx, key, identity.ChainID(diffIDs).String())
 	if err != nil {
@@ -143,7 +153,7 @@ func withImage(ctx context.Context, client *containerd.Client, ref string, do fu
 	return mount.WithReadonlyTempMount(ctx, mounts, do)
 }
 
-func copyFile(from, to string) (err error) {
+func copyFile(ctx context.Context, from, to string, tell func(n int64)) (err error) {
 	in, err := os.OpenFile(from, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
@@ -153,6 +163,6 @@ func copyFile(from, to string) (err error) {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, in)
+	_, err = io.Copy(out, &meter{ctx: ctx, r: in, tell: tell})
 	return errors.Join(err, out.Close())
 }

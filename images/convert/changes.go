@@ -2,10 +2,11 @@ package convert
 
 import (
 	"archive/tar"
-	"errors"
+	"context"
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,57 +20,30 @@ const whiteout = ".wh."
 // is unpacked later is containerd's care; here it is made sure that every entry is
 // below the root, is of a kind that a layer has, and is no dump.
 type changes struct {
-	tw *tar.Writer
-	// left is how much the files may still hold: what is compressed can be any size.
-	left int64
+	tw      *tar.Writer
+	allowed *allowance
 }
 
 // newChanges bounds what the files hold; 0 is DefaultMaxSize.
 func newChanges(w io.Writer, maxSize int64) *changes {
-	if maxSize <= 0 {
-		maxSize = DefaultMaxSize
-	}
-	return &changes{tar.NewWriter(w), maxSize}
+	return &changes{tar.NewWriter(w), newAllowance(maxSize)}
 }
 
 func (c *changes) close() error { return c.tw.Close() }
 
 // copy takes the entries of a tar. Names of deletions mean that in a layer alone.
-func (c *changes) copy(r io.Reader, layer bool) error {
-	plain, err := decompress(r)
-	if err != nil {
-		return err
-	}
-	defer plain.Close()
-	tr := tar.NewReader(plain)
-	for n := 0; ; n++ {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("%w: no whole tar: %w", ErrSource, err)
-		}
-		if n > maxEntries {
-			return fmt.Errorf("%w: more than %d changed files", ErrSource, maxEntries)
-		}
+func (c *changes) copy(ctx context.Context, r io.Reader, layer bool) error {
+	return readTar(ctx, r, c.allowed, func(h *tar.Header, content io.Reader) error {
 		out, err := changed(h, layer)
-		if err != nil {
+		if err != nil || out == nil {
 			return err
-		}
-		if out == nil {
-			continue
-		}
-		if c.left -= out.Size; c.left < 0 {
-			return fmt.Errorf("%w: the changed files are larger than allowed; say --max-size if that is right", ErrSource)
 		}
 		if err := c.tw.WriteHeader(out); err != nil {
 			return err
 		}
-		if _, err := io.Copy(c.tw, tr); err != nil {
-			return err
-		}
-	}
+		_, err = io.Copy(c.tw, content)
+		return err
+	})
 }
 
 // changed makes an entry of a layer; nil for what does not belong there.
@@ -81,16 +55,23 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 	if name == "." || inDump(name) {
 		return nil, nil
 	}
-	if strings.HasPrefix(path.Base(name), whiteout) && !layer {
-		return nil, fmt.Errorf("%w: the container has a file %s, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
+	target, deletes := strings.CutPrefix(path.Base(name), whiteout)
+	if deletes && slices.Contains([]string{"", ".", ".."}, target) {
+		return nil, fmt.Errorf("%w: %q deletes no file that could be there", ErrSource, name)
+	}
+	if deletes && !layer {
+		return nil, fmt.Errorf("%w: the container has a file %q, whose name means a deletion in a layer; remove it and make the checkpoint again", ErrSource, name)
 	}
 	out := &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Mode: h.Mode & 0o7777, Uid: h.Uid, Gid: h.Gid,
 		ModTime: h.ModTime.Truncate(time.Second), Format: tar.FormatPAX,
 	}
+	if deletes {
+		out.ModTime = time.Unix(0, 0) // containerd's is when it was written
+	}
 	switch h.Typeflag {
-	case tar.TypeReg:
-		out.Size = h.Size
+	case tar.TypeReg, tar.TypeGNUSparse:
+		out.Typeflag, out.Size = tar.TypeReg, h.Size
 	case tar.TypeDir:
 		out.Name += "/"
 	case tar.TypeSymlink:
@@ -100,7 +81,7 @@ func changed(h *tar.Header, layer bool) (*tar.Header, error) {
 			return nil, err
 		}
 		if inDump(out.Linkname) {
-			return nil, fmt.Errorf("%w: %s is a link into a dump", ErrSource, name)
+			return nil, fmt.Errorf("%w: %q is a link into a dump", ErrSource, name)
 		}
 	case tar.TypeChar, tar.TypeBlock:
 		out.Devmajor, out.Devminor = h.Devmajor, h.Devminor

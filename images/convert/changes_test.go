@@ -5,9 +5,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestChanges(t *testing.T) {
@@ -30,15 +32,17 @@ func TestChanges(t *testing.T) {
 		{name: "a dump", in: []entry{{name: ".crac/v1/manifest.json", data: "x"}, {name: ".crac", kind: tar.TypeDir}, {name: ".cracker", data: "y"}}, want: []string{".cracker y"}},
 		{name: "deletion in a layer", in: []entry{{name: "bin/.wh.vi"}}, layer: true, want: []string{"bin/.wh.vi"}},
 		{name: "no deletion elsewhere", in: []entry{{name: "bin/.wh.vi"}}, err: "means a deletion"},
+		{name: "deletion of nothing", in: []entry{{name: "bin/.wh."}}, layer: true, err: "deletes no file"},
+		{name: "deletion upward", in: []entry{{name: "bin/.wh..."}}, layer: true, err: "deletes no file"},
 		{name: "upward", in: []entry{{name: "../x"}}, err: "leads out"},
-		{name: "too large", in: []entry{{name: "a", data: strings.Repeat("x", 600)}, {name: "b", data: strings.Repeat("x", 600)}}, err: "--max-size"},
+		{name: "too large", in: []entry{{name: "a", data: strings.Repeat("x", 10000)}, {name: "b", data: strings.Repeat("x", 10000)}}, err: "--max-size"},
 		{name: "link upward", in: []entry{{name: "x", link: "../../etc/shadow", kind: tar.TypeLink}}, err: "leads out"},
 		{name: "link into a dump", in: []entry{{name: "x", link: ".crac/v1/criu/pages-1.img", kind: tar.TypeLink}}, err: "dump"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var out bytes.Buffer
-			c := newChanges(&out, 1000)
-			err := c.copy(bytes.NewReader(tarOf(t, tt.in...)), tt.layer)
+			c := newChanges(&out, 1<<14)
+			err := c.copy(t.Context(), bytes.NewReader(tarOf(t, tt.in...)), tt.layer)
 			if tt.err != "" {
 				if !errors.Is(err, ErrSource) || !strings.Contains(err.Error(), tt.err) {
 					t.Fatalf("got %v, want ErrSource that says %s", err, tt.err)
@@ -57,7 +61,7 @@ func TestChanges(t *testing.T) {
 
 func TestDelete(t *testing.T) {
 	var out bytes.Buffer
-	c := newChanges(&out, 1000)
+	c := newChanges(&out, 1<<14)
 	for _, name := range []string{"/bin/vi", "top", "/.crac/v1"} {
 		if err := c.delete(name); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -76,14 +80,22 @@ func TestDelete(t *testing.T) {
 	}
 }
 
+// A deletion has no time: whoever compares directories gives it the moment in which it does.
+func TestDeletionHasNoTime(t *testing.T) {
+	h, err := changed(&tar.Header{Typeflag: tar.TypeReg, Name: "bin/.wh.vi", ModTime: time.Now()}, true)
+	if err != nil || h.ModTime.Unix() != 0 {
+		t.Errorf("%+v, %v", h, err)
+	}
+}
+
 // FuzzChanges: a layer of changes never names what is outside of it, or a dump.
 func FuzzChanges(f *testing.F) {
 	f.Add(tarOf(f, entry{name: "a", data: "1"}, entry{name: "h", link: "a", kind: tar.TypeLink}), false)
 	f.Add(tarOf(f, entry{name: ".wh..wh..opq"}, entry{name: ".crac/x", data: "1"}), true)
 	f.Fuzz(func(t *testing.T, data []byte, layer bool) {
 		var out bytes.Buffer
-		c := newChanges(&out, 1000)
-		if err := c.copy(bytes.NewReader(data), layer); err != nil {
+		c := newChanges(&out, 1<<14)
+		if err := c.copy(t.Context(), bytes.NewReader(data), layer); err != nil {
 			return
 		}
 		if err := c.close(); err != nil {
@@ -129,17 +141,55 @@ func TestFlat(t *testing.T) {
 			base:   []entry{dir("d"), {name: "d/old", data: "0"}, {name: "d/new", data: "0"}, {name: "other/old", data: "0"}},
 			want:   []string{"d/", "d/new 2"}, deleted: []string{"d/old"},
 		},
+		{
+			name:   "all is cleared",
+			layers: [][]entry{{{name: "x", data: "1"}}, {{name: ".wh..wh..opq"}, {name: "y", data: "2"}}},
+			base:   []entry{dir("d"), {name: "d/old", data: "0"}, {name: "y", data: "0"}},
+			want:   []string{"y 2"}, deleted: []string{"d"},
+		},
+		{
+			name:   "a directory in a cleared one",
+			layers: [][]entry{{dir("d"), {name: "d/.wh..wh..opq"}, dir("d/lib"), {name: "d/lib/new", data: "2"}}},
+			base:   []entry{dir("d"), dir("d/lib"), {name: "d/lib/old", data: "0"}, dir("d/lib/sub"), {name: "d/lib/sub/old", data: "0"}},
+			want:   []string{"d/", "d/lib/", "d/lib/new 2"}, deleted: []string{"d/lib/old", "d/lib/sub"},
+		},
+		{
+			name:   "a directory deleted and made",
+			layers: [][]entry{{{name: ".wh.d"}}, {dir("d"), {name: "d/new", data: "2"}}},
+			base:   []entry{dir("d"), {name: "d/old", data: "0"}},
+			want:   []string{"d/", "d/new 2"}, deleted: []string{"d/old"},
+		},
+		{
+			name:   "a directory deleted and made in one layer",
+			layers: [][]entry{{{name: ".wh.d"}, dir("d"), {name: "d/new", data: "2"}}},
+			base:   []entry{dir("d"), {name: "d/old", data: "0"}},
+			want:   []string{"d/", "d/new 2"}, deleted: []string{"d/old"},
+		},
+		{
+			name:   "deleted below a cleared directory",
+			layers: [][]entry{{dir("d"), {name: "d/.wh.x"}}, {dir("d"), {name: "d/.wh..wh..opq"}}},
+			base:   []entry{dir("d"), dir("d/x"), {name: "d/x/old", data: "0"}},
+			want:   []string{"d/"}, deleted: []string{"d/x"},
+		},
+		{
+			name:   "a file in place of a directory of the base",
+			layers: [][]entry{{dir("d"), {name: "d/.wh..wh..opq"}, {name: "d/x", data: "file"}}},
+			base:   []entry{dir("d"), dir("d/x"), {name: "d/x/old", data: "0"}},
+			want:   []string{"d/", "d/x file"},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var out bytes.Buffer
 			f := newFlat(&out)
 			for _, l := range slices.Backward(tt.layers) {
-				if err := f.layer(bytes.NewReader(tarOf(t, l...))); err != nil {
+				if err := f.layer(t.Context(), bytes.NewReader(tarOf(t, l...))); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if err := f.base(bytes.NewReader(tarOf(t, tt.base...))); err != nil {
-				t.Fatal(err)
+			if f.needsBase() {
+				if err := f.base(t.Context(), bytes.NewReader(tarOf(t, tt.base...))); err != nil {
+					t.Fatal(err)
+				}
 			}
 			if err := f.tw.Close(); err != nil {
 				t.Fatal(err)
@@ -147,17 +197,17 @@ func TestFlat(t *testing.T) {
 			if got := listed(t, out.Bytes()); !slices.Equal(got, tt.want) {
 				t.Errorf("got  %q\nwant %q", got, tt.want)
 			}
-			if !slices.Equal(f.deleted, tt.deleted) {
-				t.Errorf("deleted %q, want %q", f.deleted, tt.deleted)
+			if got := slices.Sorted(maps.Keys(f.deleted)); !slices.Equal(got, tt.deleted) {
+				t.Errorf("deleted %q, want %q", got, tt.deleted)
 			}
 		})
 	}
 	// A link without what it is a link to would be another file.
 	f := newFlat(io.Discard)
-	if err := f.layer(bytes.NewReader(tarOf(t, entry{name: "a", data: "2"}))); err != nil {
+	if err := f.layer(t.Context(), bytes.NewReader(tarOf(t, entry{name: "a", data: "2"}))); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.layer(bytes.NewReader(tarOf(t, entry{name: "a", data: "1"}, entry{name: "h", link: "a", kind: tar.TypeLink}))); err == nil {
+	if err := f.layer(t.Context(), bytes.NewReader(tarOf(t, entry{name: "a", data: "1"}, entry{name: "h", link: "a", kind: tar.TypeLink}))); err == nil {
 		t.Error("a link to a covered file was taken")
 	}
 }

@@ -44,9 +44,9 @@ type source struct {
 	id      string
 	base    string              // name of the image that the container came from
 	target  *ocispec.Descriptor // what an index says that is
-	created time.Time
-	criu    int    // version that dumped, 0 if nobody says
-	kernel  string // of the machine of the dump, empty if nobody says
+	created time.Time           // when it was dumped: what the source says, else what CRIU wrote last has
+	criu    int                 // version that dumped, 0 if nobody says
+	kernel  string              // of the machine of the dump, empty if nobody says
 	// changes writes the layer of changes, nil for none.
 	changes func(io.Writer) error
 	shm     string // file with a tar of /dev/shm, empty for none

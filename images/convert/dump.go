@@ -2,7 +2,6 @@ package convert
 
 import (
 	"archive/tar"
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -91,6 +90,25 @@ func (d dump) remove(name string) error {
 	return err
 }
 
+// maxMaps bounds what a dump says of its processes' memory, all together. What reads it
+// later keeps it in memory.
+const maxMaps = 256 << 20
+
+// checkMaps refuses more than that.
+func (d dump) checkMaps() error {
+	left := int64(maxMaps)
+	for _, name := range append(d.glob("pagemap-*.img"), d.glob("mm-*.img")...) {
+		st, err := os.Lstat(filepath.Join(d.dir, name))
+		if err != nil {
+			return err
+		}
+		if left -= st.Size(); left < 0 {
+			return fmt.Errorf("%w: its dump has more than %d bytes of page maps and mappings (pagemap-*.img, mm-*.img)", ErrSource, maxMaps)
+		}
+	}
+	return nil
+}
+
 // glob lists the dump's files of a kind, sorted.
 func (d dump) glob(pattern string) []string {
 	found, _ := filepath.Glob(filepath.Join(d.dir, pattern)) // the patterns are right
@@ -169,23 +187,30 @@ func (m *mounts) drop(e *mnt.MntEntry) error {
 
 // own makes a file system in memory that comes from outside one of the dump's own,
 // with what tarball holds, which may be nil.
-func (m *mounts) own(e *mnt.MntEntry, tarball io.Reader) error {
-	var buf bytes.Buffer
-	z := gzip.NewWriter(&buf)
-	if tarball == nil {
-		if err := tar.NewWriter(z).Close(); err != nil {
-			return err
-		}
-	} else if n, err := io.Copy(z, io.LimitReader(tarball, maxImage+1)); err != nil {
+func (m *mounts) own(e *mnt.MntEntry, tarball io.Reader) (err error) {
+	// What is there may be somebody else's under another name.
+	if err := m.d.remove(tmpfsImage(e)); err != nil {
 		return err
-	} else if n > maxImage {
-		return fmt.Errorf("%w: %s holds more than %d bytes", ErrSource, e.GetMountpoint(), maxImage)
 	}
-	if err := z.Close(); err != nil {
+	f, err := os.OpenFile(filepath.Join(m.d.dir, tmpfsImage(e)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	z, err := gzip.NewWriterLevel(f, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	if tarball == nil {
+		err = tar.NewWriter(z).Close()
+	} else {
+		_, err = io.Copy(z, tarball)
+	}
+	if err := errors.Join(err, z.Close()); err != nil {
 		return err
 	}
 	e.ExtKey, e.ExtMount = nil, nil
-	return m.d.write(tmpfsImage(e), buf.Bytes())
+	return nil
 }
 
 // tmpfsImage is where CRIU keeps the files of a tmpfs.

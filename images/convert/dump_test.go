@@ -3,12 +3,14 @@ package convert
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	goruntime "runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
@@ -17,6 +19,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/oci/criuimage"
 )
 
@@ -76,13 +79,14 @@ func TestAdapt(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			d := dumpOf(t, podmanMounts(), tt.files...)
 			put(t, d.dir, "tmpfs-dev-108.tar.gz.img", nil) // of /sys/fs/cgroup
+			put(t, d.dir, "tmpfs-dev-105.tar.gz.img", []byte("another /dev/shm"))
 			put(t, d.dir, "netdev-10.img", []byte("interfaces"))
 			shm := filepath.Join(t.TempDir(), "shm.tar")
 			put(t, filepath.Dir(shm), "shm.tar", tarOf(t, entry{name: "state", data: "1"}))
 			s := &source{report: &Report{}, dump: d, shm: shm, spec: &specs.Spec{Mounts: []specs.Mount{
 				{Destination: "/etc/hosts", Type: "bind"}, {Destination: "/dev/shm", Type: "bind"}, {Destination: "/data", Type: "bind"},
 			}}}
-			if err := s.adapt(tt.keep); err != nil {
+			if err := s.adapt(t.Context(), tt.keep, silent); err != nil {
 				t.Fatal(err)
 			}
 			want := slices.Sorted(slices.Values(slices.Concat(base, tt.more)))
@@ -105,7 +109,7 @@ func TestAdapt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			plain, err := decompress(bytes.NewReader(packed))
+			plain, err := compress.Detect(bytes.NewReader(packed))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -126,6 +130,38 @@ func TestAdapt(t *testing.T) {
 			}
 		})
 	}
+}
+
+// /dev/shm may hold as much as the rest of a source.
+func TestOwnIsOfAnySize(t *testing.T) {
+	d := dumpOf(t, podmanMounts())
+	m, err := d.readMounts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const large = maxImage + 1
+	if err := m.own(mountAt(5, 4, "/dev/shm", "/dev/shm"), io.LimitReader(zeroes{}, large)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(filepath.Join(d.dir, "tmpfs-dev-105.tar.gz.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	plain, err := compress.Detect(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, plain); err != nil || n != large {
+		t.Errorf("it holds %d bytes, %v", n, err)
+	}
+}
+
+type zeroes struct{}
+
+func (zeroes) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
 }
 
 // What only our shim offers must not be needed after an export.
@@ -211,7 +247,7 @@ func TestDumpRefuses(t *testing.T) {
 			}
 			change(d)
 			s := &source{report: &Report{}, dump: d, spec: &specs.Spec{}}
-			if err := s.adapt(nil); !errors.Is(err, ErrSource) {
+			if err := s.adapt(t.Context(), nil, silent); !errors.Is(err, ErrSource) {
 				t.Errorf("got %v, want ErrSource", err)
 			}
 		})
@@ -222,7 +258,8 @@ func TestDumpRefuses(t *testing.T) {
 func TestManifest(t *testing.T) {
 	spec := &specs.Spec{Linux: &specs.Linux{}, Process: &specs.Process{Args: []string{"app"}}}
 	whole := filepath.Join("..", "inspect", "testdata", "dump")
-	s := &source{report: &Report{}, dump: dump{whole}, spec: spec, id: "c"}
+	made := time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600))
+	s := &source{report: &Report{}, dump: dump{whole}, spec: spec, id: "c", created: made}
 	m, err := s.manifest("ref")
 	if goruntime.GOARCH != "amd64" {
 		if !errors.Is(err, ErrSource) {
@@ -233,18 +270,30 @@ func TestManifest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.Container.ID != "c" || m.Name != "ref" || m.CRIU.Version < 40100 || m.TCPEstablished || m.Host.Kernel != "unknown" {
+	if m.Container.ID != "c" || m.Name != "ref" || m.CRIU.Version < 40100 || m.TCPEstablished || m.Host.Kernel != "unknown" || m.Created.Format(time.RFC3339) != "2026-01-02T02:04:05Z" {
 		t.Errorf("%+v", m)
+	}
+	large := dump{t.TempDir()}
+	if err := os.CopyFS(large.dir, os.DirFS(whole)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"pagemap-shmem-7.img", "mm-7.img"} {
+		put(t, large.dir, name, nil)
+		if err := os.Truncate(filepath.Join(large.dir, name), maxMaps/2); err != nil {
+			t.Fatal(err)
+		}
 	}
 	other := dump{t.TempDir()}
 	put(t, other.dir, "core-1.img", criuimage.New(criuimage.Core, []byte{0x08, 0x06})) // march 6
 	for name, s := range map[string]*source{
-		"architecture": {report: &Report{}, dump: other, spec: spec},
-		"no process":   {report: &Report{}, dump: dump{t.TempDir()}, spec: spec},
+		"architecture": {report: &Report{}, dump: other, spec: spec, created: made},
+		"page maps":    {report: &Report{}, dump: large, spec: spec, created: made},
+		"no process":   {report: &Report{}, dump: dump{t.TempDir()}, spec: spec, created: made},
 		"user namespace": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{
 			Process: spec.Process, Linux: &specs.Linux{UIDMappings: []specs.LinuxIDMapping{{Size: 1}}},
-		}},
-		"no spec": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{}},
+		}, created: made},
+		"no time": {report: &Report{}, dump: dump{whole}, spec: spec},
+		"no spec": {report: &Report{}, dump: dump{whole}, spec: &specs.Spec{}, created: made},
 	} {
 		if _, err := s.manifest("ref"); !errors.Is(err, ErrSource) {
 			t.Errorf("%s: %v", name, err)
@@ -273,7 +322,7 @@ func FuzzDump(f *testing.F) {
 		}
 		put(t, d.dir, name, data)
 		s := &source{report: &Report{}, dump: d, spec: &specs.Spec{}}
-		if err := s.adapt(nil); err != nil && !errors.Is(err, ErrSource) {
+		if err := s.adapt(t.Context(), nil, silent); err != nil && !errors.Is(err, ErrSource) {
 			t.Errorf("%v does not wrap ErrSource", err)
 		}
 		if left, err := os.ReadDir(top); err != nil || len(left) != 1 {

@@ -14,12 +14,15 @@ import (
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 )
 
 // engineArchive makes a source of an archive that was unpacked: podman's, CRI-O's or
 // that of containerd's CRI. annotations are those of the image that held it, if it
 // was one.
-func engineArchive(a *archive, dir string, annotations map[string]string) (*source, error) {
+func engineArchive(ctx context.Context, a *archive, dir string, maxSize int64, annotations map[string]string) (*source, error) {
 	s := &source{report: &Report{}, dump: dump{filepath.Join(dir, metadata.CheckpointDirectory)}}
 	var config metadata.ContainerConfig
 	if err := a.decode(metadata.ConfigDumpFile, &config); err != nil {
@@ -30,6 +33,9 @@ func engineArchive(a *archive, dir string, annotations map[string]string) (*sour
 		return nil, err
 	}
 	s.id, s.created = config.ID, config.CheckpointedAt
+	if s.created.IsZero() {
+		s.created = a.dumped
+	}
 	s.base = cmp.Or(config.RootfsImageName, annotationOf(annotations, "rootfs.image.name"), config.RootfsImageRef)
 	s.criu, _ = strconv.Atoi(annotationOf(annotations, "criu.version"))
 	s.kernel = annotationOf(annotations, "host.kernel")
@@ -44,7 +50,7 @@ func engineArchive(a *archive, dir string, annotations map[string]string) (*sour
 			}
 		}
 		// containerd's is a layer, with deletions inside.
-		s.changes = engineChanges(filepath.Join(dir, metadata.RootFsDiffTar), a.seen[metadata.RootFsDiffTar], deleted, status, a.max)
+		s.changes = engineChanges(ctx, filepath.Join(dir, metadata.RootFsDiffTar), a.seen[metadata.RootFsDiffTar], deleted, status, maxSize)
 		s.report.take("changes of the root file system, with %d deleted files", len(deleted))
 	}
 	if a.seen[metadata.DevShmCheckpointTar] {
@@ -57,10 +63,9 @@ func engineArchive(a *archive, dir string, annotations map[string]string) (*sour
 	if ok && !slices.Contains([]string{"null", "{}", ""}, strings.TrimSpace(string(network))) {
 		s.report.leave("addresses and interfaces of its network: a clone has those of its own request")
 	}
-	for _, name := range a.others {
-		if volume, ok := strings.CutPrefix(name, metadata.CheckpointVolumesDirectory+"/"); ok && volume != "" {
-			s.report.leave("content of the volume %s: unpack %s of the archive where the request's mount of it comes from", strings.TrimSuffix(volume, ".tar"), name)
-		}
+	for _, volume := range a.volumes {
+		s.report.leave("content of the volume %s: unpack %s/%s of the archive where the request's mount of it comes from",
+			strings.TrimSuffix(volume, ".tar"), metadata.CheckpointVolumesDirectory, volume)
 	}
 	return s, nil
 }
@@ -121,7 +126,7 @@ func engineOf(spec *specs.Spec, annotations map[string]string, status bool) stri
 }
 
 // unpackArchive reads an archive file.
-func unpackArchive(ctx context.Context, file, dir string, maxSize int64) (*source, error) {
+func unpackArchive(ctx context.Context, file, dir string, maxSize int64, emit func(build.Event)) (*source, error) {
 	a, err := prepare(dir, maxSize)
 	if err != nil {
 		return nil, err
@@ -132,10 +137,15 @@ func unpackArchive(ctx context.Context, file, dir string, maxSize int64) (*sourc
 		return nil, err
 	}
 	defer f.Close()
-	if err := a.read(ctx, f, archivePlace); err != nil {
+	st, err := f.Stat()
+	if err != nil {
 		return nil, err
 	}
-	return engineArchive(a, dir, nil)
+	tell := build.Telling(build.Event{Event: images.EventReading, Name: file, Total: st.Size()}, emit)
+	if err := a.read(ctx, &meter{ctx: ctx, r: f, tell: tell}, archivePlace); err != nil {
+		return nil, err
+	}
+	return engineArchive(ctx, a, dir, maxSize, nil)
 }
 
 // prepare makes the directories that an archive is unpacked into.
@@ -148,7 +158,7 @@ func prepare(dir string, maxSize int64) (*archive, error) {
 
 // engineChanges writes the layer of changes that an engine keeps as a tar of what is
 // new and a list of what is gone.
-func engineChanges(file string, there bool, deleted []string, layer bool, maxSize int64) func(io.Writer) error {
+func engineChanges(ctx context.Context, file string, there bool, deleted []string, layer bool, maxSize int64) func(io.Writer) error {
 	return func(w io.Writer) error {
 		c := newChanges(w, maxSize)
 		if there {
@@ -157,7 +167,7 @@ func engineChanges(file string, there bool, deleted []string, layer bool, maxSiz
 				return err
 			}
 			defer f.Close()
-			if err := c.copy(f, layer); err != nil {
+			if err := c.copy(ctx, f, layer); err != nil {
 				return fmt.Errorf("%s: %w", metadata.RootFsDiffTar, err)
 			}
 		}

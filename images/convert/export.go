@@ -20,8 +20,11 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -54,6 +57,9 @@ type ExportRequest struct {
 	WorkDir string
 	// Keys decrypt an encrypted image.
 	Keys []string
+	// Snapshotter is for the containers that FormatContainerd is restored as; empty is
+	// containerd's default.
+	Snapshotter string
 }
 
 // export is a checkpoint image that is being written in another form.
@@ -67,27 +73,35 @@ type export struct {
 	spec   *specs.Spec
 	dump   dump
 	keys   *crypt.Keys
+	emit   func(build.Event)
 }
 
 // Export writes a checkpoint image so that another tool can restore it. A failure
 // leaves nothing at Dest. ctx must carry the namespace.
-func Export(ctx context.Context, client *containerd.Client, r ExportRequest) (*Report, error) {
+func Export(ctx context.Context, client *containerd.Client, r ExportRequest, emit func(build.Event)) (_ *Report, err error) {
 	write := map[Format]func(*export, context.Context) error{
 		FormatPodman: (*export).podman, FormatContainerd: (*export).native, FormatBundle: (*export).bundle,
 	}[r.Format]
 	if write == nil {
 		return nil, fmt.Errorf("unknown format %q; known are %s", r.Format, strings.Join(Formats(), ", "))
 	}
-	work, err := os.MkdirTemp(r.WorkDir, "crac-export-")
-	if err != nil {
+	// What is wrong with the request shows before anything is unpacked for it.
+	if _, err := compress.Of(r.Compression); err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(work)
+	if err := r.checkDest(ctx, client); err != nil {
+		return nil, err
+	}
 	keys, err := crypt.ParseKeys(r.Keys)
 	if err != nil {
 		return nil, err
 	}
-	e := &export{client: client, r: r, report: &Report{}, work: work, keys: keys}
+	work, err := workdir.New(r.WorkDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	e := &export{client: client, r: r, report: &Report{}, work: work.Path, keys: keys, emit: emit}
 	if err := e.open(ctx); err != nil {
 		return nil, err
 	}
@@ -95,6 +109,36 @@ func Export(ctx context.Context, client *containerd.Client, r ExportRequest) (*R
 		return nil, err
 	}
 	return e.report, write(e, ctx)
+}
+
+// checkDest refuses a destination that is taken, or that cannot be.
+func (r *ExportRequest) checkDest(ctx context.Context, client *containerd.Client) error {
+	if r.Format == FormatContainerd {
+		if err := oci.CheckRef(r.Dest); err != nil {
+			return err
+		}
+		_, err := client.ImageService().Get(ctx, r.Dest)
+		switch {
+		case err == nil:
+			return errTaken(r.Dest)
+		case !errdefs.IsNotFound(err):
+			return err
+		}
+		return nil
+	}
+	if dir := filepath.Dir(r.Dest); !isDir(dir) {
+		return fmt.Errorf("there is no directory %s for %s; make it, or say another name", dir, r.Dest)
+	}
+	return checkFree(r.Dest)
+}
+
+func isDir(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.IsDir()
+}
+
+func errTaken(name string) error {
+	return fmt.Errorf("the name %s is taken; remove that image or say another name: %w", name, errdefs.ErrAlreadyExists)
 }
 
 // open unpacks the image's dump, checked, and with the memory of those that it
@@ -115,7 +159,7 @@ func (e *export) open(ctx context.Context) error {
 	if err := os.Mkdir(unpacked, 0o700); err != nil {
 		return err
 	}
-	chain, whole, err := e.img.ReadWhole(ctx, store, unpacked, e.keys)
+	chain, whole, err := e.img.ReadWhole(ctx, store, unpacked, build.Reading(e.img, e.keys, e.emit))
 	if err != nil {
 		return err
 	}
@@ -234,13 +278,13 @@ func (e *export) changed(base *inspect.Image) []ocispec.Descriptor {
 
 // read gives take a layer as it is stored, decrypted. Only the end of an encrypted one
 // tells whether it is the one that was encrypted, so all of it is read.
-func (e *export) read(ctx context.Context, desc ocispec.Descriptor, take func(io.Reader) error) error {
+func (e *export) read(ctx context.Context, desc ocispec.Descriptor, tell func(n int64), take func(io.Reader) error) error {
 	ra, err := e.client.ContentStore().ReaderAt(ctx, desc)
 	if err != nil {
 		return fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
 	defer ra.Close()
-	r := content.NewReader(ra)
+	var r io.Reader = &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}
 	if crypt.IsEncrypted(desc.MediaType) {
 		if r, err = e.keys.Decrypt(r, desc); err != nil {
 			return fmt.Errorf("layer %s: %w", desc.Digest, err)
@@ -258,10 +302,19 @@ func (e *export) read(ctx context.Context, desc ocispec.Descriptor, take func(io
 
 // replace gives a finished file or directory its name, unless there is one of it.
 func replace(from, to string) error {
-	if _, err := os.Lstat(to); err == nil {
-		return fmt.Errorf("%s is there already; remove it or say another name", to)
-	} else if !errors.Is(err, os.ErrNotExist) {
+	if err := checkFree(to); err != nil {
 		return err
 	}
 	return os.Rename(from, to)
+}
+
+func checkFree(path string) error {
+	_, err := os.Lstat(path)
+	switch {
+	case err == nil:
+		return fmt.Errorf("%s is there already; remove it or say another name", path)
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	}
+	return err
 }

@@ -13,6 +13,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/images/workdir"
 )
 
 // bundle writes a directory with the dump in images/, and in bundle/ the spec and the
@@ -20,20 +22,25 @@ import (
 func (e *export) bundle(ctx context.Context) (err error) {
 	e.report.From = "a directory for runc restore --image-path DIR/images --bundle DIR/bundle"
 	// Beside the place where it goes: it is moved there as a whole.
-	dir, err := os.MkdirTemp(filepath.Dir(e.r.Dest), "."+filepath.Base(e.r.Dest)+".")
+	work, err := workdir.New(filepath.Dir(e.r.Dest))
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	dir := filepath.Join(work.Path, "export")
 	rootfs := filepath.Join(dir, "bundle", "rootfs")
-	if err := errors.Join(os.Mkdir(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {
 		return err
 	}
+	var layers []ocispec.Descriptor
 	for i, desc := range e.img.Manifest.Layers {
-		if e.img.Kind(i) == "checkpoint" {
-			continue
+		if e.img.Kind(i) != "checkpoint" {
+			layers = append(layers, desc)
 		}
-		if err := e.unpack(ctx, desc, rootfs); err != nil {
+	}
+	tell := reading(e.emit, "the root file system", layers...)
+	for _, desc := range layers {
+		if err := e.unpack(ctx, desc, tell, rootfs); err != nil {
 			return fmt.Errorf("unpack: %w", err)
 		}
 	}
@@ -41,8 +48,10 @@ func (e *export) bundle(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	tell = e.packing()
 	for _, f := range files {
-		if err := copyFile(filepath.Join(e.dump.dir, f.Name), filepath.Join(dir, "images", f.Name)); err != nil {
+		to := filepath.Join(dir, "images", f.Name)
+		if err := errors.Join(copyFile(ctx, filepath.Join(e.dump.dir, f.Name), to, tell), os.Chtimes(to, e.m.Created, e.m.Created)); err != nil {
 			return err
 		}
 	}
@@ -60,9 +69,9 @@ func (e *export) bundle(ctx context.Context) (err error) {
 }
 
 // unpack applies a layer to a directory.
-func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, dir string) error {
-	return e.read(ctx, desc, func(r io.Reader) error {
-		plain, err := decompress(r)
+func (e *export) unpack(ctx context.Context, desc ocispec.Descriptor, tell func(n int64), dir string) error {
+	return e.read(ctx, desc, tell, func(r io.Reader) error {
+		plain, err := compress.Detect(r)
 		if err != nil {
 			return err
 		}

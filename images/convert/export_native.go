@@ -2,15 +2,15 @@ package convert
 
 import (
 	"archive/tar"
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	goruntime "runtime"
 
-	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
@@ -21,7 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/images/blob"
 )
 
 const (
@@ -34,9 +34,6 @@ const (
 // native writes an index into containerd that ctr containers restore takes.
 func (e *export) native(ctx context.Context) error {
 	e.report.From = "an image for ctr containers restore --live --rw"
-	if err := oci.CheckRef(e.r.Dest); err != nil {
-		return err
-	}
 	name, target, base, err := e.base(ctx)
 	if err != nil {
 		return err
@@ -50,7 +47,7 @@ func (e *export) native(ctx context.Context) error {
 
 	criu, err := e.blob(ctx, coreimages.MediaTypeContainerd1Checkpoint, func(w io.Writer) error {
 		tw := tar.NewWriter(w)
-		return errors.Join(packDump(ctx, tw, e.dump, ""), tw.Close())
+		return errors.Join(e.packDump(ctx, tw, "", e.packing()), tw.Close())
 	})
 	if err != nil {
 		return err
@@ -89,28 +86,20 @@ func (e *export) native(ctx context.Context) error {
 		MediaType: ocispec.MediaTypeImageIndex,
 		Manifests: []ocispec.Descriptor{target, criu, config, rw},
 		Annotations: map[string]string{
-			indexImage: name, indexRuntime: runcRuntime, indexSnapshotter: defaults.DefaultSnapshotter,
+			indexImage: name, indexRuntime: runcRuntime, indexSnapshotter: cmp.Or(e.r.Snapshotter, defaults.DefaultSnapshotter),
 		},
 	})
 }
 
 // layer writes the changes as one layer.
 func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (int, error) {
-	r, pipe := io.Pipe()
 	var deleted []string
-	go func() {
-		var err error
-		deleted, err = e.flatten(ctx, pipe, changed, base)
-		pipe.CloseWithError(err)
-	}()
-	defer r.Close()
-	c := newChanges(w, 0)
-	if err := c.copy(r, true); err != nil {
-		return 0, err
-	}
-	// The writer of the pipe ends before its reader sees the end; what follows the
-	// tar's is nothing.
-	if _, err := io.Copy(io.Discard, r); err != nil {
+	c := newChanges(w, math.MaxInt64) // flatten makes them
+	err := piped(func(w io.Writer) (err error) {
+		deleted, err = e.flatten(ctx, w, changed, base)
+		return err
+	}, func(r io.Reader) error { return c.copy(ctx, r, true) })
+	if err != nil {
 		return 0, err
 	}
 	for _, name := range deleted {
@@ -122,44 +111,11 @@ func (e *export) layer(ctx context.Context, w io.Writer, changed, base []ocispec
 }
 
 // blob stores what write produces.
-func (e *export) blob(ctx context.Context, mediaType string, write func(io.Writer) error) (_ ocispec.Descriptor, err error) {
+func (e *export) blob(ctx context.Context, mediaType string, write func(io.Writer) error) (ocispec.Descriptor, error) {
 	ref := fmt.Sprintf("crac-export-%s-%s", e.r.Dest, mediaType)
-	store := e.client.ContentStore()
-	cw, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType}))
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	defer func() {
-		err = errors.Join(err, cw.Close())
-		if err != nil {
-			if aerr := store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-				err = errors.Join(err, aerr)
-			}
-		}
-	}()
-	if err := cw.Truncate(0); err != nil { // of one that was killed
-		return ocispec.Descriptor{}, err
-	}
-	h := digest.SHA256.Digester()
-	n := &count{w: io.MultiWriter(cw, h.Hash())}
-	if err := write(n); err != nil {
-		return ocispec.Descriptor{}, err
-	}
-	if err := cw.Commit(ctx, n.n, h.Digest()); err != nil && !errdefs.IsAlreadyExists(err) {
-		return ocispec.Descriptor{}, err
-	}
-	return ocispec.Descriptor{MediaType: mediaType, Digest: h.Digest(), Size: n.n}, nil
-}
-
-type count struct {
-	w io.Writer
-	n int64
-}
-
-func (c *count) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.n += int64(n)
-	return n, err
+	return blob.Store(ctx, e.client.ContentStore(), ref, mediaType, func(w io.Writer) (labels map[string]string, err error) {
+		return nil, write(w)
+	})
 }
 
 // index stores the index, and last names it.
@@ -173,14 +129,14 @@ func (e *export) index(ctx context.Context, index ocispec.Index) error {
 	for i, m := range index.Manifests {
 		keep[fmt.Sprintf("containerd.io/gc.ref.content.%d", i)] = m.Digest.String()
 	}
-	if err := content.WriteBlob(ctx, e.client.ContentStore(), "crac-export-"+desc.Digest.String(), bytes.NewReader(data), desc, content.WithLabels(keep)); err != nil {
+	if err := blob.Write(ctx, e.client.ContentStore(), desc, data, keep); err != nil {
 		return err
 	}
 	_, err = e.client.ImageService().Create(ctx, coreimages.Image{
 		Name: e.r.Dest, Target: desc, Labels: map[string]string{"containerd.io/checkpoint": "true"},
 	})
 	if errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("the name %s is taken; remove that image or say another name: %w", e.r.Dest, err)
+		return errTaken(e.r.Dest)
 	}
 	return err
 }

@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -15,11 +14,11 @@ import (
 	"time"
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/crac-shim/crac/images"
-	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/images/workdir"
 )
 
 // podmanConfig is what podman has to know of a container that it did not make
@@ -108,31 +107,31 @@ func (e *export) podman(ctx context.Context) error {
 // archive packs the files of a directory, and the dump, into the file that was asked
 // for.
 func (e *export) archive(ctx context.Context, dir string) (err error) {
-	out, err := os.CreateTemp(filepath.Dir(e.r.Dest), "."+filepath.Base(e.r.Dest)+".*")
+	work, err := workdir.New(filepath.Dir(e.r.Dest))
 	if err != nil {
 		return err
 	}
-	defer os.Remove(out.Name())
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	out, err := os.OpenFile(filepath.Join(work.Path, "archive"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
 	defer out.Close()
-	var z io.WriteCloser
-	switch e.r.Compression {
-	case "", oci.CompressionZstd:
-		z, err = zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.SpeedFastest))
-	case oci.CompressionGzip:
-		z, err = gzip.NewWriterLevel(out, gzip.BestSpeed)
-	default:
-		err = fmt.Errorf("unknown compression %q; known are zstd and gzip", e.r.Compression)
-	}
+	format, err := compress.Of(e.r.Compression)
 	if err != nil {
 		return err
 	}
-	tw := tar.NewWriter(z)
+	z, err := format.NewWriter(out)
+	if err != nil {
+		return err
+	}
+	tw, tell := tar.NewWriter(z), e.packing()
 	for _, name := range []string{metadata.SpecDumpFile, metadata.ConfigDumpFile, metadata.RootFsDiffTar, metadata.DeletedFilesFile, metadata.NetworkStatusFile} {
-		if err := packFile(ctx, tw, filepath.Join(dir, name), name); err != nil {
+		if err := e.packFile(ctx, tw, filepath.Join(dir, name), name, tell); err != nil {
 			return err
 		}
 	}
-	if err := packDump(ctx, tw, e.dump, metadata.CheckpointDirectory+"/"); err != nil {
+	if err := e.packDump(ctx, tw, metadata.CheckpointDirectory+"/", tell); err != nil {
 		return err
 	}
 	if err := errors.Join(tw.Close(), z.Close(), out.Close()); err != nil {
@@ -141,30 +140,36 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	return replace(out.Name(), e.r.Dest)
 }
 
-// packDump writes the files of a dump into a tar, below a prefix that is empty or a
+// packing tells how much of the dump is written.
+func (e *export) packing() (tell func(n int64)) {
+	total := int64(0)
+	for _, f := range e.m.Files {
+		total += f.Size
+	}
+	return build.Telling(build.Event{Event: images.EventProgress, Total: total}, e.emit)
+}
+
+// packDump writes the files of the dump into a tar, below a prefix that is empty or a
 // directory's.
-func packDump(ctx context.Context, tw *tar.Writer, d dump, prefix string) error {
-	files, err := images.DumpFiles(d.dir)
+func (e *export) packDump(ctx context.Context, tw *tar.Writer, prefix string, tell func(n int64)) error {
+	files, err := images.DumpFiles(e.dump.dir)
 	if err != nil {
 		return err
 	}
 	if prefix != "" {
-		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: time.Unix(0, 0)}); err != nil {
+		if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: prefix, Mode: 0o700, ModTime: e.m.Created}); err != nil {
 			return err
 		}
 	}
 	for _, f := range files {
-		if err := packFile(ctx, tw, filepath.Join(d.dir, f.Name), prefix+f.Name); err != nil {
+		if err := e.packFile(ctx, tw, filepath.Join(e.dump.dir, f.Name), prefix+f.Name, tell); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func packFile(ctx context.Context, tw *tar.Writer, file, name string) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+func (e *export) packFile(ctx context.Context, tw *tar.Writer, file, name string, tell func(n int64)) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
@@ -174,9 +179,9 @@ func packFile(ctx context.Context, tw *tar.Writer, file, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: time.Unix(0, 0)}); err != nil {
+	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: e.m.Created}); err != nil {
 		return err
 	}
-	_, err = io.Copy(tw, f)
+	_, err = io.Copy(tw, &meter{ctx: ctx, r: f, tell: tell})
 	return err
 }

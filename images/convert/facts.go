@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	goruntime "runtime"
 
 	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
@@ -135,7 +134,7 @@ func (d dump) established() int { return len(d.glob("tcp-stream-*.img")) }
 // that a dump says about it.
 func (d dump) criuVersion() (int, error) {
 	for _, name := range d.glob("pagemap-*.img") {
-		data, err := os.ReadFile(filepath.Join(d.dir, name))
+		data, err := d.read(name)
 		if err != nil {
 			return 0, err
 		}
@@ -154,7 +153,7 @@ func (d dump) criuVersion() (int, error) {
 // does not say of its machine is taken from this one.
 func (s *source) manifest(ref string) (oci.Manifest, error) {
 	none := oci.Manifest{}
-	if err := s.dump.checkArchitecture(); err != nil {
+	if err := errors.Join(s.dump.checkArchitecture(), s.dump.checkMaps()); err != nil {
 		return none, err
 	}
 	if s.spec.Process == nil || len(s.spec.Process.Args) == 0 || s.spec.Linux == nil {
@@ -163,13 +162,16 @@ func (s *source) manifest(ref string) (oci.Manifest, error) {
 	if len(s.spec.Linux.UIDMappings)+len(s.spec.Linux.GIDMappings) > 0 {
 		return none, fmt.Errorf("%w: its container has a user namespace, and each engine keeps the owners of files in its own way; make the checkpoint of a container without one", ErrSource)
 	}
+	if y := s.created.Year(); y < 1970 || y > 9999 { // what JSON can say of them
+		return none, fmt.Errorf("%w: it says that it was made in the year %d", ErrSource, y)
+	}
 	version, err := s.dump.criuVersion()
 	if err != nil {
 		return none, err
 	}
 	version = max(version, s.criu)
 	m := oci.Manifest{
-		Name: ref, Created: s.created, Container: oci.ContainerOf(s.spec), Mounts: oci.MountsOf(s.spec),
+		Name: ref, Created: s.created.UTC(), Container: oci.ContainerOf(s.spec), Mounts: oci.MountsOf(s.spec),
 		TCPEstablished: s.dump.established() > 0,
 	}
 	images.ThisHost(version).Describe(&m)

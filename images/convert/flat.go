@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"path"
 	"slices"
 	"strings"
@@ -20,17 +22,23 @@ const opaque = whiteout + whiteout + ".opq"
 // a tar, and what of the base is gone. It reads them from the top, and takes of each
 // what the ones above have not decided.
 type flat struct {
-	tw *tar.Writer
+	tw      *tar.Writer
+	allowed *allowance
 	// decided are paths that a layer above brings (true: as a directory, in which
 	// layers below may have more).
 	decided map[string]bool
 	// gone are deleted paths, cleared directories of which nothing below is left.
 	gone, cleared map[string]bool
-	deleted       []string
+	// deleted are what is gone in the end, each by its name or by that of a directory.
+	deleted map[string]bool
 }
 
 func newFlat(w io.Writer) *flat {
-	return &flat{tw: tar.NewWriter(w), decided: make(map[string]bool), gone: make(map[string]bool), cleared: make(map[string]bool)}
+	return &flat{
+		tw:      tar.NewWriter(w),
+		allowed: newAllowance(math.MaxInt64), // its layers are here already
+		decided: make(map[string]bool), gone: make(map[string]bool), cleared: make(map[string]bool), deleted: make(map[string]bool),
+	}
 }
 
 // hidden tells whether a path of a lower layer is covered by what is above.
@@ -43,70 +51,66 @@ func (f *flat) hidden(name string) bool {
 			return true
 		}
 	}
-	return false
+	return f.cleared["."]
+}
+
+// read gives take the entries of a layer, as those of a set of changes. Some tools leave
+// out the mark at a layer's end; that it is whole its digest says.
+func (f *flat) read(ctx context.Context, r io.Reader, take func(h *tar.Header, name string, content io.Reader) error) error {
+	err := readTar(ctx, r, f.allowed, func(h *tar.Header, content io.Reader) error {
+		out, err := changed(h, true)
+		if err != nil || out == nil {
+			return err
+		}
+		return take(out, strings.TrimSuffix(out.Name, "/"), content)
+	})
+	if errors.Is(err, errCutOff) {
+		return nil
+	}
+	return err
 }
 
 // layer takes the next lower layer.
-func (f *flat) layer(r io.Reader) error {
-	plain, err := decompress(r)
-	if err != nil {
-		return err
-	}
-	defer plain.Close()
+func (f *flat) layer(ctx context.Context, r io.Reader) error {
 	var gone, cleared []string
 	decided := make(map[string]bool)
-	for tr := tar.NewReader(plain); ; {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		out, err := changed(h, true)
-		if err != nil {
-			return err
-		}
-		if out == nil {
-			continue
-		}
-		name := strings.TrimSuffix(out.Name, "/")
+	err := f.read(ctx, r, func(h *tar.Header, name string, content io.Reader) error {
 		dir, base := path.Split(name)
 		switch target, deletes := strings.CutPrefix(base, whiteout); {
 		case base == opaque:
 			cleared = append(cleared, path.Clean(dir))
-			continue
+			return nil
 		case deletes:
 			gone = append(gone, path.Join(dir, target))
-			continue
+			return nil
 		}
-		if _, again := f.decided[name]; again || f.hidden(name) {
-			continue
+		if has(f.decided, name) || f.hidden(name) {
+			return nil
 		}
-		if out.Typeflag == tar.TypeLink && !has(decided, out.Linkname) {
-			return fmt.Errorf("%s is a link to %s, which another layer brings; make a new checkpoint of a container of this image", name, out.Linkname)
+		if h.Typeflag == tar.TypeLink && !has(decided, h.Linkname) {
+			return fmt.Errorf("%q is a link to %q, which another layer brings; make a new checkpoint of a container of this image", name, h.Linkname)
 		}
-		decided[name] = out.Typeflag == tar.TypeDir
-		if err := f.tw.WriteHeader(out); err != nil {
+		decided[name] = h.Typeflag == tar.TypeDir
+		if err := f.tw.WriteHeader(h); err != nil {
 			return err
 		}
-		if _, err := io.Copy(f.tw, tr); err != nil {
-			return err
-		}
+		_, err := io.Copy(f.tw, content)
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	// Deletions are about the layers below this one.
 	for _, name := range gone {
-		if _, again := f.decided[name]; !again && !has(decided, name) && !f.hidden(name) {
-			f.deleted = append(f.deleted, name)
+		if !has(f.decided, name) && !has(decided, name) && !f.hidden(name) {
+			f.deleted[name] = true
 		}
 		f.gone[name] = true
 	}
 	for _, name := range cleared {
 		f.cleared[name] = true
 	}
-	for name, dir := range decided {
-		f.decided[name] = dir
-	}
+	maps.Copy(f.decided, decided)
 	return nil
 }
 
@@ -115,48 +119,56 @@ func has(m map[string]bool, key string) bool {
 	return ok
 }
 
-// base finds what of a layer of the base image is in directories that were cleared: it
-// is gone, but nobody has said so by name.
-func (f *flat) base(r io.Reader) error {
-	plain, err := decompress(r)
-	if err != nil {
-		return err
+// needsBase tells whether something of the base may be gone that nobody has named: what was
+// in a directory that was cleared, or deleted and made again.
+func (f *flat) needsBase() bool {
+	if len(f.cleared) > 0 {
+		return true
 	}
-	defer plain.Close()
-	for tr := tar.NewReader(plain); ; {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			return nil
+	for name := range f.gone {
+		if f.decided[name] {
+			return true
 		}
-		if err != nil {
-			return err
-		}
-		name, err := cleanName(strings.TrimPrefix(h.Name, "/"))
-		if err != nil {
-			return err
-		}
-		if !f.cleared[path.Dir(name)] || has(f.decided, name) || strings.HasPrefix(path.Base(name), whiteout) || slices.Contains(f.deleted, name) {
-			continue
-		}
-		f.deleted = append(f.deleted, name)
 	}
+	return false
+}
+
+// base finds what of a layer of the base image that is.
+func (f *flat) base(ctx context.Context, r io.Reader) error {
+	return f.read(ctx, r, func(_ *tar.Header, name string, _ io.Reader) error {
+		if !strings.HasPrefix(path.Base(name), whiteout) && !has(f.decided, name) && f.hidden(name) && !f.goes(name) {
+			f.deleted[name] = true
+		}
+		return nil
+	})
+}
+
+// goes tells whether a path goes with what is deleted, or is replaced by a file.
+func (f *flat) goes(name string) bool {
+	for p := name; p != "."; p = path.Dir(p) {
+		if dir, ok := f.decided[p]; ok && !dir || f.deleted[p] {
+			return true
+		}
+	}
+	return false
 }
 
 // flatten writes the changes of a checkpoint image's layers as a tar.
 func (e *export) flatten(ctx context.Context, w io.Writer, changed, base []ocispec.Descriptor) (deleted []string, err error) {
 	f := newFlat(w)
+	tell := reading(e.emit, "the changed files", changed...)
 	for _, desc := range slices.Backward(changed) {
-		if err := e.read(ctx, desc, f.layer); err != nil {
+		if err := e.read(ctx, desc, tell, func(r io.Reader) error { return f.layer(ctx, r) }); err != nil {
 			return nil, err
 		}
 	}
-	if len(f.cleared) > 0 {
+	if f.needsBase() {
+		tell := reading(e.emit, "the base image, for what was deleted of it", base...)
 		for _, desc := range base {
-			if err := e.read(ctx, desc, f.base); err != nil {
+			if err := e.read(ctx, desc, tell, func(r io.Reader) error { return f.base(ctx, r) }); err != nil {
 				return nil, err
 			}
 		}
 	}
-	slices.Sort(f.deleted)
-	return slices.Compact(f.deleted), f.tw.Close()
+	return slices.Sorted(maps.Keys(f.deleted)), f.tw.Close()
 }

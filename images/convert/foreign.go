@@ -1,6 +1,7 @@
 package convert
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -10,6 +11,9 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 )
 
 // engineFiles are files that engines bind into a container, made anew for every
@@ -32,7 +36,7 @@ const (
 //	anything else            stays: a request must have a mount there
 //
 // keep names mounts that stay in any case.
-func (s *source) adapt(keep []string) error {
+func (s *source) adapt(ctx context.Context, keep []string, emit func(build.Event)) error {
 	all, err := s.dump.readMounts()
 	if err != nil {
 		return err
@@ -50,7 +54,7 @@ func (s *source) adapt(keep []string) error {
 		switch {
 		case kept(e), place == "/":
 		case place == shmMount && external(e) && e.GetRoot() == "/":
-			if err := s.ownShm(all, e); err != nil {
+			if err := s.ownShm(ctx, all, e, emit); err != nil {
 				return err
 			}
 			continue
@@ -98,7 +102,7 @@ func (s *source) adapt(keep []string) error {
 }
 
 // ownShm makes /dev/shm the dump's own.
-func (s *source) ownShm(all *mounts, e *mnt.MntEntry) error {
+func (s *source) ownShm(ctx context.Context, all *mounts, e *mnt.MntEntry, emit func(build.Event)) error {
 	var tarball io.Reader
 	if s.shm != "" {
 		f, err := os.Open(s.shm)
@@ -106,7 +110,8 @@ func (s *source) ownShm(all *mounts, e *mnt.MntEntry) error {
 			return err
 		}
 		defer f.Close()
-		tarball = f
+		tell := build.Telling(build.Event{Event: images.EventReading, Name: shmMount}, emit)
+		tarball = &meter{ctx: ctx, r: f, tell: tell} // its size counted when it was unpacked
 		s.report.take("the files of %s", shmMount)
 	}
 	if err := all.own(e, tarball); err != nil {

@@ -18,9 +18,12 @@ import (
 	skopts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/oci/criuimage"
 )
+
+func silent(build.Event) {}
 
 // entry is one of a tar; the zero type is a file's.
 type entry struct {

@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -17,8 +15,11 @@ import (
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -36,8 +37,10 @@ type ImportRequest struct {
 	Keep []string
 	// WorkDir is where the source is unpacked; empty is the system's temporary
 	// directory. MaxSize bounds what it may be then, in bytes.
-	WorkDir     string
-	MaxSize     int64
+	WorkDir string
+	MaxSize int64
+	// Snapshotter shows the base image for a comparison; empty is containerd's default.
+	Snapshotter string
 	Compression oci.Compression
 	// EncryptTo are the recipients of the image's own layers: see oci.CheckRecipients.
 	EncryptTo []string
@@ -45,24 +48,30 @@ type ImportRequest struct {
 
 // Import makes a checkpoint image of another tool's checkpoint. The report is there
 // beside an error, too, as far as it got. ctx must carry the namespace.
-func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emit func(build.Event)) (ocispec.Descriptor, *Report, error) {
+func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emit func(build.Event)) (_ ocispec.Descriptor, _ *Report, err error) {
 	none := ocispec.Descriptor{}
+	// What is wrong with the request shows before anything is unpacked for it.
 	if err := oci.CheckRef(r.Ref); err != nil {
 		return none, nil, err
 	}
-	work, err := os.MkdirTemp(r.WorkDir, "crac-import-")
+	if _, err := compress.Of(r.Compression); err != nil {
+		return none, nil, err
+	}
+	if r.Base != "" {
+		if err := build.CheckBase(ctx, client, r.Base); err != nil {
+			return none, nil, err
+		}
+	}
+	work, err := workdir.New(r.WorkDir)
 	if err != nil {
 		return none, nil, err
 	}
-	defer os.RemoveAll(work)
-	s, err := r.open(ctx, client, work)
+	defer func() { err = errors.Join(err, work.Remove()) }()
+	s, err := r.open(ctx, client, work.Path, emit)
 	if err != nil {
 		return none, nil, err
 	}
-	if s.created.IsZero() {
-		s.created = time.Now()
-	}
-	if err := s.adapt(r.Keep); err != nil {
+	if err := s.adapt(ctx, r.Keep, emit); err != nil {
 		return none, s.report, err
 	}
 	m, err := s.manifest(r.Ref)
@@ -86,14 +95,14 @@ func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emi
 }
 
 // open finds out what the source is, and unpacks it.
-func (r *ImportRequest) open(ctx context.Context, client *containerd.Client, work string) (*source, error) {
+func (r *ImportRequest) open(ctx context.Context, client *containerd.Client, work string, emit func(build.Event)) (*source, error) {
 	if r.Source == "" {
-		return r.openBundle(ctx, client, work)
+		return r.openBundle(ctx, client, work, emit)
 	}
 	record, err := client.ImageService().Get(ctx, r.Source)
 	switch {
 	case err == nil:
-		return r.openImage(ctx, client.ContentStore(), record, work)
+		return r.openImage(ctx, client.ContentStore(), record, work, emit)
 	case !errdefs.IsNotFound(err):
 		return nil, err
 	}
@@ -106,18 +115,18 @@ func (r *ImportRequest) open(ctx context.Context, client *containerd.Client, wor
 	case !st.Mode().IsRegular():
 		return nil, fmt.Errorf("%s is not a regular file", r.Source)
 	}
-	return unpackArchive(ctx, r.Source, work, r.MaxSize)
+	return unpackArchive(ctx, r.Source, work, r.MaxSize, emit)
 }
 
 // openImage reads an image that holds an archive, or containerd's own index.
-func (r *ImportRequest) openImage(ctx context.Context, store content.Store, record coreimages.Image, work string) (*source, error) {
+func (r *ImportRequest) openImage(ctx context.Context, store content.Store, record coreimages.Image, work string, emit func(build.Event)) (*source, error) {
 	if coreimages.IsIndexType(record.Target.MediaType) {
 		index, err := readIndex(ctx, store, record.Target)
 		if err != nil {
 			return nil, err
 		}
 		if index.has(coreimages.MediaTypeContainerd1Checkpoint) {
-			return index.open(ctx, store, record.Name, work, r.MaxSize)
+			return index.open(ctx, store, record.Name, work, r.MaxSize, emit)
 		}
 	}
 	img, err := inspect.Open(ctx, store, record.Name, record.Target, platforms.Default())
@@ -132,15 +141,16 @@ func (r *ImportRequest) openImage(ctx context.Context, store content.Store, reco
 		return nil, err
 	}
 	defer a.close()
+	tell := reading(emit, record.Name, img.Manifest.Layers...)
 	for _, l := range img.Manifest.Layers {
-		if err := readBlob(ctx, store, l, a, archivePlace); err != nil {
+		if err := readBlob(ctx, store, l, a, archivePlace, tell); err != nil {
 			return nil, fmt.Errorf("image %s: %w", record.Name, err)
 		}
 	}
 	if len(a.seen) == 0 {
-		return nil, fmt.Errorf("image %s: %w: it is an ordinary image", record.Name, ErrSource)
+		return nil, fmt.Errorf("image %s: %w: it is an ordinary image; what can be imported says cracctl import --help", record.Name, ErrSource)
 	}
-	s, err := engineArchive(a, work, img.Manifest.Annotations)
+	s, err := engineArchive(ctx, a, work, r.MaxSize, img.Manifest.Annotations)
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", record.Name, err)
 	}
@@ -149,7 +159,7 @@ func (r *ImportRequest) openImage(ctx context.Context, store content.Store, reco
 }
 
 // readBlob unpacks a tar in the content store.
-func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, a *archive, place func(string) (string, bool)) error {
+func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descriptor, a *archive, place func(string) string, tell func(n int64)) error {
 	ra, err := store.ReaderAt(ctx, desc)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
@@ -158,13 +168,22 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		return err
 	}
 	defer ra.Close()
-	return a.read(ctx, content.NewReader(ra), place)
+	return a.read(ctx, &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}, place)
+}
+
+// reading tells how much of some blobs was read.
+func reading(emit func(build.Event), name string, blobs ...ocispec.Descriptor) (tell func(n int64)) {
+	total := int64(0)
+	for _, b := range blobs {
+		total += b.Size
+	}
+	return build.Telling(build.Event{Event: images.EventReading, Name: name, Total: total}, emit)
 }
 
 // link gives a file a second name, or copies it where that is not possible.
-func link(from, to string) error {
+func link(ctx context.Context, from, to string, tell func(n int64)) error {
 	if err := os.Link(from, to); err == nil {
 		return nil
 	}
-	return copyFile(from, filepath.Clean(to))
+	return copyFile(ctx, from, to, tell)
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/crac-shim/crac/images/build"
 )
 
 // Annotations of containerd's index: client.Container.Checkpoint writes the first,
@@ -30,10 +32,7 @@ const (
 type nativeIndex struct{ ocispec.Index }
 
 func readIndex(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*nativeIndex, error) {
-	if desc.Size > maxJSON {
-		return nil, fmt.Errorf("%w: its index has %d bytes", ErrSource, desc.Size)
-	}
-	data, err := content.ReadBlob(ctx, store, desc)
+	data, err := readSmall(ctx, store, desc, "index")
 	if err != nil {
 		return nil, err
 	}
@@ -42,6 +41,19 @@ func readIndex(ctx context.Context, store content.Provider, desc ocispec.Descrip
 		return nil, fmt.Errorf("%w: its index: %w", ErrSource, err)
 	}
 	return i, nil
+}
+
+// readSmall reads a blob that is what it is called. Its size is not what a descriptor says.
+func readSmall(ctx context.Context, store content.Provider, desc ocispec.Descriptor, what string) ([]byte, error) {
+	ra, err := store.ReaderAt(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	defer ra.Close()
+	if ra.Size() > maxJSON {
+		return nil, fmt.Errorf("%w: its %s has %d bytes", ErrSource, what, ra.Size())
+	}
+	return io.ReadAll(content.NewReader(ra))
 }
 
 // find gives the first blob of a type.
@@ -59,16 +71,18 @@ func (i *nativeIndex) find(mediaTypes ...string) *ocispec.Descriptor {
 func (i *nativeIndex) has(mediaType string) bool { return i.find(mediaType) != nil }
 
 // open makes a source of the index.
-func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work string, maxSize int64) (*source, error) {
+func (i *nativeIndex) open(ctx context.Context, store content.Provider, name, work string, maxSize int64, emit func(build.Event)) (*source, error) {
 	a, err := prepare(work, maxSize)
 	if err != nil {
 		return nil, err
 	}
 	defer a.close()
 	s := &source{report: &Report{From: "containerd's own checkpoint"}, dump: dump{filepath.Join(work, metadata.CheckpointDirectory)}, id: name}
-	if err := readBlob(ctx, store, *i.find(coreimages.MediaTypeContainerd1Checkpoint), a, dumpPlace); err != nil {
+	criu := *i.find(coreimages.MediaTypeContainerd1Checkpoint)
+	if err := readBlob(ctx, store, criu, a, dumpPlace, reading(emit, name, criu)); err != nil {
 		return nil, err
 	}
+	s.created = a.dumped
 	config := i.find(coreimages.MediaTypeContainerd1CheckpointConfig)
 	if config == nil {
 		return nil, fmt.Errorf("%w: its index has no spec of the container", ErrSource)
@@ -88,7 +102,8 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 			}
 			defer ra.Close()
 			c := newChanges(w, maxSize)
-			if err := c.copy(content.NewReader(ra), true); err != nil {
+			tell := reading(emit, "the changed files", *rw)
+			if err := c.copy(ctx, &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}, true); err != nil {
 				return err
 			}
 			return c.close()
@@ -101,10 +116,7 @@ func (i *nativeIndex) open(ctx context.Context, store content.Store, name, work 
 
 // readConfig reads the spec in the form in which containerd stores it.
 func readConfig(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*specs.Spec, error) {
-	if desc.Size > maxJSON {
-		return nil, fmt.Errorf("%w: its spec has %d bytes", ErrSource, desc.Size)
-	}
-	data, err := content.ReadBlob(ctx, store, desc)
+	data, err := readSmall(ctx, store, desc, "spec")
 	if err != nil {
 		return nil, err
 	}

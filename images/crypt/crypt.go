@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -172,31 +174,104 @@ func (e *Writer) Annotations() (map[string]string, error) {
 type Keys struct{ config *config.DecryptConfig }
 
 // ParseKeys reads private keys in ocicrypt's forms: FILE, FILE:pass=PASSWORD,
-// FILE:file=FILE, FILE:fd=N, provider:NAME; for pkcs7 also the certificate's file.
+// FILE:file=PASSWORD-FILE, provider:NAME; for pkcs7 also the certificate's file. Not
+// FILE:fd=N: who reads a descriptor takes it from those who read the key after him.
 func ParseKeys(list []string) (*Keys, error) {
 	if len(list) == 0 {
 		return nil, nil
 	}
+	var all []config.CryptoConfig
 	for _, one := range list {
+		if _, _, err := splitKey(one); err != nil {
+			return nil, err
+		}
 		cc, err := helpers.CreateDecryptCryptoConfig([]string{one}, nil)
 		if err != nil {
 			return nil, fmt.Errorf("key %s: %w", nameOf(one), err)
 		}
 		// The library passes over what it does not know, for directories of keys.
 		if cc.DecryptConfig == nil || len(cc.DecryptConfig.Parameters) == 0 {
-			return nil, fmt.Errorf("key %s is no private key that can be read (PEM, DER, JWK, a PGP key ring); a password goes behind it: FILE:file=PASSWORDFILE", nameOf(one))
+			return nil, fmt.Errorf("key %s is no private key that can be read (PEM, DER, JWK, a PGP key ring); a password goes behind it: FILE:file=PASSWORD-FILE", nameOf(one))
+		}
+		all = append(all, cc)
+	}
+	return &Keys{config.CombineCryptoConfigs(all).DecryptConfig}, nil
+}
+
+// AbsoluteKeys makes the names of files in keys absolute, for a process that works in
+// another directory.
+func AbsoluteKeys(list []string) ([]string, error) {
+	located := make([]string, len(list))
+	for i, one := range list {
+		if strings.HasPrefix(one, provider) {
+			located[i] = one
+			continue
+		}
+		file, password, err := splitKey(one)
+		if err != nil {
+			return nil, err
+		}
+		if located[i], err = filepath.Abs(file); err != nil {
+			return nil, fmt.Errorf("key %s: %w", file, err)
+		}
+		if name, ok := strings.CutPrefix(password, passwordFile); ok {
+			if name, err = filepath.Abs(name); err != nil {
+				return nil, fmt.Errorf("key %s: %w", file, err)
+			}
+			password = passwordFile + name
+		}
+		if password != "" {
+			located[i] += ":" + password
 		}
 	}
-	cc, err := helpers.CreateDecryptCryptoConfig(list, nil)
-	if err != nil {
+	return located, nil
+}
+
+const (
+	provider     = "provider:"
+	passwordFile = "file="
+)
+
+// splitKey takes a key of the form FILE:PASSWORD apart. The library splits at every colon, and
+// passes over a password if there are several.
+func splitKey(key string) (file, password string, err error) {
+	if strings.HasPrefix(key, provider) {
+		return key, "", nil
+	}
+	file, password, _ = strings.Cut(key, ":")
+	switch {
+	case strings.HasPrefix(password, "fd="):
+		return "", "", fmt.Errorf("key %s: a password cannot come from a descriptor (fd=); write it to a file that only you can read, and say %[1]s:%s", file, passwordFile+"PASSWORD-FILE")
+	case strings.Contains(password, ":"):
+		return "", "", fmt.Errorf("key %s: there is a colon behind that of the password; write the password to a file, and say %[1]s:%s", file, passwordFile+"PASSWORD-FILE")
+	}
+	return file, password, nil
+}
+
+// NodeKeyDir is where containerd, as it is configured by default, has its keys.
+const NodeKeyDir = "/etc/containerd/ocicrypt/keys"
+
+// KeysIn reads the private keys in a directory, as containerd's decoder does: what is none
+// is passed over, and those with a password. There may be none, and no directory.
+func KeysIn(dir string) (*Keys, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	return &Keys{cc.DecryptConfig}, nil
+	var list []string
+	for _, e := range entries {
+		// A colon would be taken for what comes before a password.
+		path := filepath.Join(dir, e.Name())
+		if _, err := ParseKeys([]string{path}); err == nil && !strings.Contains(path, ":") {
+			list = append(list, path)
+		}
+	}
+	return ParseKeys(list)
 }
 
 // nameOf leaves a password out.
 func nameOf(key string) string {
-	if strings.HasPrefix(key, "provider:") {
+	if strings.HasPrefix(key, provider) {
 		return key
 	}
 	name, _, _ := strings.Cut(key, ":")
@@ -207,13 +282,58 @@ func nameOf(key string) string {
 // was changed: what was read until then must not be relied on before.
 func (k *Keys) Decrypt(r io.Reader, desc ocispec.Descriptor) (io.Reader, error) {
 	if k == nil {
-		return nil, fmt.Errorf("it is %w for %s; give the private key with --key", ErrEncrypted, For(desc))
+		return nil, noKey(desc)
 	}
 	plain, _, err := ocicrypt.DecryptLayer(k.config, r, desc, false)
 	if err != nil {
-		return nil, fmt.Errorf("it is %w for %s, and no key that was given fits: %s", ErrEncrypted, For(desc), strings.Join(strings.Fields(err.Error()), " "))
+		return nil, noKeyFits(desc, err)
 	}
 	return plain, nil
+}
+
+// Fit tells whether a layer can be decrypted, without reading it.
+func (k *Keys) Fit(desc ocispec.Descriptor) error {
+	if k == nil {
+		return noKey(desc)
+	}
+	if _, _, err := ocicrypt.DecryptLayer(k.config, nil, desc, true); err != nil {
+		return noKeyFits(desc, err)
+	}
+	return nil
+}
+
+// Pass gives the annotations of an encrypted layer for other recipients: the layer stays
+// the same bytes, and its key is encrypted for those instead.
+func (k *Keys) Pass(desc ocispec.Descriptor, to *Recipients) (map[string]string, error) {
+	if err := k.Fit(desc); err != nil {
+		return nil, err
+	}
+	// The library adds to whom there is.
+	_, finish, err := ocicrypt.EncryptLayer(&config.EncryptConfig{Parameters: to.config.Parameters, DecryptConfig: *k.config}, nil, desc)
+	if err != nil {
+		return nil, err
+	}
+	all, err := finish()
+	if err != nil {
+		return nil, fmt.Errorf("encrypt the layer's key: %w", err)
+	}
+	annotations := map[string]string{pubOpts: all[pubOpts]}
+	for _, scheme := range to.schemes {
+		id := ocicrypt.GetKeyWrapper(scheme).GetAnnotationID()
+		annotations[id] = strings.TrimPrefix(all[id], desc.Annotations[id]+",")
+		if annotations[id] == "" || annotations[id] == desc.Annotations[id] {
+			return nil, fmt.Errorf("encrypt the layer's key: %s took no recipient", scheme)
+		}
+	}
+	return annotations, nil
+}
+
+func noKey(desc ocispec.Descriptor) error {
+	return fmt.Errorf("it is %w for %s; give the private key with --key", ErrEncrypted, For(desc))
+}
+
+func noKeyFits(desc ocispec.Descriptor, err error) error {
+	return fmt.Errorf("it is %w for %s, and no key that was given fits: %s", ErrEncrypted, For(desc), strings.Join(strings.Fields(err.Error()), " "))
 }
 
 // For names whom a layer is encrypted for, as far as the layer tells: pgp alone names
@@ -234,9 +354,12 @@ func For(desc ocispec.Descriptor) string {
 	return strings.Join(all, ", ")
 }
 
-// Annotations are those that Writer.Annotations gave.
+// IsAnnotation tells whether a layer is decrypted by an annotation of this name.
+func IsAnnotation(key string) bool { return strings.HasPrefix(key, "org.opencontainers.image.enc.") }
+
+// Annotations are those of a layer that it is decrypted by.
 func Annotations(all map[string]string) map[string]string {
 	own := maps.Clone(all)
-	maps.DeleteFunc(own, func(k, _ string) bool { return !strings.HasPrefix(k, "org.opencontainers.image.enc.") })
+	maps.DeleteFunc(own, func(k, _ string) bool { return !IsAnnotation(k) })
 	return own
 }

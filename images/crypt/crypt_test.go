@@ -2,17 +2,24 @@ package crypt
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"io"
+	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -105,6 +112,76 @@ func TestEachRecipientReads(t *testing.T) {
 	}
 }
 
+// A layer is passed on as it is: those who get it read it, and those who had it are not named
+// any more.
+func TestPass(t *testing.T) {
+	first, firstPublic := keyPair(t)
+	second, secondPublic := keyPair(t)
+	third, thirdPublic := keyPair(t)
+	plain := []byte("the password is hunter2\n")
+	sealed, desc := seal(t, plain, "jwe:"+firstPublic)
+	to, err := ParseRecipients([]string{"jwe:" + secondPublic, "jwe:" + thirdPublic})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, keys := range map[string][]string{"another key": {second}, "no key": nil} {
+		k, err := ParseKeys(keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.Fit(desc); !errors.Is(err, ErrEncrypted) {
+			t.Errorf("%s fits: %v", name, err)
+		}
+		if _, err := k.Pass(desc, to); !errors.Is(err, ErrEncrypted) {
+			t.Errorf("%s passes it on: %v", name, err)
+		}
+	}
+	k, err := ParseKeys([]string{second, first})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Fit(desc); err != nil {
+		t.Error(err)
+	}
+	if desc.Annotations, err = k.Pass(desc, to); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{second, third} {
+		if got, err := open(t, sealed, desc, key); err != nil || !bytes.Equal(got, plain) {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	if _, err := open(t, sealed, desc, first); !errors.Is(err, ErrEncrypted) {
+		t.Errorf("the first still reads it: %v", err)
+	}
+}
+
+func TestKeysIn(t *testing.T) {
+	private, public := keyPair(t)
+	sealed, desc := seal(t, []byte("x"), "jwe:"+public)
+	dir := filepath.Dir(private) // has the public key as well
+	if err := os.WriteFile(filepath.Join(dir, "README"), []byte("keys"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "old"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	k, err := KeysIn(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := k.Decrypt(bytes.NewReader(sealed), desc); err != nil {
+		t.Error(err)
+	} else if got, err := io.ReadAll(r); err != nil || string(got) != "x" {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, none := range []string{t.TempDir(), filepath.Join(dir, "none")} {
+		if k, err := KeysIn(none); k != nil || err != nil {
+			t.Errorf("%s: %v, %v", none, k, err)
+		}
+	}
+}
+
 func TestWriterPassesErrorsOn(t *testing.T) {
 	_, public := keyPair(t)
 	r, err := ParseRecipients([]string{"jwe:" + public})
@@ -143,11 +220,151 @@ func TestKeysAndRecipientsThatAreNone(t *testing.T) {
 		}
 	}
 	for one, want := range map[string]string{
+		private + ":fd=7": "fd=", private + ":pass=a:secret": "colon",
 		text: "no private key", text + ".gone:pass=secret": "no such file", public + ":pass=secret": "no private key",
 	} {
 		if _, err := ParseKeys([]string{one}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
 			t.Errorf("key %s: %v, want %q", one, err, want)
 		}
+	}
+}
+
+// The kinds of keys that docs/security.md says were tried.
+func TestKindsOfKeys(t *testing.T) {
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ecKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "node"}, NotAfter: time.Now().Add(time.Hour)}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &rsaKey.PublicKey, rsaKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file := func(name, kind string, der []byte, err error) string {
+		t.Helper()
+		if kind != "" {
+			der = pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+		}
+		path := filepath.Join(dir, name)
+		if err := errors.Join(err, os.WriteFile(path, der, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	public := func(name, kind string, key any) string {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		return file(name, kind, der, err)
+	}
+	private := func(name, kind string, key any) string {
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		return file(name, kind, der, err)
+	}
+	jwk := func(name string, key any, algorithm string) string {
+		data, err := jose.JSONWebKey{Key: key, Algorithm: algorithm}.MarshalJSON()
+		return file(name, "", data, err)
+	}
+	for name, tt := range map[string]struct {
+		recipient string
+		keys      []string
+	}{
+		"RSA, PEM":      {"jwe:" + public("rsa.pem", "PUBLIC KEY", &rsaKey.PublicKey), []string{private("rsa.key", "PRIVATE KEY", rsaKey)}},
+		"elliptic":      {"jwe:" + public("ec.pem", "PUBLIC KEY", &ecKey.PublicKey), []string{private("ec.key", "PRIVATE KEY", ecKey)}},
+		"RSA, DER":      {"jwe:" + public("rsa.der", "", &rsaKey.PublicKey), []string{private("rsa.key.der", "", rsaKey)}},
+		"RSA, JWK":      {"jwe:" + jwk("rsa.jwk", &rsaKey.PublicKey, ""), []string{jwk("rsa.key.jwk", rsaKey, "")}},
+		"elliptic, JWK": {"jwe:" + jwk("ec.jwk", &ecKey.PublicKey, "ECDH-ES+A256KW"), []string{jwk("ec.key.jwk", ecKey, "ECDH-ES+A256KW")}},
+		"certificate":   {"pkcs7:" + file("cert.pem", "CERTIFICATE", certificate, nil), []string{private("cert.key", "PRIVATE KEY", rsaKey), filepath.Join(dir, "cert.pem")}},
+	} {
+		sealed, desc := seal(t, []byte("layer"), tt.recipient)
+		if got, err := open(t, sealed, desc, tt.keys...); err != nil || string(got) != "layer" {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+}
+
+// A key of gpg's: the recipient by its name in the key ring, the key as gpg exports it.
+func TestPGP(t *testing.T) {
+	gpg, err := exec.LookPath("gpg")
+	if err != nil {
+		t.Skip("no gpg on this host, which ocicrypt asks for public keys")
+	}
+	// Its socket has to have a short name.
+	home, err := os.MkdirTemp("", "gpg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = exec.Command("gpgconf", "--homedir", home, "--kill", "all").Run()
+		_ = os.RemoveAll(home)
+	})
+	t.Setenv("GNUPGHOME", home)
+	run := func(args ...string) []byte {
+		t.Helper()
+		out, err := exec.Command(gpg, append([]string{"--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", ""}, args...)...).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	run("--quick-generate-key", "node@example.org", "rsa2048", "encr")
+	ring := filepath.Join(home, "exported.gpg")
+	if err := os.WriteFile(ring, run("--export-secret-keys", "node@example.org"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sealed, desc := seal(t, []byte("layer"), "pgp:node@example.org")
+	if got, err := open(t, sealed, desc, ring); err != nil || string(got) != "layer" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if _, err := open(t, sealed, desc); !errors.Is(err, ErrEncrypted) {
+		t.Errorf("without the key: %v", err)
+	}
+}
+
+// A key with a password reads what was encrypted for it, named from wherever: the builder of
+// a checkpoint works in another directory.
+func TestKeyWithPassword(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	block, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key), []byte("secret"), x509.PEMCipherAES256) //nolint:staticcheck // what ocicrypt reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{
+		"key.pem": pem.EncodeToMemory(block), "pub.pem": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), "password": []byte("secret"),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sealed, desc := seal(t, []byte("layer"), "jwe:"+filepath.Join(dir, "pub.pem"))
+	other, _ := keyPair(t)
+	for _, list := range [][]string{{"key.pem:file=password"}, {"key.pem:pass=secret"}, {other, filepath.Join(dir, "key.pem") + ":file=password"}} {
+		t.Chdir(dir)
+		located, err := AbsoluteKeys(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Chdir("/")
+		if got, err := open(t, sealed, desc, located...); err != nil || string(got) != "layer" {
+			t.Errorf("%v as %v: %q, %v", list, located, got, err)
+		}
+	}
+	if located, err := AbsoluteKeys([]string{"provider:vault"}); err != nil || located[0] != "provider:vault" {
+		t.Errorf("%v, %v", located, err)
+	}
+	if _, err := AbsoluteKeys([]string{"key.pem:fd=3"}); err == nil {
+		t.Error("a descriptor is taken")
 	}
 }
 

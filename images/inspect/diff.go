@@ -1,6 +1,7 @@
 package inspect
 
 import (
+	"context"
 	"fmt"
 	"slices"
 
@@ -53,9 +54,16 @@ type ProcessDifference struct {
 	Kinds  map[string]Pages `json:"kinds,omitempty"` // by Mapping.Kind
 }
 
-// Diff compares two checkpoints: chains of layers that were read with Pages.
-func Diff(from, to *Image, x, y []*Layer) (*Difference, error) {
+// Diff compares two checkpoints: chains of layers that were read with Digests and Pages, and
+// are whole.
+func Diff(ctx context.Context, from, to *Image, x, y []*Layer) (*Difference, error) {
 	a, b := x[0], y[0]
+	if err := VerifyChain(x); err != nil {
+		return nil, fmt.Errorf("%s: %w", from.Name, err)
+	}
+	if err := VerifyChain(y); err != nil {
+		return nil, fmt.Errorf("%s: %w", to.Name, err)
+	}
 	before, err := NewMemory(x)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from.Name, err)
@@ -74,22 +82,29 @@ func Diff(from, to *Image, x, y []*Layer) (*Difference, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", to.Name, err)
 	}
-	find := func(all []Process, pid uint32) *Process {
-		if i := slices.IndexFunc(all, func(p Process) bool { return p.PID == pid }); i >= 0 {
-			return &all[i]
-		}
-		return nil
-	}
+	ofFirst, ofSecond := byPID(first), byPID(second)
 	for i := range first {
-		p, q := &first[i], find(second, first[i].PID)
-		d.process(p, q, before, after)
+		if err := d.process(ctx, &first[i], ofSecond[first[i].PID], before, after); err != nil {
+			return nil, err
+		}
 	}
 	for i := range second {
-		if find(first, second[i].PID) == nil {
-			d.process(nil, &second[i], before, after)
+		if ofFirst[second[i].PID] != nil {
+			continue
+		}
+		if err := d.process(ctx, nil, &second[i], before, after); err != nil {
+			return nil, err
 		}
 	}
 	return d, nil
+}
+
+func byPID(all []Process) map[uint32]*Process {
+	m := make(map[uint32]*Process, len(all))
+	for i := range all {
+		m[all[i].PID] = &all[i]
+	}
+	return m
 }
 
 func sameLayers(a, b *Image) bool {
@@ -115,7 +130,7 @@ func (d *Difference) facts(a, b *Layer) {
 	add("base", m.Base.Digest, n.Base.Digest)
 	add("container", m.Container.ID, n.Container.ID)
 	add("host name", m.Container.Hostname, n.Container.Hostname)
-	add("arguments", m.Container.Args, n.Container.Args)
+	add("arguments", fmt.Sprintf("%q", m.Container.Args), fmt.Sprintf("%q", n.Container.Args))
 	add("platform", m.Platform, n.Platform)
 	add("kernel", m.Host.Kernel, n.Host.Kernel)
 	add("CPU", m.Host.CPU.Model, n.Host.CPU.Model)
@@ -126,7 +141,7 @@ func (d *Difference) facts(a, b *Layer) {
 	add("mounts", m.Mounts, n.Mounts)
 }
 
-func (d *Difference) process(p, q *Process, before, after *Memory) {
+func (d *Difference) process(ctx context.Context, p, q *Process, before, after *Memory) error {
 	out := ProcessDifference{In: "both", Kinds: make(map[string]Pages)}
 	x, y := before.pages(p), after.pages(q)
 	switch {
@@ -138,7 +153,10 @@ func (d *Difference) process(p, q *Process, before, after *Memory) {
 		out.PID, out.Command = q.PID, q.Command
 	}
 	// Both go up the addresses.
-	for x.ok || y.ok {
+	for n := 0; x.ok || y.ok; n++ {
+		if n%(1<<16) == 0 && ctx.Err() != nil {
+			return ctx.Err()
+		}
 		var (
 			pages Pages
 			kind  string
@@ -167,6 +185,7 @@ func (d *Difference) process(p, q *Process, before, after *Memory) {
 	}
 	d.Memory.add(out.Memory)
 	d.Processes = append(d.Processes, out)
+	return nil
 }
 
 // pageCursor goes through the pages of a process that are in a chain of dumps.

@@ -3,8 +3,10 @@ package inspect
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/crac-shim/crac/images"
@@ -24,7 +26,7 @@ func FuzzReadLayer(f *testing.F) {
 	}
 	f.Add(tarLayer(f, dir))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		l, err := readLayer(t.Context(), bytes.NewReader(data), Options{Digests: true})
+		l, err := readLayer(bytes.NewReader(data), Options{Digests: true, Pages: true})
 		if err != nil {
 			if !errors.Is(err, images.ErrDamaged) {
 				t.Fatalf("%v does not wrap ErrDamaged", err)
@@ -34,32 +36,76 @@ func FuzzReadLayer(f *testing.F) {
 		if err := l.Verify(); err != nil && !errors.Is(err, images.ErrDamaged) {
 			t.Fatal(err)
 		}
+		compare(t, []*Layer{l}, []*Layer{l})
 	})
 }
 
-// FuzzProcesses changes one file of a real dump.
-func FuzzProcesses(f *testing.F) {
+// compare is Diff of what may be damaged.
+func compare(t *testing.T, x, y []*Layer) {
+	d, err := Diff(t.Context(), new(Image), new(Image), x, y)
+	if err != nil {
+		if !errors.Is(err, images.ErrDamaged) {
+			t.Fatalf("%v does not wrap ErrDamaged", err)
+		}
+		return
+	}
+	pages := 0
+	for _, l := range append(x, y...) {
+		for _, sums := range l.Pages {
+			pages += len(sums)
+		}
+	}
+	if m := d.Memory; m.Equal+m.Changed+m.Added+m.Removed > int64(pages)*images.SumSize {
+		t.Fatalf("of %d pages there are %+v", pages, m)
+	}
+}
+
+// FuzzMemory: whatever the page maps of two dumps say of each other, their memory is damaged, or
+// no more than there is.
+func FuzzMemory(f *testing.F) {
+	files := testDump(f)
+	maps.DeleteFunc(files, func(name string, _ []byte) bool { return strings.HasPrefix(name, "pagemap-") })
+	f.Add(pagemap(1, run{0x1000, 2, inParent}, run{0x8000, 3, present}), pagemap(1, run{0x1000, 3, present}))
+	f.Add(pagemap(1, run{0, 1 << 51, inParent}), pagemap(1, run{0, 1 << 51, present}))
+	f.Fuzz(func(t *testing.T, top, below []byte) {
+		var chain []*Layer
+		for _, pagemap := range [][]byte{top, below} {
+			l := dumped(3, maps.Clone(files))
+			l.Images["pagemap-1.img"] = pagemap
+			chain = append(chain, l)
+		}
+		compare(t, chain, chain[1:])
+		compare(t, chain[1:], chain)
+	})
+}
+
+// testDump are the files of a real dump, without its memory.
+func testDump(f *testing.F) map[string][]byte {
+	f.Helper()
 	entries, err := os.ReadDir(filepath.Join("testdata", "dump"))
 	if err != nil {
 		f.Fatal(err)
 	}
-	good := make(map[string][]byte)
+	files := make(map[string][]byte)
 	for _, e := range entries {
-		data, err := os.ReadFile(filepath.Join("testdata", "dump", e.Name()))
-		if err != nil {
+		if files[e.Name()], err = os.ReadFile(filepath.Join("testdata", "dump", e.Name())); err != nil {
 			f.Fatal(err)
 		}
-		good[e.Name()] = data
+	}
+	return files
+}
+
+// FuzzProcesses changes one file of a real dump.
+func FuzzProcesses(f *testing.F) {
+	good := testDump(f)
+	for name, data := range good {
 		if len(data) < 4096 {
-			f.Add(e.Name(), data)
+			f.Add(name, data)
 		}
 	}
 	f.Fuzz(func(t *testing.T, name string, data []byte) {
 		m := facts()
-		l := &Layer{Manifest: &m, Images: make(map[string][]byte)}
-		for k, v := range good {
-			l.Images[k] = v
-		}
+		l := &Layer{Manifest: &m, Images: maps.Clone(good)}
 		l.Images[name] = data
 		all, err := l.Processes()
 		if err != nil {

@@ -2,21 +2,20 @@ package inspect
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+	"strconv"
 
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
@@ -33,20 +32,36 @@ type Image struct {
 	Config   ocispec.Image
 	// Checkpoint is the index of the topmost checkpoint layer, -1 if there is none.
 	Checkpoint int
+	// history is what the configuration says of each layer, as far as it does.
+	history []*ocispec.History
 }
 
-// Open reads an image's manifest and configuration.
+// maxLayers is more than any snapshotter can put on top of each other.
+const maxLayers = 1 << 12
+
+// Open reads an image's manifest and configuration, which have one diff ID for each layer.
 func Open(ctx context.Context, store content.Provider, name string, target ocispec.Descriptor, platform platforms.MatchComparer) (*Image, error) {
 	img := &Image{Name: name, Target: target, Checkpoint: -1}
 	var err error
 	if img.Desc, err = ManifestOf(ctx, store, target, platform); err != nil {
 		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
-	if err := readJSON(ctx, store, img.Desc, &img.Manifest); err != nil {
+	if err := blob.ReadJSON(ctx, store, img.Desc, &img.Manifest); err != nil {
 		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
-	if err := readJSON(ctx, store, img.Manifest.Config, &img.Config); err != nil {
+	if err := blob.ReadJSON(ctx, store, img.Manifest.Config, &img.Config); err != nil {
 		return nil, fmt.Errorf("image %s: %w", name, err)
+	}
+	if layers, diffIDs := len(img.Manifest.Layers), len(img.Config.RootFS.DiffIDs); layers != diffIDs {
+		return nil, damaged(fmt.Errorf("image %s: its manifest has %d layers and its configuration %d; pull it again", name, layers, diffIDs))
+	}
+	if n := len(img.Manifest.Layers); n > maxLayers {
+		return nil, damaged(fmt.Errorf("image %s has %d layers; no more than %d are read", name, n, maxLayers))
+	}
+	for i := range img.Config.History {
+		if !img.Config.History[i].EmptyLayer {
+			img.history = append(img.history, &img.Config.History[i])
+		}
 	}
 	for i := range img.Manifest.Layers {
 		if img.isCheckpoint(i) {
@@ -64,7 +79,7 @@ func ManifestOf(ctx context.Context, store content.Provider, target ocispec.Desc
 		case coreimages.IsManifestType(desc.MediaType):
 			found = append(found, desc)
 		case coreimages.IsIndexType(desc.MediaType):
-			return coreimages.Children(ctx, store, desc)
+			return coreimages.Children(ctx, blob.Small{Provider: store}, desc)
 		}
 		return nil, nil
 	})
@@ -76,17 +91,6 @@ func ManifestOf(ctx context.Context, store content.Provider, target ocispec.Desc
 		return ocispec.Descriptor{}, fmt.Errorf("no manifest for this platform in %s: %w", target.Digest, errdefs.ErrNotFound)
 	}
 	return found[0], nil
-}
-
-func readJSON(ctx context.Context, store content.Provider, desc ocispec.Descriptor, v any) error {
-	data, err := content.ReadBlob(ctx, store, desc)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(data, v); err != nil {
-		return fmt.Errorf("%s %s: %w", desc.MediaType, desc.Digest, err)
-	}
-	return nil
 }
 
 // Kind says what a layer is: base, changes or checkpoint.
@@ -115,15 +119,8 @@ func (i *Image) createdBy(layer int) string {
 
 // History is what the configuration says of a layer; nil if it does not.
 func (i *Image) History(layer int) *ocispec.History {
-	n := 0
-	for k := range i.Config.History {
-		if i.Config.History[k].EmptyLayer {
-			continue
-		}
-		if n == layer {
-			return &i.Config.History[k]
-		}
-		n++
+	if layer < len(i.history) {
+		return i.history[layer]
 	}
 	return nil
 }
@@ -149,11 +146,15 @@ func (i *Image) Read(ctx context.Context, store content.Provider, o Options) (*L
 	if i.Checkpoint < 0 {
 		return nil, fmt.Errorf("%s: %w", i.Name, ErrNoCheckpoint)
 	}
-	desc := i.Manifest.Layers[i.Checkpoint]
-	if i.Checkpoint >= len(i.Config.RootFS.DiffIDs) {
-		return nil, damaged(fmt.Errorf("%s: its configuration has fewer layers than its manifest", i.Name))
-	}
-	l, err := readBlob(ctx, store, desc, i.Config.RootFS.DiffIDs[i.Checkpoint], o)
+	// Of the dumps that it continues nothing says how large they are.
+	o.most, _ = strconv.ParseInt(i.Manifest.Annotations[oci.AnnotationDumpBytes], 10, 64)
+	return i.read(ctx, store, i.Checkpoint, o)
+}
+
+// read reads one of the checkpoint layers.
+func (i *Image) read(ctx context.Context, store content.Provider, layer int, o Options) (*Layer, error) {
+	desc := i.Manifest.Layers[layer]
+	l, err := readBlob(ctx, store, desc, i.Config.RootFS.DiffIDs[layer], o)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
 			return nil, fmt.Errorf("%s: checkpoint layer %s is not in the content store, which was told to discard what is unpacked; fetch the image again (ctr content fetch): %w", i.Name, desc.Digest, err)
@@ -177,22 +178,22 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 	if o.Digests {
 		r = io.TeeReader(r, stored.Hash())
 	}
-	blob := r
+	packed := r
 	if crypt.IsEncrypted(desc.MediaType) {
-		if blob, err = o.Keys.Decrypt(r, desc); err != nil {
+		if packed, err = o.Keys.Decrypt(r, desc); err != nil {
 			return nil, err
 		}
 	}
-	unpacked, err := decompress(blob, crypt.PlainType(desc.MediaType))
+	unpacked, err := compress.NewReader(packed, crypt.PlainType(desc.MediaType))
 	if err != nil {
 		return nil, damaged(err)
 	}
 	defer unpacked.Close()
-	var in io.Reader = unpacked
+	var in io.Reader = &ctxReader{ctx, unpacked}
 	if o.Digests {
 		in = io.TeeReader(in, plain.Hash())
 	}
-	l, err := readLayer(ctx, in, o)
+	l, err := readLayer(in, o)
 	if err != nil {
 		return nil, err
 	}
@@ -204,7 +205,7 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 	if _, err := io.Copy(io.Discard, in); err != nil {
 		return nil, damaged(err)
 	}
-	if _, err := io.Copy(io.Discard, blob); err != nil {
+	if _, err := io.Copy(io.Discard, packed); err != nil {
 		return nil, damaged(err)
 	}
 	if !o.Digests {
@@ -233,24 +234,4 @@ func (c *counter) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.tell(int64(n))
 	return n, err
-}
-
-// maxWindow bounds the memory that a compressed stream can ask for. Ours needs
-// 4 MiB, zstd's highest level 128 MiB.
-const maxWindow = 256 << 20
-
-func decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
-	switch {
-	case strings.HasSuffix(mediaType, "zstd"):
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, err
-		}
-		return z.IOReadCloser(), nil
-	case strings.HasSuffix(mediaType, "gzip"):
-		return gzip.NewReader(r)
-	case strings.HasSuffix(mediaType, ".tar"):
-		return io.NopCloser(r), nil
-	}
-	return nil, fmt.Errorf("its media type is %q, which this version cannot unpack", mediaType)
 }

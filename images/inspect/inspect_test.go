@@ -11,7 +11,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,8 +24,10 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/oci/criuimage"
 )
@@ -71,7 +75,7 @@ func tarLayer(tb testing.TB, dir string) []byte {
 	tb.Helper()
 	m := facts()
 	var buf bytes.Buffer
-	if err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
+	if _, err := images.WriteLayer(&buf, dir, []byte(`{"ociVersion":"1.2.0"}`), &m, nil); err != nil {
 		tb.Fatal(err)
 	}
 	return buf.Bytes()
@@ -236,6 +240,25 @@ func TestOpen(t *testing.T) {
 	if _, err := img.Read(t.Context(), s, Options{}); !errors.Is(err, ErrNoCheckpoint) || !strings.Contains(err.Error(), "plain:1") {
 		t.Errorf("an image without a checkpoint: %v", err)
 	}
+	// What a manifest has besides what its configuration says, or far too much of it.
+	many := make([][]byte, maxLayers+1)
+	for i := range many {
+		many[i] = []byte("x")
+	}
+	var m ocispec.Manifest
+	if err := blob.ReadJSON(t.Context(), s, target, &m); err != nil {
+		t.Fatal(err)
+	}
+	m.Layers = append(m.Layers, m.Layers...)
+	for name, desc := range map[string]ocispec.Descriptor{
+		"its manifest has 4 layers and its configuration 2": s.json(ocispec.MediaTypeImageManifest, m),
+		"no more than 4096":    s.image(ocispec.MediaTypeImageLayer, -1, false, many...),
+		"no more than 8388608": s.blob(ocispec.MediaTypeImageManifest, bytes.Repeat([]byte(" "), 8<<20+1)),
+	} {
+		if _, err := Open(t.Context(), s, "odd:1", desc, platforms.Default()); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("got %v, want %q", err, name)
+		}
+	}
 	if _, err := Open(t.Context(), s, "other:1", ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}, platforms.Default()); err == nil {
 		t.Error("an image whose manifest is not there")
 	}
@@ -311,6 +334,101 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// The shim, which finds a damaged dump unpacked, has the words of who reads its layer.
+func TestSameWords(t *testing.T) {
+	good := tarLayer(t, dumpDir(t))
+	of := func(name string, data func([]byte) []byte) []byte {
+		return rewrite(t, good, func(h *tar.Header, was []byte) (*tar.Header, []byte) {
+			if path.Base(h.Name) != name {
+				return h, was
+			}
+			if was = data(was); was == nil {
+				return nil, nil
+			}
+			return h, was
+		})
+	}
+	const manifest = oci.ManifestName
+	for name, layer := range map[string][]byte{
+		"shorter":          of("core-1.img", func(b []byte) []byte { return b[1:] }),
+		"changed":          of("core-1.img", func(b []byte) []byte { b[7]++; return b }),
+		"missing":          of("core-1.img", func([]byte) []byte { return nil }),
+		"memory missing":   of("pages-1.img", func([]byte) []byte { return nil }),
+		"memory shorter":   of("pages-1.img", func(b []byte) []byte { return b[4096:] }),
+		"not listed":       of(manifest, func(b []byte) []byte { return bytes.ReplaceAll(b, []byte("mm-8.img"), []byte("mm-8.old")) }),
+		"listed no more":   renamed(t, good, "mm-8.img", "mm-77.img"),
+		"no manifest":      of(manifest, func([]byte) []byte { return nil }),
+		"no JSON":          of(manifest, func([]byte) []byte { return []byte("{") }),
+		"another version":  of(manifest, func([]byte) []byte { return []byte(`{"version":"2"}`) }),
+		"parent is absent": of(manifest, continuing),
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStored(t)
+			img, err := Open(t.Context(), s, "app:1", s.image(ocispec.MediaTypeImageLayerZstd, 0, true, layer), platforms.Default())
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain, err := img.ReadChain(t.Context(), s, Options{Digests: true})
+			if err == nil {
+				err = VerifyChain(chain)
+			}
+			dir := unpacked(t, layer)
+			c, _, ferr := images.Find([]images.Mount{{Type: "overlay", Options: []string{"lowerdir=" + dir + ":" + t.TempDir()}}})
+			if ferr == nil {
+				ferr = c.Verify()
+			}
+			if !errors.Is(err, images.ErrDamaged) || !errors.Is(ferr, images.ErrDamaged) || !strings.HasSuffix(err.Error(), ferr.Error()) {
+				t.Errorf("where it is stored:   %v\nwhere it is unpacked: %v", err, ferr)
+			}
+		})
+	}
+}
+
+// continuing makes a manifest one of a dump that continues another.
+func continuing(manifest []byte) []byte {
+	m, err := oci.DecodeManifest(bytes.NewReader(manifest))
+	if err != nil {
+		return nil
+	}
+	m.Parent = &oci.Parent{Manifest: "sha256:" + strings.Repeat("a", 64), Depth: 1}
+	m.Requires = append(m.Requires, oci.RequireParent)
+	manifest, _ = m.Encode()
+	return manifest
+}
+
+func renamed(t *testing.T, layer []byte, from, to string) []byte {
+	return rewrite(t, layer, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+		h.Name = strings.Replace(h.Name, from, to, 1)
+		return h, data
+	})
+}
+
+// unpacked is a layer as a snapshotter has it.
+func unpacked(t *testing.T, layer []byte) string {
+	t.Helper()
+	dir := t.TempDir()
+	tr := tar.NewReader(bytes.NewReader(layer))
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return dir
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeDir {
+			err = os.Mkdir(filepath.Join(dir, h.Name), 0o700)
+		} else if data, rerr := io.ReadAll(tr); rerr != nil {
+			err = rerr
+		} else {
+			err = os.WriteFile(filepath.Join(dir, h.Name), data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // rewrite passes a tar's entries through f; nil drops one.
 func rewrite(t *testing.T, layer []byte, f func(h *tar.Header, data []byte) (*tar.Header, []byte)) []byte {
 	t.Helper()
@@ -362,16 +480,21 @@ func TestHostileLayers(t *testing.T) {
 		layer []byte
 		want  string
 	}{
-		"outside":       {add(file("etc/passwd"), "x"), "no entry of a checkpoint layer"},
-		"above":         {add(file(".crac/v1/criu/../../../etc/passwd"), "x"), "no entry"},
-		"absolute":      {add(file("/.crac/v1/criu/x.img"), "x"), "no entry"},
-		"deeper":        {add(file(".crac/v1/criu/a/x.img"), "x"), "no entry"},
-		"hidden":        {add(file(".crac/v1/criu/.x"), "x"), "no entry"},
-		"link":          {add(&tar.Header{Typeflag: tar.TypeSymlink, Name: ".crac/v1/criu/parent", Linkname: "/"}, ""), "no entry"},
-		"device":        {add(&tar.Header{Typeflag: tar.TypeChar, Name: ".crac/v1/criu/x.img"}, ""), "no entry"},
+		"outside":  {add(file("etc/passwd"), "x"), "no entry of a checkpoint layer"},
+		"above":    {add(file(".crac/v1/criu/../../../etc/passwd"), "x"), "no entry"},
+		"absolute": {add(file("/.crac/v1/criu/x.img"), "x"), "no entry"},
+		"deeper":   {add(file(".crac/v1/criu/a/x.img"), "x"), "no entry"},
+		"hidden":   {add(file(".crac/v1/criu/.x"), "x"), "no entry"},
+		"link":     {add(&tar.Header{Typeflag: tar.TypeSymlink, Name: ".crac/v1/criu/parent", Linkname: "/"}, ""), "no entry"},
+		"device":   {add(&tar.Header{Typeflag: tar.TypeChar, Name: ".crac/v1/criu/x.img"}, ""), "no entry"},
+		// archive/tar writes no such thing, but reads it.
+		"sparse": {bytes.ReplaceAll(add(&tar.Header{
+			Typeflag: tar.TypeReg, Name: ".crac/v1/criu/x.img", Mode: 0o600,
+			PAXRecords: map[string]string{"NOT.sparse.map": "0,1", "NOT.sparse.numblocks": "1", "NOT.sparse.size": "4611686018427387904"},
+		}, "x"), []byte("NOT.sparse"), []byte("GNU.sparse")), "no entry"},
 		"twice":         {add(file(".crac/v1/criu/mm-8.img"), "x"), "twice"},
 		"two manifests": {add(file(".crac/v1/manifest.json"), "{}"), "twice"},
-		"no manifest":   {nil, "has no .crac/v1/manifest.json"},
+		"no manifest":   {nil, ".crac/v1/manifest.json: file does not exist"},
 		"cut off":       {good[:len(good)/2], "unexpected EOF"},
 		"not a tar":     {bytes.Repeat([]byte("x"), 2048), "invalid"},
 		"other manifest": {rewrite(t, good, func(h *tar.Header, d []byte) (*tar.Header, []byte) {
@@ -381,7 +504,7 @@ func TestHostileLayers(t *testing.T) {
 			return h, d
 		}), `version "2"`},
 	} {
-		_, err := readLayer(t.Context(), bytes.NewReader(tt.layer), Options{})
+		_, err := readLayer(bytes.NewReader(tt.layer), Options{})
 		if !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got %v, want ErrDamaged with %q", name, err, tt.want)
 		}
@@ -394,13 +517,13 @@ func TestHostileLayers(t *testing.T) {
 	if err := tw.WriteHeader(h); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := readLayer(t.Context(), &big, Options{}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "besides the memory") {
+	if _, err := readLayer(&big, Options{}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "looked into") {
 		t.Errorf("a large file: %v", err)
 	}
 }
 
 func TestPageHashes(t *testing.T) {
-	l, err := readLayer(t.Context(), bytes.NewReader(tarLayer(t, dumpDir(t))), Options{Pages: true})
+	l, err := readLayer(bytes.NewReader(tarLayer(t, dumpDir(t))), Options{Pages: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,8 +539,12 @@ func TestPageHashes(t *testing.T) {
 	if l.Pages["pages-1.img"][3] != l.Pages["pages-2.img"][3] {
 		t.Error("equal pages have different hashes")
 	}
-	if _, err := hashPages(strings.NewReader("xyz")); err == nil {
+	r := &reader{mostHashed: 3 * 16}
+	if _, err := r.hashPages(strings.NewReader("xyz")); err == nil {
 		t.Error("part of a page is no error")
+	}
+	if _, err := r.hashPages(bytes.NewReader(make([]byte, 4*images.SumSize))); err == nil || !strings.Contains(err.Error(), "more memory") {
+		t.Errorf("more than can be held: %v", err)
 	}
 }
 
@@ -428,7 +555,7 @@ func TestDiff(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := img.Read(t.Context(), s, Options{Pages: true})
+		l, err := img.Read(t.Context(), s, Options{Digests: true, Pages: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -450,17 +577,18 @@ func TestDiff(t *testing.T) {
 	imgA, a := read(first)
 	imgB, b := read(second)
 
-	same, err := Diff(imgA, imgA, []*Layer{a}, []*Layer{a})
+	same, err := Diff(t.Context(), imgA, imgA, []*Layer{a}, []*Layer{a})
 	total := int64(77824 + 65536 + 61440)
 	if err != nil || !same.SameLayers || len(same.Facts) > 0 || same.Memory != (Pages{Equal: total}) || len(same.Processes) != 3 {
 		t.Errorf("with itself: %+v, %v", same, err)
 	}
 	b.Manifest.Host.CPU.Model = "Other"
-	d, err := Diff(imgA, imgB, []*Layer{a}, []*Layer{b})
+	b.Manifest.Container.Args = []string{"a\x1b[2J"}
+	d, err := Diff(t.Context(), imgA, imgB, []*Layer{a}, []*Layer{b})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d.Memory != (Pages{Equal: total - 2*images.SumSize, Changed: 2 * images.SumSize}) || len(d.Facts) != 1 || d.Facts[0].To != "Other" {
+	if d.Memory != (Pages{Equal: total - 2*images.SumSize, Changed: 2 * images.SumSize}) || len(d.Facts) != 2 || d.Facts[0].To != `["a\x1b[2J"]` || d.Facts[1].To != "Other" {
 		t.Errorf("%+v", d)
 	}
 	for _, p := range d.Processes {
@@ -489,15 +617,130 @@ func TestDiff(t *testing.T) {
 		x, y *Layer
 		in   string
 	}{{a, &less, "from"}, {&less, a, "to"}} {
-		d, err := Diff(imgA, imgA, []*Layer{tt.x}, []*Layer{tt.y})
+		d, err := Diff(t.Context(), imgA, imgA, []*Layer{tt.x}, []*Layer{tt.y})
 		if err != nil || len(d.Processes) != 3 || d.Processes[2].In != tt.in || d.Memory.Added+d.Memory.Removed != 65536+61440 {
 			t.Errorf("%s: %+v, %v", tt.in, d, err)
 		}
 	}
 
+	// What is read is what was checked.
+	bad := *b
+	bad.Found = slices.Clone(b.Found)
+	bad.Found[len(bad.Found)-1].Digest = "sha256:" + strings.Repeat("0", 64)
+	for _, pair := range [][2]*Layer{{a, &bad}, {&bad, a}} {
+		if _, err := Diff(t.Context(), imgA, imgB, []*Layer{pair[0]}, []*Layer{pair[1]}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "digest") {
+			t.Errorf("a changed file: %v", err)
+		}
+	}
 	// Memory that is not what the page map says.
 	a.Pages["pages-1.img"] = a.Pages["pages-1.img"][1:]
-	if _, err := Diff(imgA, imgB, []*Layer{a}, []*Layer{b}); !errors.Is(err, images.ErrDamaged) {
+	if _, err := Diff(t.Context(), imgA, imgB, []*Layer{a}, []*Layer{b}); !errors.Is(err, images.ErrDamaged) {
 		t.Errorf("a page is missing: %v", err)
+	}
+}
+
+// run is of a page map: pages at an address.
+type run struct{ at, pages, flags uint64 }
+
+const (
+	inParent = 1
+	present  = 4
+)
+
+// pagemap is of a process whose memory is in pages-ID.img, as CRIU 4.2 writes it.
+func pagemap(id uint64, runs ...run) []byte {
+	head := protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), id)
+	all := criuimage.New(criuimage.Pagemap, head)
+	for _, r := range runs {
+		var m []byte
+		for i, v := range []uint64{r.at, 0, r.flags, r.pages} {
+			m = protowire.AppendVarint(protowire.AppendTag(m, []protowire.Number{1, 2, 4, 5}[i], protowire.VarintType), v)
+		}
+		all = criuimage.Append(all, m)
+	}
+	return all
+}
+
+// dumped is a layer with the memory of process 1.
+func dumped(pages int, pagemaps map[string][]byte) *Layer {
+	m := facts()
+	return &Layer{Manifest: &m, Images: pagemaps, Pages: map[string][]images.PageSum{"pages-1.img": make([]images.PageSum, pages)}}
+}
+
+// A few bytes claim as many pages as there are addresses: they are there, or it is damaged, and
+// nobody counts them one by one.
+func TestHostilePagemaps(t *testing.T) {
+	const lot = 1 << 51
+	base := dumped(4, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x1000, 2, present}, run{0x3000, 1, present}, run{0x8000, 1, present})})
+	for _, tt := range []struct {
+		name  string
+		chain []*Layer
+		want  string // empty: it is fine
+	}{
+		{"whole", []*Layer{base}, ""},
+		{"a run over two of the parent's", []*Layer{dumped(0, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x2000, 2, inParent}, run{0x8000, 1, inParent})}), base}, ""},
+		{"three dumps", []*Layer{
+			dumped(0, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x1000, 3, inParent})}),
+			dumped(1, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x1000, 2, inParent}, run{0x3000, 1, present})}), base,
+		}, ""},
+		{"no parent", []*Layer{dumped(0, map[string][]byte{"pagemap-1.img": pagemap(1, run{0, lot, inParent})})}, "page at 0x0 the parent's"},
+		{"more than the parent's", []*Layer{dumped(0, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x1000, lot, inParent})}), base}, "page at 0x4000 the parent's"},
+		{"between the parent's", []*Layer{dumped(0, map[string][]byte{"pagemap-1.img": pagemap(1, run{0x5000, 1, inParent}, run{0x8000, 1, inParent})}), base}, "page at 0x5000 the parent's"},
+		{"another process's", []*Layer{dumped(0, map[string][]byte{"pagemap-2.img": pagemap(1, run{0x1000, 1, inParent})}), base}, "page at 0x1000 the parent's"},
+		{"present", []*Layer{dumped(4, map[string][]byte{"pagemap-1.img": pagemap(1, run{0, lot, present})})}, "more pages"},
+		{"one file for two", []*Layer{dumped(1, map[string][]byte{
+			"pagemap-1.img": pagemap(1, run{0, 1, present}), "pagemap-2.img": pagemap(1, run{0, 1, present}),
+		})}, "belongs to two"},
+	} {
+		_, err := NewMemory(tt.chain)
+		if (tt.want == "") != (err == nil) || err != nil && (!errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: got %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+// What is not looked into may be as large as it likes, and what a dump says of its own size is
+// held against it.
+func TestLargeFiles(t *testing.T) {
+	dir := dumpDir(t)
+	for _, name := range []string{"tmpfs-dev-7.tar.gz.img", "ghost-file-1.img"} {
+		f, err := os.Create(filepath.Join(dir, name))
+		if err == nil {
+			err = errors.Join(f.Truncate(maxImages/2+1), f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := facts()
+	r, w := io.Pipe()
+	go func() {
+		_, err := images.WriteLayer(w, dir, []byte("{}"), &m, nil)
+		_ = w.CloseWithError(err)
+	}()
+	l, err := readLayer(r, Options{Digests: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Verify(); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Processes(); err != nil {
+		t.Error(err)
+	}
+
+	layer := tarLayer(t, dumpDir(t))
+	for most, want := range map[int64]string{0: "", 1 << 30: "", 1 << 10: oci.AnnotationDumpBytes} {
+		_, err := readLayer(bytes.NewReader(layer), Options{most: most})
+		if (want == "") != (err == nil) || err != nil && (!errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), want)) {
+			t.Errorf("at most %d: %v", most, err)
+		}
+	}
+	// That there is no room for it is no fault of the image.
+	if _, err := readLayer(bytes.NewReader(layer), Options{Extract: filepath.Join(t.TempDir(), "none")}); err == nil || errors.Is(err, images.ErrDamaged) {
+		t.Errorf("no directory to unpack into: %v", err)
+	}
+	if _, err := extract(t.TempDir(), "x.img", 1<<60); err == nil || !strings.Contains(err.Error(), "--work-dir") {
+		t.Errorf("no room: %v", err)
 	}
 }

@@ -19,15 +19,17 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/oci"
 )
 
-// maxImages bounds how many bytes of a layer are kept in memory: all but the
-// workload's memory. The largest files of that kind are those of the mappings, a
-// few hundred bytes for each.
+// maxImages bounds how many bytes of a layer are kept in memory: of the files that are
+// looked into. The largest are those of the mappings, a few hundred bytes for each.
 const maxImages = 256 << 20
 
 // Layer is what a checkpoint layer holds.
@@ -35,7 +37,7 @@ type Layer struct {
 	Manifest *oci.Manifest
 	// Spec is the runtime spec of the dumped container, as stored.
 	Spec []byte
-	// Images are the files of the dump by name, but for pages-*.img.
+	// Images are the files of the dump that are looked into, by name.
 	Images map[string][]byte
 	// Found are the files of the dump as they are, in the layer's order. They have
 	// digests if they were asked for.
@@ -62,32 +64,22 @@ type Options struct {
 	// Progress, if there is one, is told how many bytes of the layer as stored were
 	// read since it was told last.
 	Progress func(n int64)
+
+	// most is how many bytes the image says that the dump has; 0 if it does not say.
+	most int64
 }
 
 // readLayer reads an uncompressed checkpoint layer in one pass. What it finds is
 // hostile: only the format's own entries are taken, each once, and what is kept
 // is bounded. Errors wrap images.ErrDamaged.
-func readLayer(ctx context.Context, r io.Reader, o Options) (*Layer, error) {
-	l := &Layer{Images: make(map[string][]byte), Pages: make(map[string][]images.PageSum)}
+func readLayer(r io.Reader, o Options) (*Layer, error) {
+	l := &reader{o: o, mostHashed: mostHashed(), Layer: &Layer{Images: make(map[string][]byte), Pages: make(map[string][]images.PageSum)}}
 	var (
 		manifest []byte
-		kept     int64
 		seen     = make(map[string]bool)
+		tr       = tar.NewReader(r)
 	)
-	keep := func(r io.Reader, size int64) ([]byte, error) {
-		if kept += size; size < 0 || kept > maxImages {
-			return nil, fmt.Errorf("holds more than %d bytes besides the memory", int64(maxImages))
-		}
-		// The size is a claim: memory is taken for what is really there.
-		var data bytes.Buffer
-		_, err := io.CopyN(&data, r, size)
-		return data.Bytes(), err
-	}
-	tr := tar.NewReader(r)
 	for {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
 			break
@@ -103,87 +95,160 @@ func readLayer(ctx context.Context, r io.Reader, o Options) (*Layer, error) {
 			continue
 		case seen[name]:
 			return nil, damaged(fmt.Errorf("%s is there twice", name))
-		case len(seen) > oci.MaxFiles+2:
+		case len(seen) >= oci.MaxFiles+2:
 			return nil, damaged(fmt.Errorf("it holds more than %d files", oci.MaxFiles))
 		}
 		seen[name] = true
-		if !dump {
-			data, err := keep(tr, h.Size)
-			if err != nil {
-				return nil, damaged(fmt.Errorf("%s: %w", name, err))
-			}
-			switch name {
-			case oci.ManifestName:
-				manifest = data
-			case oci.SpecName:
-				l.Spec = data
-			}
-			continue
+		switch {
+		case dump:
+			err = l.file(tr, name, h.Size)
+		case name == oci.ManifestName:
+			manifest, err = l.keep(tr, h.Size)
+		case name == oci.SpecName:
+			l.Spec, err = l.keep(tr, h.Size)
 		}
-		if err := l.file(tr, name, h.Size, o, keep); err != nil {
+		if err != nil {
 			return nil, damaged(fmt.Errorf("%s: %w", name, err))
 		}
 	}
 	if manifest == nil {
-		return nil, damaged(fmt.Errorf("it has no %s/%s", oci.Dir, oci.ManifestName))
+		return nil, images.DamagedManifest(os.ErrNotExist)
 	}
 	var err error
-	if l.Manifest, err = oci.DecodeManifest(strings.NewReader(string(manifest))); err != nil {
-		return nil, damaged(err)
+	if l.Manifest, err = oci.DecodeManifest(bytes.NewReader(manifest)); err != nil {
+		return nil, images.DamagedManifest(err)
 	}
 	sum := sha256.Sum256(manifest)
 	l.ManifestDigest = "sha256:" + hex.EncodeToString(sum[:])
-	return l, nil
+	return l.Layer, nil
+}
+
+// reader is a layer that is being read.
+type reader struct {
+	*Layer
+	o                   Options
+	found, kept, hashed int64 // bytes: in the dump so far, in Images and beside, of Pages
+	mostHashed          int64
+}
+
+// mostHashed is how many bytes the hashes of pages may take: a 16th of this host's memory,
+// for a dump of 16 times as much. How much is in a layer, only its end says.
+func mostHashed() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 1 << 30
+	}
+	return int64(info.Totalram) * int64(info.Unit) / 16
+}
+
+// keep reads what is kept in memory.
+func (l *reader) keep(r io.Reader, size int64) ([]byte, error) {
+	if l.kept += size; l.kept > maxImages {
+		return nil, fmt.Errorf("with it there are more than %d bytes that would have to be looked into", int64(maxImages))
+	}
+	// The size is a claim: memory is taken for what is really there.
+	var data bytes.Buffer
+	_, err := io.CopyN(&data, r, size)
+	return data.Bytes(), err
 }
 
 // file reads one file of the dump.
-func (l *Layer) file(r io.Reader, name string, size int64, o Options, keep func(io.Reader, int64) ([]byte, error)) error {
+func (l *reader) file(r io.Reader, name string, size int64) error {
+	if l.found += size; l.o.most > 0 && l.found > l.o.most {
+		return fmt.Errorf("with it the dump has more than the %d bytes that the image's annotation %s says", l.o.most, oci.AnnotationDumpBytes)
+	}
 	found := oci.File{Name: name, Size: size}
 	var digest hash.Hash
-	if o.Digests {
+	if l.o.Digests {
 		digest = sha256.New()
 		r = io.TeeReader(r, digest)
 	}
-	var extracted *os.File
-	if o.Extract != "" {
-		// The name is a plain one: see entry.
-		f, err := os.OpenFile(filepath.Join(o.Extract, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
+	var extracted *extractedFile
+	if l.o.Extract != "" {
+		var err error
+		if extracted, err = extract(l.o.Extract, name, size); err != nil {
 			return err
 		}
-		extracted = f
-		defer f.Close()
-		r = io.TeeReader(r, f)
+		defer extracted.Close()
+		r = io.TeeReader(r, extracted)
 	}
 	switch {
-	case !images.IsPages(name):
-		data, err := keep(r, size)
+	case isLookedInto(name):
+		data, err := l.keep(r, size)
 		if err != nil {
 			return err
 		}
 		l.Images[name] = data
-	case o.Pages:
-		hashes, err := hashPages(r)
+	case images.IsPages(name) && l.o.Pages:
+		sums, err := l.hashPages(r)
 		if err != nil {
 			return err
 		}
-		l.Pages[name] = hashes
+		l.Pages[name] = sums
 	default:
 		if _, err := io.Copy(io.Discard, r); err != nil {
 			return err
 		}
 	}
-	if o.Digests {
+	if l.o.Digests {
 		found.Digest = "sha256:" + hex.EncodeToString(digest.Sum(nil))
 	}
 	l.Found = append(l.Found, found)
 	if extracted != nil {
-		return extracted.Close()
+		if err := extracted.Close(); err != nil {
+			return extractError{err}
+		}
 	}
 	return nil
 }
 
-func hashPages(r io.Reader) (sums []images.PageSum, err error) {
+// isLookedInto tells the files that Processes and NewMemory read. The others are as
+// large as they like: archives of tmpfs mounts, files without a name, shared memory.
+func isLookedInto(name string) bool {
+	if _, ok := pagemapPID(name); ok {
+		return true
+	}
+	switch kind, _, _ := strings.Cut(name, "-"); kind {
+	case "core", "fdinfo", "files.img", "fs", "ids", "mm", "pstree.img":
+		return true
+	}
+	return false
+}
+
+// extractedFile is a file that is written on this host.
+type extractedFile struct{ *os.File }
+
+// extractError is about this host, and not about the image.
+type extractError struct{ error }
+
+func (e extractError) Unwrap() error { return e.error }
+
+// extract makes a file below dir. Its name is a plain one: see entry. Whoever made the
+// dump says how large it is, and a full disk is everybody's trouble.
+func extract(dir, name string, size int64) (*extractedFile, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return nil, extractError{err}
+	}
+	if free := int64(st.Bavail) * st.Bsize; size > free {
+		return nil, extractError{fmt.Errorf("it has %d bytes, and in %s there is room for %d; make room, or say where else there is (--work-dir, or TMPDIR)", size, dir, free)}
+	}
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, extractError{err}
+	}
+	return &extractedFile{f}, nil
+}
+
+func (f *extractedFile) Write(p []byte) (int, error) {
+	n, err := f.File.Write(p)
+	if err != nil {
+		err = extractError{err}
+	}
+	return n, err
+}
+
+func (l *reader) hashPages(r io.Reader) (sums []images.PageSum, err error) {
 	page := make([]byte, images.SumSize)
 	for {
 		switch n, err := io.ReadFull(r, page); {
@@ -194,8 +259,25 @@ func hashPages(r io.Reader) (sums []images.PageSum, err error) {
 		case err != nil:
 			return nil, err
 		}
-		sums = append(sums, images.SumPage(page))
+		sum := images.SumPage(page)
+		if l.hashed += int64(unsafe.Sizeof(sum)); l.hashed > l.mostHashed {
+			return nil, fmt.Errorf("with it there is more memory than can be compared on this host: hashes of it take more than %d bytes", l.mostHashed)
+		}
+		sums = append(sums, sum)
 	}
+}
+
+// ctxReader makes a long read stop when its context ends.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *ctxReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
 }
 
 // entry knows the format's entries. name is empty for a directory; dump says that
@@ -205,7 +287,7 @@ func entry(h *tar.Header) (name string, dump bool, err error) {
 	switch {
 	case h.Typeflag == tar.TypeDir && (clean == oci.Root || clean == oci.Dir || clean == oci.Dir+"/"+oci.CRIUDirName):
 		return "", false, nil
-	case h.Typeflag != tar.TypeReg:
+	case h.Typeflag != tar.TypeReg || isSparse(h):
 	case clean == oci.Dir+"/"+oci.ManifestName, clean == oci.Dir+"/"+oci.SpecName:
 		return path.Base(clean), false, nil
 	case path.Dir(clean) == oci.Dir+"/"+oci.CRIUDirName && oci.ValidFileName(path.Base(clean)):
@@ -214,11 +296,36 @@ func entry(h *tar.Header) (name string, dump bool, err error) {
 	return "", false, fmt.Errorf("%q is no entry of a checkpoint layer", h.Name)
 }
 
+// isSparse tells that a file has holes, which take nothing in a layer, however large: to
+// read them would not end.
+func isSparse(h *tar.Header) bool {
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
+}
+
 func damaged(err error) error {
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if here := (extractError{}); errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.As(err, &here) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", images.ErrDamaged, err)
+}
+
+// VerifyChain is Verify for all layers of a chain.
+func VerifyChain(chain []*Layer) error {
+	for n, l := range chain {
+		err := l.Verify()
+		if err != nil && n > 0 {
+			err = images.InParent(n, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Verify compares the files of a layer that was read with Digests with its

@@ -11,8 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 
 	"github.com/crac-shim/crac/images"
-	"github.com/crac-shim/crac/images/crypt"
-	"github.com/crac-shim/crac/oci"
 )
 
 // ReadChain reads the image's checkpoint layer and those of the dumps that it
@@ -40,23 +38,20 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 			n--
 		}
 		if n < 0 {
-			return nil, damaged(fmt.Errorf("%s: the dump with the manifest %s, which this one continues, is in no layer", i.Name, want.Manifest))
+			return nil, fmt.Errorf("%s: %w", i.Name, images.NoParent(want))
 		}
 		if err := level(len(chain)); err != nil {
 			return nil, err
 		}
-		below := *i
-		below.Checkpoint = n
-		l, err := below.Read(ctx, store, o)
+		l, err := i.read(ctx, store, n, o)
 		if err != nil {
 			return nil, err
 		}
 		if l.ManifestDigest != want.Manifest {
-			return nil, damaged(fmt.Errorf("%s: layer %s is not the dump that the one above it continues: its manifest is %s, not %s",
-				i.Name, i.Manifest.Layers[n].Digest, l.ManifestDigest, want.Manifest))
+			return nil, fmt.Errorf("%s: %w", i.Name, images.NoParent(want))
 		}
-		if len(chain) > oci.MaxDepth {
-			return nil, damaged(fmt.Errorf("%s: more than %d dumps continue one another", i.Name, oci.MaxDepth))
+		if err := images.Continues(chain[len(chain)-1].Manifest, l.Manifest); err != nil {
+			return nil, fmt.Errorf("%s: %w", i.Name, err)
 		}
 		chain = append(chain, l)
 		want = l.Manifest.Parent
@@ -66,25 +61,36 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 
 // ReadWhole is ReadChain, checked, for a restore: the directory whole, below dir, holds
 // one dump then with all of the memory. dir has to be empty.
-func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir string, keys *crypt.Keys) (chain []*Layer, whole string, err error) {
+func (i *Image) ReadWhole(ctx context.Context, store content.Provider, dir string, o Options) (chain []*Layer, whole string, err error) {
 	if i.Covered() {
 		return nil, "", fmt.Errorf("%s: %w: its memory does not match the files", i.Name, images.ErrCovered)
 	}
-	if chain, err = i.ReadChain(ctx, store, Options{Digests: true, Extract: dir, Keys: keys}); err != nil {
+	o.Digests, o.Extract = true, dir
+	if chain, err = i.ReadChain(ctx, store, o); err != nil {
 		return nil, "", err
 	}
+	// What is put together here is not looked at again before it is restored.
+	if err := VerifyChain(chain); err != nil {
+		return nil, "", fmt.Errorf("%s: %w", i.Name, err)
+	}
 	dirs := make([]string, len(chain))
-	for n, l := range chain {
-		// What is put together here is not looked at again before it is restored.
-		if err := l.Verify(); err != nil {
-			return nil, "", fmt.Errorf("%s: %w", i.Name, err)
-		}
+	for n := range chain {
 		dirs[n] = filepath.Join(dir, strconv.Itoa(n))
 	}
-	if _, err := images.Merge(dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
+	if _, err := images.Merge(ctx, dirs, uint64(chain[0].Manifest.Host.PageSize)); err != nil {
 		return nil, "", fmt.Errorf("%s: %w", i.Name, err)
 	}
 	return chain, dirs[0], nil
+}
+
+// CheckpointSize is how many bytes a registry stores of all checkpoint layers.
+func (i *Image) CheckpointSize() (size int64) {
+	for n, l := range i.Manifest.Layers {
+		if i.isCheckpoint(n) {
+			size += l.Size
+		}
+	}
+	return size
 }
 
 // CheckpointLayers are the indexes of the layers that a chain of this length was
@@ -108,7 +114,8 @@ type Memory struct {
 
 var _ images.ParentMemory = (*Memory)(nil)
 
-// summed is a run of pages with their hashes; none of pages that are the parent's.
+// summed is a run of pages with their hashes; none of pages that are the parent's, which
+// has all of them.
 type summed struct {
 	start, end uint64
 	sums       []images.PageSum
@@ -127,11 +134,19 @@ func NewMemory(chain []*Layer) (*Memory, error) {
 	return m, nil
 }
 
+// pagemapPID is the process whose page map a file of this name is.
+func pagemapPID(name string) (uint32, bool) {
+	var pid uint32
+	n, err := fmt.Sscanf(name, "pagemap-%d.img", &pid)
+	return pid, n == 1 && err == nil && name == fmt.Sprintf("pagemap-%d.img", pid)
+}
+
 func (m *Memory) read(l *Layer) error {
 	pageSize := uint64(l.Manifest.Host.PageSize)
+	taken := make(map[uint32]bool)
 	for name, data := range l.Images {
-		var pid uint32
-		if n, err := fmt.Sscanf(name, "pagemap-%d.img", &pid); n != 1 || err != nil || name != fmt.Sprintf("pagemap-%d.img", pid) {
+		pid, ok := pagemapPID(name)
+		if !ok {
 			continue
 		}
 		p, err := images.ParsePagemap(data, pageSize)
@@ -139,6 +154,10 @@ func (m *Memory) read(l *Layer) error {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 		file := fmt.Sprintf("pages-%d.img", p.ID)
+		if taken[p.ID] {
+			return fmt.Errorf("%s belongs to two processes", file)
+		}
+		taken[p.ID] = true
 		sums := l.Pages[file]
 		var runs []summed
 		for _, r := range p.Runs {
@@ -157,9 +176,34 @@ func (m *Memory) read(l *Layer) error {
 		if len(sums) > 0 {
 			return fmt.Errorf("%s has more pages than %s speaks of", file, name)
 		}
+		// A run is a few bytes of the page map, however long it claims to be. So those
+		// that go through the pages have no more to do than there are pages.
+		if at, ok := m.parent.lacks(pid, runs); ok {
+			return fmt.Errorf("%s calls the page at %#x the parent's, which does not have it", name, at)
+		}
 		m.processes[pid] = runs
 	}
 	return nil
+}
+
+// lacks finds the first page of a process that runs above say is in m, and is not.
+func (m *Memory) lacks(pid uint32, above []summed) (at uint64, lacks bool) {
+	var own []summed
+	if m != nil {
+		own = m.processes[pid]
+	}
+	for _, s := range above {
+		for at := s.start; s.sums == nil && at < s.end; {
+			for len(own) > 0 && own[0].end <= at {
+				own = own[1:]
+			}
+			if len(own) == 0 || own[0].start > at {
+				return at, true
+			}
+			at = own[0].end
+		}
+	}
+	return 0, false
 }
 
 // Sum implements images.ParentMemory.

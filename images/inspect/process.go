@@ -93,15 +93,28 @@ func (l *Layer) Processes() ([]Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	byID := make(map[fileKey]*fdinfo.FileEntry, len(files))
+	open := openFiles{byID: make(map[fileKey]*fdinfo.FileEntry, len(files)), paths: make(map[uint32]string)}
 	for _, f := range files {
-		byID[fileKey{f.GetType(), f.GetId()}] = f
+		open.byID[fileKey{f.GetType(), f.GetId()}] = f
 	}
-	all := make([]Process, 0, len(tree))
+	var (
+		all                   []Process
+		seen                  = make(map[uint32]bool)
+		mappings, descriptors int
+	)
 	for _, e := range tree {
 		p := Process{PID: e.GetPid(), Parent: e.GetPpid(), Session: e.GetSid(), Threads: len(e.GetThreads())}
-		if err := d.process(&p, byID, pageSize); err != nil {
+		if seen[p.PID] {
+			return nil, damaged(fmt.Errorf("pstree.img lists process %d twice", p.PID))
+		}
+		seen[p.PID] = true
+		if err := d.process(&p, open, pageSize); err != nil {
 			return nil, err
+		}
+		mappings += len(p.Mappings)
+		descriptors += len(p.Descriptors) // many processes may share one table
+		if max(mappings, descriptors) > maxMessages {
+			return nil, damaged(fmt.Errorf("its processes have more than %d mappings or open files", maxMessages))
 		}
 		all = append(all, p)
 	}
@@ -114,10 +127,26 @@ type fileKey struct {
 	id   uint32
 }
 
+// openFiles are what files.img says. Many mappings are of one file.
+type openFiles struct {
+	byID  map[fileKey]*fdinfo.FileEntry
+	paths map[uint32]string
+}
+
+// path is where a regular file is, in the container.
+func (o openFiles) path(id uint32) string {
+	p, ok := o.paths[id]
+	if !ok {
+		p = printable(o.byID[fileKey{fdinfo.FdTypes_REG, id}].GetReg().GetName())
+		o.paths[id] = p
+	}
+	return p
+}
+
 // Task states of CRIU's pid.h.
 var taskStates = map[uint32]string{1: "running", 2: "dead", 3: "stopped", 6: "zombie"}
 
-func (d dump) process(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize uint64) error {
+func (d dump) process(p *Process, files openFiles, pageSize uint64) error {
 	var core criucore.CoreEntry
 	if err := d.must(fmt.Sprintf("core-%d.img", p.PID), criuimage.Core, &core); err != nil {
 		return err
@@ -142,19 +171,15 @@ func (d dump) process(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize 
 		return err
 	}
 	for _, f := range open {
-		p.Descriptors = append(p.Descriptors, describe(f.GetFd(), f.GetType(), files[fileKey{f.GetType(), f.GetId()}]))
+		p.Descriptors = append(p.Descriptors, describe(f.GetFd(), f.GetType(), files.byID[fileKey{f.GetType(), f.GetId()}]))
 	}
 	slices.SortStableFunc(p.Descriptors, func(a, b Descriptor) int { return cmp.Compare(a.FD, b.FD) })
 	var dirs fs.FsEntry
 	ok, err := d.one(fmt.Sprintf("fs-%d.img", p.PID), criuimage.FS, &dirs)
 	if ok && err == nil {
-		p.Directory = pathOf(files, dirs.GetCwdId())
+		p.Directory = files.path(dirs.GetCwdId())
 	}
 	return err
-}
-
-func pathOf(files map[fileKey]*fdinfo.FileEntry, id uint32) string {
-	return printable(files[fileKey{fdinfo.FdTypes_REG, id}].GetReg().GetName())
 }
 
 // Kinds of mappings (image.h's VMA_AREA_…), the more telling first.
@@ -178,13 +203,13 @@ var mappingKinds = []struct {
 // maxMapped is more than any processor can address.
 const maxMapped = 1 << 60
 
-func (d dump) memory(p *Process, files map[fileKey]*fdinfo.FileEntry, pageSize uint64) error {
+func (d dump) memory(p *Process, files openFiles, pageSize uint64) error {
 	var m mm.MmEntry
 	ok, err := d.one(fmt.Sprintf("mm-%d.img", p.PID), criuimage.MM, &m)
 	if err != nil || !ok {
 		return err // it shares its memory with another
 	}
-	p.Executable = pathOf(files, m.GetExeFileId())
+	p.Executable = files.path(m.GetExeFileId())
 	for _, v := range m.GetVmas() {
 		size := v.GetEnd() - v.GetStart()
 		if v.GetEnd() < v.GetStart() || size > maxMapped || p.Mapped+int64(size) > maxMapped {
@@ -236,7 +261,7 @@ func (p *Process) count(runs []images.Run, pageSize uint64) {
 	}
 }
 
-func mappingOf(v *vma.VmaEntry, files map[fileKey]*fdinfo.FileEntry) Mapping {
+func mappingOf(v *vma.VmaEntry, files openFiles) Mapping {
 	m := Mapping{
 		Start: strconv.FormatUint(v.GetStart(), 16), Size: int64(v.GetEnd() - v.GetStart()), Kind: "other",
 		start: v.GetStart(), end: v.GetEnd(),
@@ -258,7 +283,7 @@ func mappingOf(v *vma.VmaEntry, files map[fileKey]*fdinfo.FileEntry) Mapping {
 		}
 	}
 	if m.Kind == "file" {
-		m.Path = pathOf(files, uint32(v.GetShmid())) // the file's id is kept there
+		m.Path = files.path(uint32(v.GetShmid())) // the file's id is kept there
 	}
 	return m
 }
@@ -359,8 +384,10 @@ func address(words []uint32, port uint32) string {
 	return fmt.Sprintf("%s:%d", host, port)
 }
 
-// printable makes a name of the dump safe to show.
+// printable makes a name of the dump safe to show. No path of the kernel's is longer than
+// 4096 bytes.
 func printable(s string) string {
+	s = s[:min(len(s), 4096)]
 	q := strconv.Quote(s)
 	return strings.ReplaceAll(strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`), `\\`, `\`)
 }

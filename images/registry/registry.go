@@ -4,6 +4,7 @@ package registry
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"os"
@@ -26,6 +27,52 @@ type Config struct {
 	HostDirs []string
 	// DockerConfig is the directory of Docker's config.json.
 	DockerConfig string
+	// Insecure takes any certificate, and plain http where a registry speaks no https.
+	Insecure bool
+}
+
+// Settings are those of nerdctl.toml that are about more than nerdctl. Empty ones are not
+// said.
+type Settings struct {
+	Address          string   `toml:"address"`
+	Namespace        string   `toml:"namespace"`
+	Snapshotter      string   `toml:"snapshotter"`
+	HostsDir         []string `toml:"hosts_dir"`
+	InsecureRegistry bool     `toml:"insecure_registry"`
+}
+
+// ReadSettings reads nerdctl's configuration (NERDCTL_TOML), if there is one.
+func ReadSettings() (s Settings, err error) {
+	etc, err := configDir()
+	if err != nil {
+		return s, err
+	}
+	file := filepath.Join(etc, "nerdctl", "nerdctl.toml")
+	if named := os.Getenv("NERDCTL_TOML"); named != "" {
+		file = named
+	}
+	data, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return s, fmt.Errorf("read nerdctl's settings: %w", err)
+	}
+	if err := toml.Unmarshal(data, &s); err != nil {
+		return Settings{}, fmt.Errorf("read nerdctl's settings in %s: %w; correct them, or name others in NERDCTL_TOML", file, err)
+	}
+	return s, nil
+}
+
+func configDir() (string, error) {
+	if os.Geteuid() == 0 {
+		return "/etc", nil
+	}
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", fmt.Errorf("find the settings of registries: %w", err)
+	}
+	return dir, nil
 }
 
 // DefaultConfig is what nerdctl would use in this environment: the host
@@ -33,35 +80,19 @@ type Config struct {
 // Docker's; credentials from DOCKER_CONFIG, else ~/.docker.
 func DefaultConfig() (Config, error) {
 	c := Config{DockerConfig: dockerconfig.Dir()}
-	etc, config := "/etc", "/etc/nerdctl/nerdctl.toml"
-	if os.Geteuid() != 0 {
-		dir, err := os.UserConfigDir()
-		if err != nil {
-			return c, fmt.Errorf("find the settings of registries: %w", err)
-		}
-		etc, config = dir, filepath.Join(dir, "nerdctl", "nerdctl.toml")
+	etc, err := configDir()
+	if err != nil {
+		return c, err
 	}
 	c.HostDirs = []string{filepath.Join(etc, "containerd", "certs.d"), filepath.Join(etc, "docker", "certs.d")}
-
-	if named := os.Getenv("NERDCTL_TOML"); named != "" {
-		config = named
-	}
-	data, err := os.ReadFile(config)
-	if errors.Is(err, os.ErrNotExist) {
-		return c, nil
-	}
+	s, err := ReadSettings()
 	if err != nil {
-		return c, fmt.Errorf("read nerdctl's settings: %w", err)
+		return c, err
 	}
-	var nerdctl struct {
-		HostsDir []string `toml:"hosts_dir"`
+	if s.HostsDir != nil {
+		c.HostDirs = s.HostsDir
 	}
-	if err := toml.Unmarshal(data, &nerdctl); err != nil {
-		return c, fmt.Errorf("read nerdctl's settings in %s: %w; correct them, or name others in NERDCTL_TOML", config, err)
-	}
-	if nerdctl.HostsDir != nil {
-		c.HostDirs = nerdctl.HostsDir
-	}
+	c.Insecure = s.InsecureRegistry
 	return c, nil
 }
 
@@ -70,11 +101,17 @@ func DefaultConfig() (Config, error) {
 func (c Config) resolver(ctx context.Context, tracker docker.StatusTracker) remotes.Resolver {
 	return docker.NewResolver(docker.ResolverOptions{
 		Tracker: tracker,
-		Hosts: hostsconfig.ConfigureHosts(ctx, hostsconfig.HostOptions{
-			HostDir:     c.hostDir,
-			Credentials: c.credentials,
-		}),
+		Hosts:   c.hosts(ctx),
 	})
+}
+
+func (c Config) hosts(ctx context.Context) docker.RegistryHosts {
+	o := hostsconfig.HostOptions{HostDir: c.hostDir, Credentials: c.credentials}
+	if c.Insecure {
+		// With both it tries https, and falls back.
+		o.DefaultScheme, o.DefaultTLS = "http", &tls.Config{InsecureSkipVerify: true} //nolint:gosec // as asked
+	}
+	return hostsconfig.ConfigureHosts(ctx, o)
 }
 
 func (c Config) hostDir(host string) (string, error) {

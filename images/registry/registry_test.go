@@ -238,6 +238,35 @@ func TestPushTransport(t *testing.T) {
 	}
 }
 
+// nerdctl's insecure_registry is for registries without a certificate, or with one that
+// nobody knows.
+func TestInsecure(t *testing.T) {
+	store, target := image(t, []byte("layer"))
+	encrypted := httptest.NewTLSServer(ggcr.New(ggcr.Logger(quiet)))
+	defer encrypted.Close()
+	encrypted.Config.ErrorLog = quiet
+	plain := httptest.NewServer(ggcr.New(ggcr.Logger(quiet)))
+	defer plain.Close()
+	for _, srv := range []*httptest.Server{encrypted, plain} {
+		// An address that leads here, and is no loopback address for a client.
+		ref := "0.0.0.0:" + srv.URL[strings.LastIndex(srv.URL, ":")+1:] + "/a/b:c"
+		if _, err := Push(contextOf(t), Config{}, store, ref, target, nil); err == nil {
+			t.Errorf("%s takes a push that is not secure", srv.URL)
+		}
+		insecure := Config{Insecure: true}
+		if _, err := Push(contextOf(t), insecure, store, ref, target, nil); err != nil {
+			t.Errorf("%s: %v", srv.URL, err)
+		}
+		r, err := insecure.Repository(contextOf(t), ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if found, err := r.Resolve(contextOf(t), "c"); err != nil || found.Digest != target.Digest || r.PlainHTTP != (srv == plain) {
+			t.Errorf("%s: %v, %v, plain http: %v", srv.URL, found, err, r.PlainHTTP)
+		}
+	}
+}
+
 func TestPushMissing(t *testing.T) {
 	srv := httptest.NewServer(ggcr.New(ggcr.Logger(quiet)))
 	defer srv.Close()
@@ -347,16 +376,22 @@ func TestDefaultConfig(t *testing.T) {
 		t.Errorf("without a file: %+v, %v", c, err)
 	}
 	for text, want := range map[string]string{
-		"hosts_dir = ['/a', '/b']\ninsecure_registry = true\n": "[/a /b]",
-		"namespace = 'x'\n": fmt.Sprint(c.HostDirs),
-		"hosts_dir = []\n":  "[]",
+		"hosts_dir = ['/a', '/b']\ninsecure_registry = true\n": "[/a /b] true",
+		"namespace = 'x'\n": fmt.Sprint(c.HostDirs, " false"),
+		"hosts_dir = []\n":  "[] false",
 	} {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if c, err := DefaultConfig(); err != nil || fmt.Sprint(c.HostDirs) != want {
+		if c, err := DefaultConfig(); err != nil || fmt.Sprint(c.HostDirs, c.Insecure) != want {
 			t.Errorf("%q: %+v, %v, want %s", text, c, err, want)
 		}
+	}
+	if err := os.WriteFile(file, []byte("address = 'unix:///x'\nnamespace = 'y'\nsnapshotter = 'z'\ndebug = true\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := ReadSettings(); err != nil || s.Address != "unix:///x" || s.Namespace != "y" || s.Snapshotter != "z" {
+		t.Errorf("%+v, %v", s, err)
 	}
 	if err := os.WriteFile(file, []byte("hosts_dir = 7"), 0o600); err != nil {
 		t.Fatal(err)

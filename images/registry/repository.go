@@ -6,7 +6,6 @@ import (
 	"net/http"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	hostsconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/containerd/v2/pkg/reference"
 	orasregistry "oras.land/oras-go/v2/registry"
 	"oras.land/oras-go/v2/registry/remote"
@@ -25,7 +24,7 @@ func (c Config) Repository(ctx context.Context, ref string) (*remote.Repository,
 	if err != nil {
 		return nil, fmt.Errorf("image name %s: %w", ref, err)
 	}
-	hosts, err := hostsconfig.ConfigureHosts(ctx, hostsconfig.HostOptions{HostDir: c.hostDir, Credentials: c.credentials})(r.Registry)
+	hosts, err := c.hosts(ctx)(r.Registry)
 	if err != nil {
 		return nil, fmt.Errorf("find the registry of %s: %w", ref, err)
 	}
@@ -36,7 +35,7 @@ func (c Config) Repository(ctx context.Context, ref string) (*remote.Repository,
 		if h.Path != "/v2" {
 			return nil, fmt.Errorf("the registry of %s has its API at %s (override_path in a hosts.toml), where signatures cannot be sent to", ref, h.Path)
 		}
-		plain, err := isPlain(ctx, h)
+		plain, err := c.isPlain(ctx, h)
 		if err != nil {
 			return nil, fmt.Errorf("find the registry of %s: %w", ref, err)
 		}
@@ -59,13 +58,13 @@ func (c Config) Repository(ctx context.Context, ref string) (*remote.Repository,
 	return nil, fmt.Errorf("no host of the registry of %s can be pushed to", ref)
 }
 
-// isPlain tells whether a host speaks plain http. At a loopback address containerd's
-// client finds that out with each request, and falls back by itself.
-func isPlain(ctx context.Context, h docker.RegistryHost) (bool, error) {
+// isPlain tells whether a host speaks plain http. At a loopback address, and where plain
+// http will do, containerd's client finds that out with each request, and falls back by itself.
+func (c Config) isPlain(ctx context.Context, h docker.RegistryHost) (bool, error) {
 	if h.Scheme == "http" {
 		return true, nil
 	}
-	if local, err := docker.MatchLocalhost(h.Host); err != nil || !local {
+	if local, err := docker.MatchLocalhost(h.Host); err != nil || !local && !c.Insecure {
 		return false, err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodHead, "https://"+h.Host+"/v2/", http.NoBody)

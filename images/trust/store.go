@@ -17,15 +17,20 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2"
 	"oras.land/oras-go/v2/errdef"
+
+	"github.com/crac-shim/crac/images/blob"
 )
 
 // referrerLabel, with a signature's digest behind it, is a label of what is signed. It
 // finds the signature, and containerd keeps that for as long as the image.
 const referrerLabel = "containerd.io/gc.ref.content.crac.referrer."
 
-// store is containerd's content store as the libraries see one: what refers to
-// something is found by the labels of that.
-type store struct{ content.Store }
+// store is containerd's content store as the libraries see one, for the signatures of one
+// image: what refers to something is found by the labels of that.
+type store struct {
+	content.Store
+	image digest.Digest
+}
 
 var _ oras.GraphTarget = store{}
 
@@ -53,8 +58,12 @@ type readCloser struct {
 	io.Closer
 }
 
-// maxSignature bounds what a registry can have stored as a part of a signature.
-const maxSignature = 4 << 20
+const (
+	// maxSignature bounds what a registry can have stored as a part of a signature.
+	maxSignature = 4 << 20
+	// maxManifest bounds what is read of an image; registries take no larger manifests.
+	maxManifest = 4 << 20
+)
 
 // Push stores a part of a signature. The caller holds a lease until the signature's
 // manifest, which comes last, is there.
@@ -72,12 +81,15 @@ func (s store) Push(ctx context.Context, desc ocispec.Descriptor, r io.Reader) e
 		if err := json.Unmarshal(data, &manifest); err != nil {
 			return err
 		}
+		if of := manifest.Subject; of != nil && of.Digest != s.image {
+			return fmt.Errorf("%s is a signature of %s, and was given for one of %s: the registry is not to be trusted, or damaged", desc.Digest, of.Digest, s.image)
+		}
 		for i, child := range append([]ocispec.Descriptor{manifest.Config}, manifest.Layers...) {
 			labels[fmt.Sprintf("containerd.io/gc.ref.content.%d", i)] = child.Digest.String()
 		}
 	}
 	// Size and digest are checked as it is stored.
-	if err := content.WriteBlob(ctx, s.Store, "crac-"+desc.Digest.String(), strings.NewReader(string(data)), desc, content.WithLabels(labels)); err != nil {
+	if err := blob.Write(ctx, s.Store, desc, data, labels); err != nil {
 		return err
 	}
 	if manifest.Subject == nil {
@@ -120,6 +132,9 @@ func (s store) Resolve(ctx context.Context, reference string) (ocispec.Descripto
 	info, err := s.Info(ctx, d)
 	if err != nil {
 		return ocispec.Descriptor{}, err
+	}
+	if info.Size > maxManifest {
+		return ocispec.Descriptor{}, fmt.Errorf("%s has %d bytes, which no image's manifest has", d, info.Size)
 	}
 	data, err := content.ReadBlob(ctx, s.Store, ocispec.Descriptor{Digest: d, Size: info.Size})
 	if err != nil {

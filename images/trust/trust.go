@@ -46,7 +46,7 @@ func Sign(ctx context.Context, cs content.Store, image ocispec.Descriptor, keyFi
 	if err != nil {
 		return fmt.Errorf("sign with the key %s and the certificates %s: %w", keyFile, certFile, err)
 	}
-	_, err = notation.Sign(ctx, s, notationregistry.NewRepository(store{cs}), notation.SignOptions{
+	_, err = notation.Sign(ctx, s, notationregistry.NewRepository(store{cs, image.Digest}), notation.SignOptions{
 		SignerSignOptions: notation.SignerSignOptions{SignatureMediaType: jws.MediaTypeEnvelope, SigningAgent: "cracctl"},
 		ArtifactReference: image.Digest.String(),
 	})
@@ -55,7 +55,7 @@ func Sign(ctx context.Context, cs content.Store, image ocispec.Descriptor, keyFi
 
 // Signatures lists the signatures of an image that are in a content store.
 func Signatures(ctx context.Context, cs content.Store, image ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	return signatures(ctx, store{cs}, image)
+	return signatures(ctx, store{cs, image.Digest}, image)
 }
 
 func signatures(ctx context.Context, target oras.GraphTarget, image ocispec.Descriptor) ([]ocispec.Descriptor, error) {
@@ -77,12 +77,12 @@ func bare(d ocispec.Descriptor) ocispec.Descriptor {
 // Push sends the signatures of an image to its registry, as referrers of the image,
 // which is there. It returns how many there are.
 func Push(ctx context.Context, cs content.Store, remote oras.GraphTarget, image ocispec.Descriptor) (int, error) {
-	return copySignatures(ctx, store{cs}, remote, image)
+	return copySignatures(ctx, store{cs, image.Digest}, remote, image)
 }
 
 // Fetch gets the signatures of an image that its registry has. ctx must hold a lease.
 func Fetch(ctx context.Context, cs content.Store, remote oras.GraphTarget, image ocispec.Descriptor) (int, error) {
-	return copySignatures(ctx, remote, store{cs}, image)
+	return copySignatures(ctx, remote, store{cs, image.Digest}, image)
 }
 
 func copySignatures(ctx context.Context, from, to oras.GraphTarget, image ocispec.Descriptor) (int, error) {
@@ -123,7 +123,7 @@ func Verify(ctx context.Context, cs content.Store, p *images.Policy, name string
 	}
 	var errs []error
 	for _, image := range all {
-		_, outcomes, err := notation.Verify(ctx, v, notationregistry.NewRepository(store{cs}), notation.VerifyOptions{
+		_, outcomes, err := notation.Verify(ctx, v, notationregistry.NewRepository(store{cs, image.Digest}), notation.VerifyOptions{
 			ArtifactReference: spec.Locator + "@" + image.Digest.String(), MaxSignatureAttempts: maxSignatures,
 		})
 		if err == nil {

@@ -37,6 +37,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 	"oras.land/oras-go/v2"
+	"oras.land/oras-go/v2/content/memory"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/registry"
@@ -312,7 +313,7 @@ func TestPushAndFetch(t *testing.T) {
 			}
 			remote, err := registry.Config{}.Repository(w.ctx, ref)
 			w.must(err)
-			w.must(oras.CopyGraph(w.ctx, store{w.content}, remote, image, oras.DefaultCopyGraphOptions))
+			w.must(oras.CopyGraph(w.ctx, store{w.content, image.Digest}, remote, image, oras.DefaultCopyGraphOptions))
 			for range 2 { // twice is no harm
 				if n, err := Push(w.ctx, w.content, remote, image); err != nil || n != 2 {
 					t.Fatalf("%d pushed, %v", n, err)
@@ -344,5 +345,60 @@ func TestPushAndFetch(t *testing.T) {
 				t.Errorf("%+v, %v", v, err)
 			}
 		})
+	}
+}
+
+// liar is a registry that gives signatures of one image for those of any other.
+type liar struct {
+	oras.GraphTarget
+	signatures []ocispec.Descriptor
+}
+
+func (l liar) Referrers(_ context.Context, _ ocispec.Descriptor, _ string, take func([]ocispec.Descriptor) error) error {
+	return take(l.signatures)
+}
+
+// A registry has a say in nothing but the image that it was asked about.
+func TestSignaturesOfAnother(t *testing.T) {
+	w := newWorld(t)
+	key, cert := w.signer("builds", time.Now().Add(time.Hour))
+	asked, another := w.image("shop.test/app:asked", "sha256:m", "asked"), w.image("shop.test/app:another", "sha256:m", "another")
+	w.must(Sign(w.ctx, w.content, another, key, cert))
+	remote := liar{GraphTarget: memory.New()}
+	if n, err := Push(w.ctx, w.content, remote, another); err != nil || n != 1 {
+		t.Fatalf("%d, %v", n, err)
+	}
+	var err error
+	remote.signatures, err = Signatures(w.ctx, w.content, another)
+	w.must(err)
+
+	node := newWorld(t)
+	for _, name := range []string{"asked", "another"} {
+		node.image("shop.test/app:"+name, "sha256:m", name)
+	}
+	if _, err := Fetch(node.ctx, node.content, remote, asked); err == nil || !strings.Contains(err.Error(), "is a signature of "+another.Digest.String()) {
+		t.Errorf("fetched: %v", err)
+	}
+	for _, image := range []ocispec.Descriptor{asked, another} {
+		info, err := node.content.Info(node.ctx, image.Digest)
+		node.must(err)
+		for k := range info.Labels {
+			if strings.HasPrefix(k, referrerLabel) {
+				t.Errorf("%s has the label %s", image.Digest, k)
+			}
+		}
+	}
+	// Of the right image it is taken.
+	if n, err := Fetch(node.ctx, node.content, remote, another); err != nil || n != 1 {
+		t.Errorf("%d, %v", n, err)
+	}
+}
+
+// What is large is not read to find out that it is no image.
+func TestResolveIsBounded(t *testing.T) {
+	w := newWorld(t)
+	large := w.blob(ocispec.MediaTypeImageManifest, strings.Repeat("x", maxManifest))
+	if _, err := (store{w.content, large.Digest}).Resolve(w.ctx, large.Digest.String()); err == nil || !strings.Contains(err.Error(), "which no image's manifest has") {
+		t.Errorf("got %v", err)
 	}
 }

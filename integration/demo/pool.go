@@ -101,7 +101,7 @@ func (s *scenario) throughACheckpoint(ctx context.Context, url string, hook bool
 			oci.AnnotationPrefix + "java=" + string(java),
 			oci.AnnotationPrefix + "checkpoint.image=" + image,
 		},
-		env: []string{"CATALINA_BASE=" + poolBase, "DB_URL=" + url},
+		env: []string{"CATALINA_BASE=" + poolBase, "JDK_JAVA_OPTIONS=-Ddemo.database=" + url},
 	}
 	if err := s.step(ctx, "a pool of connections, "+with+": cold start", original); err != nil {
 		return nil, err
@@ -133,6 +133,16 @@ func (s *scenario) throughACheckpoint(ctx context.Context, url string, hook bool
 	err = s.progress.do(ctx, "ask the database by each connection of the clone", func(ctx context.Context) (err error) {
 		if clone.first["instance"] != original.first["instance"] {
 			return fmt.Errorf("%s is no clone: its program is %s, the original's was %s", clone.id, clone.first["instance"], original.first["instance"])
+		}
+		// A pool that is whole proves nothing if its participant did nothing.
+		want := "0"
+		if hook {
+			want = "1"
+		}
+		for _, what := range []string{"closed", "reopened"} {
+			if got := clone.first[what]; got != want {
+				s.report.problem("%s: its connector was %s %s times, want %s", clone.id, what, got, want)
+			}
 		}
 		failed, err = s.query(ctx, clone)
 		if clone.first["error"] != "" {

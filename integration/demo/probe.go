@@ -21,7 +21,7 @@ import (
 // browser is a user of the application: it keeps its session cookie, also when the application
 // moves to another address, as behind a load balancer.
 type browser struct {
-	client  *http.Client
+	jar     http.CookieJar
 	session *http.Cookie
 }
 
@@ -32,16 +32,27 @@ func newBrowser() (*browser, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A short time for the connect: while CRIU keeps the network locked a SYN is dropped, and the
-	// kernel would send the next one only after a second. No keep-alive: an open connection would
-	// be part of the dump.
-	dial := (&net.Dialer{Timeout: 50 * time.Millisecond}).DialContext
-	return &browser{client: &http.Client{
-		Jar:       jar,
+	return &browser{jar: jar}, nil
+}
+
+// client makes one that connects within a time. No keep-alive: an open connection would be part of
+// the dump.
+func (b *browser) client(connect time.Duration) *http.Client {
+	dial := (&net.Dialer{Timeout: connect}).DialContext
+	return &http.Client{
+		Jar:       b.jar,
 		Timeout:   time.Minute,
 		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true, Proxy: nil},
-	}}, nil
+	}
 }
+
+const (
+	// connectWait is for a server that runs, on a busy machine.
+	connectWait = 10 * time.Second
+	// knockWait is for one that may not run yet, and is asked again: while CRIU keeps the network
+	// locked a SYN is dropped, and the kernel would send the next one only after a second.
+	knockWait = 50 * time.Millisecond
+)
 
 // page is what the application's own page says, as key=value lines.
 type page map[string]string
@@ -54,16 +65,21 @@ func (p page) int(key string) int {
 	return n
 }
 
-// get fetches a page that answers 200. It remembers the session that it was given.
+// get fetches a page that answers 200.
 func (b *browser) get(ctx context.Context, url string) (string, error) {
+	return b.fetch(ctx, url, connectWait)
+}
+
+// fetch remembers the session that it was given.
+func (b *browser) fetch(ctx context.Context, url string, connect time.Duration) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return "", err
 	}
-	if b.session != nil && len(b.client.Jar.Cookies(req.URL)) == 0 {
+	if b.session != nil && len(b.jar.Cookies(req.URL)) == 0 {
 		req.AddCookie(b.session)
 	}
-	resp, err := b.client.Do(req)
+	resp, err := b.client(connect).Do(req)
 	if err != nil {
 		return "", err
 	}
@@ -86,10 +102,13 @@ func (b *browser) get(ctx context.Context, url string) (string, error) {
 // keyed fetches the application's own page.
 func (b *browser) keyed(ctx context.Context, url string) (page, error) {
 	body, err := b.get(ctx, url)
-	if err != nil {
-		return nil, err
-	}
-	return parsePage(body), nil
+	return parsePage(body), err
+}
+
+// knock fetches it from a server that may not be there yet.
+func (b *browser) knock(ctx context.Context, url string) (page, error) {
+	body, err := b.fetch(ctx, url, knockWait)
+	return parsePage(body), err
 }
 
 func parsePage(body string) page {

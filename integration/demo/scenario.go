@@ -393,7 +393,7 @@ func (s *scenario) start(ctx context.Context, c *container) error {
 	}()
 	var err error
 	if c.address, err = address(poll, s.d, c.id); err == nil {
-		c.first, err = until(poll, func() (page, error) { return c.browser.keyed(poll, c.url(path)) })
+		c.first, err = until(poll, func() (page, error) { return c.browser.knock(poll, c.url(path)) })
 	}
 	c.took = time.Since(begin)
 	if err != nil {

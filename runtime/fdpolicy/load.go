@@ -1,6 +1,7 @@
 package fdpolicy
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -56,7 +57,12 @@ func readInside(rootfs, name string) ([]byte, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, fmt.Errorf("%s is no regular file", name)
 	}
-	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", path))
+	// O_NONBLOCK, because a lease that the container holds on it would make us wait
+	// (fcntl(2), F_SETLEASE).
+	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", path), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.EAGAIN) {
+		return nil, fmt.Errorf("somebody in the container holds a lease on it: %w", err)
+	}
 	if err != nil {
 		return nil, err
 	}

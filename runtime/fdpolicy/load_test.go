@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,5 +65,31 @@ func TestLoad(t *testing.T) {
 		} else if tt.option == "" != (len(p.Rules) == 0) || tt.option != "" && p.Rules[0].RemotePort != tt.port {
 			t.Errorf("%q: %v", tt.option, p)
 		}
+	}
+}
+
+// A lease, which makes an open wait for up to 45 s, holds nobody.
+func TestLoadWithALease(t *testing.T) {
+	root := t.TempDir()
+	held, err := os.Create(filepath.Join(root, "policy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if _, err := unix.FcntlInt(held.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		t.Skipf("this file system has no leases: %v", err)
+	}
+	loaded := make(chan error, 1)
+	go func() {
+		_, err := Load("file:/policy", root)
+		loaded <- err
+	}()
+	select {
+	case err := <-loaded:
+		if err == nil || !strings.Contains(err.Error(), "holds a lease") {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it waits")
 	}
 }

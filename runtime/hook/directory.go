@@ -109,11 +109,11 @@ func (d directory) rename(from, to string) error {
 	return nil
 }
 
-// write makes a file that everyone may read, whole or not at all, in the place of
+// write makes a file that one user may read, whole or not at all, in the place of
 // what had its name.
-func (d directory) write(name string, data []byte) (err error) {
+func (d directory) write(name string, data []byte, uid, gid int) (err error) {
 	draft := hidden(name)
-	f, err := d.openat(draft, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, 0o644)
+	f, err := d.openat(draft, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -123,7 +123,7 @@ func (d directory) write(name string, data []byte) (err error) {
 		}
 	}()
 	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(0o644), f.Close()) // whatever the umask
+	err = errors.Join(err, f.Chmod(0o600), f.Chown(uid, gid), f.Close()) // whatever the umask
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package hook
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,8 +21,10 @@ import (
 const (
 	// long is a time-out that a test does not want to meet.
 	long = 20 * time.Second
-	// short is one that it waits for.
-	short = 250 * time.Millisecond
+	// short is one that it waits for, and common one that it waits for while others,
+	// on a busy machine, have to answer in time.
+	short  = 250 * time.Millisecond
+	common = time.Second
 )
 
 // noLeaks fails the test if it ends with more open files than it began with.
@@ -150,6 +153,8 @@ func (r *recorder) as(name string) behaviour {
 type fakeContainer struct {
 	exec   func(ctx context.Context, args, env []string, stdin []byte) ([]byte, int, error)
 	signal func(sig unix.Signal) error
+	uid    int           // of the init, if it is not ours
+	done   chan struct{} // the init's end; nil: it runs
 
 	mu     sync.Mutex
 	dialed []string
@@ -167,6 +172,12 @@ func (c *fakeContainer) Dial(ctx context.Context, network, address string) (net.
 }
 
 func (c *fakeContainer) Signal(sig unix.Signal) error { return c.signal(sig) }
+
+func (c *fakeContainer) User() (uid, gid int, err error) {
+	return cmp.Or(c.uid, os.Getuid()), os.Getgid(), nil
+}
+
+func (c *fakeContainer) Done() <-chan struct{} { return c.done }
 
 func adapter(t *testing.T, value string) Adapter {
 	t.Helper()

@@ -49,14 +49,29 @@ func (a httpAdapter) tell(ctx context.Context, n *Notifier, _ Message, line []by
 	if n.Container == nil {
 		return errNoContainer
 	}
-	conn, err := a.dial(ctx, n.Container)
+	return a.exchange(ctx, n.Container, http.MethodPost, line, func(resp *http.Response, _ *io.LimitedReader) error {
+		if resp.StatusCode/100 == 2 {
+			return nil // the body is of no interest, and may have no end
+		}
+		text, _ := bufio.NewReader(io.LimitReader(resp.Body, 4*maxText)).ReadString('\n')
+		if text = clean(text); text != "" {
+			return fmt.Errorf("%s (HTTP status %s)", text, clean(resp.Status))
+		}
+		return fmt.Errorf("HTTP status %s", clean(resp.Status))
+	})
+}
+
+// exchange makes one request and has the answer judged. When it returns, neither
+// side has anything left of the connection.
+func (a httpAdapter) exchange(ctx context.Context, c Container, method string, body []byte, judge judgement) error {
+	conn, err := a.dial(ctx, c)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	defer endWith(ctx, conn)()
 
-	err = a.post(ctx, conn, line)
+	err = a.request(ctx, conn, method, body, judge)
 	if !isTimeout(err) && awaitClose(conn) {
 		return err
 	}
@@ -91,14 +106,20 @@ func (a httpAdapter) dial(ctx context.Context, c Container) (net.Conn, error) {
 	return nil, errs[0]
 }
 
-// post makes one request on a connection that is for nothing else. net/http's
+// judgement is what is made of an answer, of which the head was read; the body
+// comes as long as left allows it.
+type judgement func(resp *http.Response, left *io.LimitedReader) error
+
+// request makes one request on a connection that is for nothing else. net/http's
 // client is for more: it keeps connections, follows redirects and closes first.
-func (a httpAdapter) post(ctx context.Context, conn net.Conn, body []byte) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, a.url.String(), bytes.NewReader(body))
+func (a httpAdapter) request(ctx context.Context, conn net.Conn, method string, body []byte, judge judgement) error {
+	req, err := http.NewRequestWithContext(ctx, method, a.url.String(), bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
+	if len(body) > 0 {
+		req.Header.Set("Content-Type", "application/json")
+	}
 	req.Header.Set("User-Agent", "crac")
 	req.Close = true
 
@@ -106,28 +127,21 @@ func (a httpAdapter) post(ctx context.Context, conn net.Conn, body []byte) error
 	writeErr := req.Write(conn)
 	limited := &io.LimitedReader{R: conn, N: maxAnswer}
 	resp, err := readResponse(bufio.NewReader(limited), req) //nolint:bodyclose // Close would read a body to an end that it need not have
-	if err != nil {
-		if writeErr != nil {
-			err = writeErr
-		}
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err() // net/http takes what came until then for all
-		case limited.N == 0:
-			return errTooLong
-		case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
-			return errNoAnswer
-		}
-		return fmt.Errorf("answered what is not HTTP: %s", clean(err.Error()))
+	if err == nil {
+		return judge(resp, limited)
 	}
-	if resp.StatusCode/100 == 2 {
-		return nil // the body is of no interest, and may have no end
+	if writeErr != nil {
+		err = writeErr
 	}
-	text, _ := bufio.NewReader(io.LimitReader(resp.Body, 4*maxText)).ReadString('\n')
-	if text = clean(text); text != "" {
-		return fmt.Errorf("%s (HTTP status %s)", text, clean(resp.Status))
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err() // net/http takes what came until then for all
+	case limited.N == 0:
+		return errTooLong
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
+		return errNoAnswer
 	}
-	return fmt.Errorf("HTTP status %s", clean(resp.Status))
+	return fmt.Errorf("answered what is not HTTP: %s", clean(err.Error()))
 }
 
 // readResponse reads the head of the answer proper, after those that only announce

@@ -2,6 +2,7 @@ package hook
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -113,7 +114,7 @@ func TestHTTPLocalhost(t *testing.T) {
 		})
 	}
 	c := &fakeContainer{}
-	n := Notifier{Timeout: short, Container: c, Adapters: map[Event]Adapter{Check: adapter(t, "http://127.77.0.1/")}}
+	n := Notifier{Timeout: long, Container: c, Adapters: map[Event]Adapter{Check: adapter(t, "http://127.77.0.1/")}}
 	wantErr(t, n.Notify(t.Context(), Message{Event: Check}).Err(), "adapter http://127.77.0.1/: dial tcp 127.77.0.1:80")
 	if !slices.Equal(c.dialed, []string{"127.77.0.1:80"}) {
 		t.Errorf("dialed %v", c.dialed)
@@ -151,6 +152,8 @@ func TestHTTPHostile(t *testing.T) {
 		do   func(conn net.Conn)
 		want string
 		late bool
+		// asked is what a probe says, if it says something else.
+		asked *string
 		// A server that writes sees the reset when it does.
 		writes bool
 	}{
@@ -168,10 +171,16 @@ func TestHTTPHostile(t *testing.T) {
 		{name: "body without end, against", do: func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 500 Oops\r\n\r\n")
 			forever(conn, strings.Repeat("x", 4096))
-		}, want: strings.Repeat("x", maxText) + "… (HTTP status 500 Oops)", writes: true},
+		}, want: strings.Repeat("x", maxText) + "… (HTTP status 500 Oops)", asked: says("HTTP status 500 Oops"), writes: true},
 		{name: "body that does not come", do: func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 500 Oops\r\nContent-Length: 1000\r\n\r\npool busy\n")
-		}, want: "pool busy (HTTP status 500 Oops)"},
+		}, want: "pool busy (HTTP status 500 Oops)", asked: says("HTTP status 500 Oops")},
+		{name: "agreeing body that does not come", do: func(conn net.Conn) {
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
+		}, asked: says("context deadline exceeded")},
+		{name: "agreeing body that breaks off", do: func(conn net.Conn) {
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n")
+		}, asked: says("the answer breaks off")},
 		{name: "headers without end", do: func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\n")
 			forever(conn, "X-A: b\r\n")
@@ -205,7 +214,17 @@ func TestHTTPHostile(t *testing.T) {
 				c.do(conn)
 				ended <- untilEnd(conn)
 			})
-			n := Notifier{Timeout: 3 * time.Second, Container: &fakeContainer{}, Adapters: map[Event]Adapter{Check: adapter(t, url)}}
+			// None of these closes by itself, so ours is a reset: nothing is left of
+			// the connection on either side.
+			reset := func() {
+				t.Helper()
+				if err := <-ended; err != nil && !errors.Is(err, unix.ECONNRESET) {
+					t.Errorf("the server's connection ended with %v", err)
+				} else if err == nil && !c.writes {
+					t.Error("the connection was closed in a way that leaves the server half of it")
+				}
+			}
+			n := Notifier{Timeout: long, Container: &fakeContainer{}, Adapters: map[Event]Adapter{Check: adapter(t, url)}}
 			if c.late {
 				n.Timeout = short
 			}
@@ -215,16 +234,31 @@ func TestHTTPHostile(t *testing.T) {
 			} else {
 				wantErr(t, r.Err(), c.want)
 			}
-			// None of these closes by itself, so ours is a reset: nothing is left of
-			// the connection on either side.
-			if err := <-ended; err != nil && !errors.Is(err, unix.ECONNRESET) {
-				t.Errorf("the server's connection ended with %v", err)
-			} else if err == nil && !c.writes {
-				t.Error("the connection was closed in a way that leaves the server half of it")
+			reset()
+
+			probe, err := ParseProbe(url)
+			if err != nil {
+				t.Fatal(err)
 			}
+			want, timeout := c.want, long
+			if c.asked != nil {
+				want = *c.asked
+			}
+			if c.late {
+				want = "context deadline exceeded"
+			}
+			if strings.Contains(want, "deadline") {
+				timeout = short
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), timeout)
+			defer cancel()
+			wantErr(t, probe.Ask(ctx, n.Container), want)
+			reset()
 		})
 	}
 }
+
+func says(text string) *string { return &text }
 
 // TestHTTPAnsweredUnread: a server may answer and close before it has read the
 // request.
@@ -238,4 +272,35 @@ func TestHTTPAnsweredUnread(t *testing.T) {
 	n := Notifier{Timeout: long, Container: &fakeContainer{}, Adapters: map[Event]Adapter{AfterRestore: adapter(t, url)}}
 	m := Message{Event: AfterRestore, Args: []string{strings.Repeat("x", maxMessage/2)}}
 	wantErr(t, n.Notify(t.Context(), m).Err(), "too much (HTTP status 413 Too Large)")
+}
+
+// TestHTTPWaitsForClose: a server that closes soon after its answer has closed before
+// we go on, so that a dump finds nothing of the connection.
+func TestHTTPWaitsForClose(t *testing.T) {
+	noLeaks(t)
+	closed := make(chan struct{}, 1)
+	url := rawServer(t, "127.0.0.1:0", func(conn net.Conn) {
+		readRequest(t, conn)
+		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		time.Sleep(100 * time.Millisecond)
+		closed <- struct{}{}
+		conn.Close()
+	})
+	wantClosed := func(by string) {
+		t.Helper()
+		select {
+		case <-closed:
+		default:
+			t.Errorf("%s returned before the server closed", by)
+		}
+	}
+	n := Notifier{Timeout: long, Container: &fakeContainer{}, Adapters: map[Event]Adapter{Check: adapter(t, url)}}
+	wantErr(t, n.Notify(t.Context(), Message{Event: Check}).Err())
+	wantClosed("Notify")
+	probe, err := ParseProbe(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, probe.Ask(t.Context(), n.Container))
+	wantClosed("Ask")
 }

@@ -110,23 +110,23 @@ var ways = map[string]func(t *testing.T, n *Notifier, c conduct){
 func TestMatrix(t *testing.T) {
 	want := map[string]map[conduct]string{
 		"socket": {
-			vetoes: "participant main: pool busy", timesOut: "participant main: no answer within 250ms",
+			vetoes: "participant main: pool busy", timesOut: "participant main: no answer within 1s",
 			crashes: `participant main: answered "{\"ok\":", which is neither`, doesntAnswer: "participant main: closed the connection without an answer",
 			talksRubbish: `participant main: answered "hello?", which is neither`,
 		},
 		"http": {
-			vetoes: "/hook: pool busy (HTTP status 503 Service Unavailable)", timesOut: "/hook: no answer within 250ms",
+			vetoes: "/hook: pool busy (HTTP status 503 Service Unavailable)", timesOut: "/hook: no answer within 1s",
 			crashes: "/hook: answered what is not HTTP", doesntAnswer: "/hook: closed the connection without an answer",
 			talksRubbish: "/hook: answered what is not HTTP: malformed HTTP",
 		},
 		"exec": {
-			vetoes: `adapter ["/bin/hook","now"]: pool busy (exit status 1)`, timesOut: `adapter ["/bin/hook","now"]: no answer within 250ms`,
+			vetoes: `adapter ["/bin/hook","now"]: pool busy (exit status 1)`, timesOut: `adapter ["/bin/hook","now"]: no answer within 1s`,
 			crashes: "panic: runtime err (exit status 139)", doesntAnswer: "exit status 2, and nothing on stderr",
 			talksRubbish: `exec: "/bin/hook": not found`,
 		},
 		"signal": {
-			vetoes: "adapter signal:SIGUSR2: pool busy", timesOut: "adapter signal:SIGUSR2: no answer within 250ms",
-			crashes: `adapter signal:SIGUSR2: answered "{\"ok\":", which is neither`, doesntAnswer: "adapter signal:SIGUSR2: no answer within 250ms",
+			vetoes: "adapter signal:SIGUSR2: pool busy", timesOut: "adapter signal:SIGUSR2: no answer within 1s",
+			crashes: `adapter signal:SIGUSR2: answered "{\"ok\":", which is neither`, doesntAnswer: "adapter signal:SIGUSR2: no answer within 1s",
 			talksRubbish: `adapter signal:SIGUSR2: answered "{\"hello\":1}"`,
 		},
 	}
@@ -138,7 +138,7 @@ func TestMatrix(t *testing.T) {
 					var told recorder
 					n := Notifier{Dir: t.TempDir(), Timeout: long}
 					if text := want[way][c]; bytes.Contains([]byte(text), []byte("no answer within")) {
-						n.Timeout = short
+						n.Timeout = common
 					}
 					add(t, &n, c)
 					for i := range others {

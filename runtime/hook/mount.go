@@ -17,7 +17,7 @@ func MakeDir(path, label string) error {
 		return err
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	data := "mode=1777,size=1m,nr_inodes=512"
+	data := "mode=1777,size=1m,nr_inodes=1024"
 	if label != "" {
 		data += fmt.Sprintf(",context=%q", label)
 	}

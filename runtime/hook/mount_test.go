@@ -31,7 +31,7 @@ func TestDir(t *testing.T) {
 		t.Fatal(err)
 	}
 	const flags = unix.ST_NOSUID | unix.ST_NODEV | unix.ST_NOEXEC
-	if fs.Type != unix.TMPFS_MAGIC || fs.Flags&flags != flags || fs.Blocks*uint64(fs.Bsize) != 1<<20 || fs.Files != 512 {
+	if fs.Type != unix.TMPFS_MAGIC || fs.Flags&flags != flags || fs.Blocks*uint64(fs.Bsize) != 1<<20 || fs.Files != 1024 {
 		t.Errorf("%+v", fs)
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeDir|os.ModeSticky|0o777 {
@@ -41,7 +41,7 @@ func TestDir(t *testing.T) {
 
 	// It fills up, and does not take the host's memory.
 	full := func() error {
-		for i := range 600 {
+		for i := range 1100 {
 			if err := os.WriteFile(filepath.Join(path, fmt.Sprint(i)), nil, 0o600); err != nil {
 				return err
 			}

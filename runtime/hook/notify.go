@@ -16,8 +16,14 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// maxParticipants bounds how many are told, and with that how long it can take.
-const maxParticipants = 64
+const (
+	// maxParticipants bounds how many are told. MakeDir has room for more names, so
+	// that one too many is told of and not just missing.
+	maxParticipants = 256
+	// maxTimeouts bounds how long they can take together, in time-outs: a workload
+	// should not be closed for a checkpoint for longer.
+	maxTimeouts = 32
+)
 
 // Container is what adapters need of a running container.
 type Container interface {
@@ -31,6 +37,10 @@ type Container interface {
 	Dial(ctx context.Context, network, address string) (net.Conn, error)
 	// Signal sends a signal to the container's init.
 	Signal(sig unix.Signal) error
+	// User is the init's user and group, as this process sees them.
+	User() (uid, gid int, err error)
+	// Done is closed when the init has ended.
+	Done() <-chan struct{}
 }
 
 // Notifier tells a container's participants and adapters. It keeps nothing between
@@ -61,7 +71,8 @@ type Result struct {
 // Notify tells everyone, one after another: before-checkpoint and check in
 // descending order of names and the adapter last, other events the adapter first
 // and then in ascending order. Each has the whole of Timeout, and everyone is told
-// whatever the others answer. When it returns, no connection of it is open.
+// whatever the others answer, unless 32 time-outs are over before. When it returns,
+// no connection of it is open.
 //
 // When ctx ends, nobody is waited for any more: give after-resume a context that
 // outlives the failed checkpoint's.
@@ -74,6 +85,8 @@ func (n *Notifier) Notify(ctx context.Context, m Message) Report {
 	if err != nil {
 		return Report{Problem: err}
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, maxTimeouts*n.timeout(), fmt.Errorf("all together took %v", maxTimeouts*n.timeout()))
+	defer cancel()
 	var r Report
 	if m.Event.before() {
 		n.tellSockets(ctx, &r, m.Event, line)
@@ -159,6 +172,16 @@ func (e lateError) Is(t error) bool { return t == context.DeadlineExceeded }
 
 // Told is how many participants and adapters there were to tell.
 func (r Report) Told() int { return len(r.Results) }
+
+// Agreed is how many of them agreed.
+func (r Report) Agreed() (n int) {
+	for _, result := range r.Results {
+		if result.Err == nil {
+			n++
+		}
+	}
+	return n
+}
 
 // Err is nil if everyone agreed and nothing else went wrong, or all failures
 // together, each with the name of the participant or adapter.

@@ -129,7 +129,7 @@ func TestAnswers(t *testing.T) {
 			var told recorder
 			n := Notifier{Dir: t.TempDir(), Timeout: long}
 			if c.late {
-				n.Timeout = short
+				n.Timeout = common
 			}
 			participant(t, n.Dir, "b.sock", c.do)
 			participant(t, n.Dir, "a.sock", told.as("a"))
@@ -144,7 +144,7 @@ func TestAnswers(t *testing.T) {
 				t.Errorf("took %v", took)
 			}
 			if c.late {
-				wantLate(t, r.Results[0], short)
+				wantLate(t, r.Results[0], common)
 				return
 			}
 			wantErr(t, r.Err(), c.want)
@@ -198,21 +198,21 @@ func TestWaitsForClose(t *testing.T) {
 // TestEachHasItsOwnDeadline: two that say nothing take nothing from a third.
 func TestEachHasItsOwnDeadline(t *testing.T) {
 	noLeaks(t)
-	n := Notifier{Dir: t.TempDir(), Timeout: short}
+	n := Notifier{Dir: t.TempDir(), Timeout: common}
 	participant(t, n.Dir, "c", silent)
 	participant(t, n.Dir, "b", silent)
 	participant(t, n.Dir, "a", func(ctx context.Context, conn *net.UnixConn) {
-		time.Sleep(short / 4)
+		time.Sleep(common / 4)
 		answer(ack)(ctx, conn)
 	})
 	r := n.Notify(t.Context(), Message{Event: BeforeCheckpoint})
 	if r.Told() != 3 {
 		t.Fatalf("%+v", r)
 	}
-	wantLate(t, r.Results[0], short)
-	wantLate(t, r.Results[1], short)
+	wantLate(t, r.Results[0], common)
+	wantLate(t, r.Results[1], common)
 	wantErr(t, r.Results[2].Err)
-	wantErr(t, r.Err(), "participant c: no answer within 250ms; participant b: no answer within 250ms")
+	wantErr(t, r.Err(), "participant c: no answer within 1s; participant b: no answer within 1s")
 	if !errors.Is(r.Err(), context.DeadlineExceeded) {
 		t.Error("the report's error hides its causes")
 	}
@@ -471,11 +471,11 @@ func TestTooMany(t *testing.T) {
 	noLeaks(t)
 	n := Notifier{Dir: t.TempDir(), Timeout: long}
 	for i := range maxParticipants + 2 {
-		participant(t, n.Dir, fmt.Sprintf("p%02d", i), answer(ack))
+		participant(t, n.Dir, fmt.Sprintf("p%03d", i), answer(ack))
 	}
 	r := n.Notify(t.Context(), Message{Event: AfterResume})
-	wantErr(t, r.Err(), "more than 64 participants: p64 and those after it were not told")
-	if r.Told() != maxParticipants || r.Results[63].Name != "p63" {
+	wantErr(t, r.Err(), "more than 256 participants: p256 and those after it were not told")
+	if r.Told() != maxParticipants || r.Results[255].Name != "p255" {
 		t.Errorf("%d were told", r.Told())
 	}
 
@@ -486,6 +486,23 @@ func TestTooMany(t *testing.T) {
 	wantErr(t, r.Err(), "more than 1024 names")
 	if r.Told() != 0 {
 		t.Errorf("%d were told", r.Told())
+	}
+}
+
+// TestTooLong: many that do not answer do not add up without end.
+func TestTooLong(t *testing.T) {
+	noLeaks(t)
+	n := Notifier{Dir: t.TempDir(), Timeout: 10 * time.Millisecond}
+	for i := range maxTimeouts + 2 {
+		participant(t, n.Dir, fmt.Sprintf("p%02d", i), silent)
+	}
+	r := n.Notify(t.Context(), Message{Event: AfterResume})
+	if r.Told() != maxTimeouts+2 {
+		t.Errorf("%d are reported", r.Told())
+	}
+	wantLate(t, r.Results[0], n.Timeout)
+	for _, last := range r.Results[maxTimeouts:] {
+		wantErr(t, last.Err, "not waited for any longer: all together took 320ms")
 	}
 }
 

@@ -1,7 +1,6 @@
 package hook
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -29,8 +28,8 @@ func ParseProbe(value string) (*Probe, error) {
 // String gives a value from which ParseProbe makes the same probe.
 func (p *Probe) String() string { return p.adapter.String() }
 
-// Ask asks once: a GET that is answered with a status below 400, or a command that
-// exits with 0, is nil. When it returns, no connection is open.
+// Ask asks once: a GET that is answered with a status of 2xx or 3xx, or a command
+// that exits with 0, is nil. When it returns, no connection is open.
 func (p *Probe) Ask(ctx context.Context, c Container) error {
 	switch a := p.adapter.(type) {
 	case httpAdapter:
@@ -41,31 +40,24 @@ func (p *Probe) Ask(ctx context.Context, c Container) error {
 	return errors.ErrUnsupported
 }
 
-// get makes one request, and reads the answer to its end: one that breaks off is no
-// good sign.
+// maxPage is how much is read of a page that a probe asks for, in bytes.
+const maxPage = 4 << 20
+
+// get makes one request, and reads the answer to its end, unless that is far off:
+// one that breaks off is no good sign.
 func (a httpAdapter) get(ctx context.Context, c Container) error {
-	conn, err := a.dial(ctx, c)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	defer endWith(ctx, conn)()
-	req, err := http.NewRequest(http.MethodGet, a.url.String(), nil)
-	if err != nil {
-		return err
-	}
-	req.Header.Set("User-Agent", "crac")
-	req.Close = true
-	if err := req.Write(conn); err != nil {
-		return err
-	}
-	resp, err := readResponse(bufio.NewReader(conn), req) //nolint:bodyclose // the connection is closed
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode >= http.StatusBadRequest {
-		return fmt.Errorf("HTTP status %s", clean(resp.Status))
-	}
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err
+	return a.exchange(ctx, c, http.MethodGet, nil, func(resp *http.Response, left *io.LimitedReader) error {
+		if class := resp.StatusCode / 100; class != 2 && class != 3 {
+			return fmt.Errorf("HTTP status %s", clean(resp.Status))
+		}
+		left.N = maxPage
+		_, err := io.Copy(io.Discard, resp.Body)
+		switch {
+		case err == nil, left.N == 0:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		}
+		return fmt.Errorf("the answer breaks off: %s", clean(err.Error()))
+	})
 }

@@ -52,7 +52,12 @@ func (a signalAdapter) tell(ctx context.Context, n *Notifier, m Message, line []
 	if err := dir.remove(ack); err != nil {
 		return err
 	}
-	if err := dir.write(message, line); err != nil {
+	// It holds the init's environment, which is no other user's business.
+	uid, gid, err := n.Container.User()
+	if err == nil {
+		err = dir.write(message, line, uid, gid)
+	}
+	if err != nil {
 		return fmt.Errorf("leave the message: %w", err)
 	}
 	// Neither is for a dump, nor for the next time.
@@ -63,19 +68,29 @@ func (a signalAdapter) tell(ctx context.Context, n *Notifier, m Message, line []
 	if err := n.Container.Signal(a.sig); err != nil {
 		return fmt.Errorf("send %s: %w", a.name, err)
 	}
-	answer, err := dir.await(ctx, ack)
+	answer, err := dir.await(ctx, n.Container.Done(), ack)
 	if err != nil {
 		return err
 	}
 	return parseAck(answer)
 }
 
-// await waits until there is a file of that name and reads it.
-func (d directory) await(ctx context.Context, name string) ([]byte, error) {
+// await waits until there is a file of that name and reads it. When its author has
+// ended, it waits no longer.
+func (d directory) await(ctx context.Context, ended <-chan struct{}, name string) ([]byte, error) {
 	for {
+		var last bool
+		select {
+		case <-ended:
+			last = true
+		default:
+		}
 		data, err := d.read(name, maxAnswer)
-		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EAGAIN) {
+		switch {
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EAGAIN):
 			return data, err
+		case last:
+			return nil, errors.New("the container's init has ended without an answer")
 		}
 		if err := sleep(ctx, pollEvery); err != nil {
 			return nil, err

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,12 +28,19 @@ func TestSignal(t *testing.T) {
 		if text, want := mustRead(t, file), `{"v":1,"event":"before-checkpoint","id":"i","deadline_ms":20000}`+"\n"; text != want {
 			t.Errorf("the message is %s, want %s", text, want)
 		}
-		if info, err := os.Lstat(file); err != nil || info.Mode() != 0o644 {
+		info, err := os.Lstat(file)
+		if err != nil || info.Mode() != 0o600 {
 			t.Errorf("the message's file: %v, %v", info, err)
+		}
+		if st := info.Sys().(*syscall.Stat_t); os.Getuid() == 0 && st.Uid != 1000 {
+			t.Errorf("the message is of user %d, want the init's", st.Uid)
 		}
 		time.AfterFunc(50*time.Millisecond, func() { mustWrite(t, filepath.Join(dir, "before-checkpoint.ack"), "") })
 		return nil
 	})
+	if os.Getuid() == 0 {
+		n.Container.(*fakeContainer).uid = 1000
+	}
 	defer unix.Umask(unix.Umask(0o077)) // the workload's user is another
 	r := n.Notify(t.Context(), Message{Event: BeforeCheckpoint, ID: "i"})
 	wantErr(t, r.Err())
@@ -174,6 +182,28 @@ func TestSignalLease(t *testing.T) {
 	wantLate(t, r.Results[0], short)
 	if took := time.Since(started); took > long/2 {
 		t.Errorf("took %v", took)
+	}
+}
+
+// TestSignalEnds: an init that ends is not waited for, and its last word counts.
+func TestSignalEnds(t *testing.T) {
+	for name, tt := range map[string]struct {
+		last func(dir string) error
+		want string
+	}{
+		"without an answer": {func(string) error { return nil }, "adapter signal:SIGUSR2: the container's init has ended without an answer"},
+		"with one":          {func(dir string) error { return os.WriteFile(filepath.Join(dir, "before-checkpoint.ack"), nil, 0o600) }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			noLeaks(t)
+			done := make(chan struct{})
+			n := signalled(t, time.Hour, func(dir string) error {
+				defer close(done)
+				return tt.last(dir)
+			})
+			n.Container.(*fakeContainer).done = done
+			wantErr(t, n.Notify(t.Context(), Message{Event: BeforeCheckpoint}).Err(), tt.want)
+		})
 	}
 }
 

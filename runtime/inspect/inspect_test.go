@@ -1,6 +1,7 @@
 package inspect
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -317,4 +319,65 @@ func onlyChild(t *testing.T, pid int) int {
 		return 0
 	}
 	return child
+}
+
+// The user is the one that opens files, whatever the process was started as.
+func TestUser(t *testing.T) {
+	needRoot(t)
+	cmd := exec.Command("sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1234, Gid: 567}}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if _, _, err := User(cmd.Process.Pid); !errors.Is(err, errGone) {
+			t.Errorf("of one that has ended: %v", err)
+		}
+	}()
+	if uid, gid, err := User(cmd.Process.Pid); uid != 1234 || gid != 567 || err != nil {
+		t.Errorf("got %d:%d, %v", uid, gid, err)
+	}
+}
+
+// A file whose file system does not answer, such as the workload's own by FUSE, holds
+// nobody up: what the kernel knows of it is enough.
+func TestFilesystemThatDoesNotAnswer(t *testing.T) {
+	needRoot(t)
+	fuse, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Skipf("no FUSE here: %v", err)
+	}
+	dir := t.TempDir()
+	err = unix.Mount("crac-test", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse))
+	if err != nil {
+		unix.Close(fuse)
+		t.Skipf("FUSE cannot be mounted here: %v", err)
+	}
+	held, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Error(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		c, err := Inspect(os.Getpid(), []int{os.Getpid()}, Options{Memory: true})
+		if err == nil && !slices.ContainsFunc(c.Processes[0].FDs, func(fd FD) bool { return fd.Number == held && fd.Kind == Directory && fd.Path == dir }) {
+			err = fmt.Errorf("descriptor %d is not seen: %+v", held, c.Processes[0].FDs)
+		}
+		done <- err
+	}()
+	select {
+	case err = <-done:
+	case <-time.After(10 * time.Second):
+		err = errors.New("it waits for the file system")
+	}
+	if err != nil {
+		t.Error(err)
+	}
+	unix.Close(fuse) // ends all that waits
+	unix.Close(held)
+	if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+		t.Error(err)
+	}
 }

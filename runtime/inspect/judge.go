@@ -80,7 +80,7 @@ func (j *judge) add(p *Process, fd *FD, f finding) {
 
 const (
 	closeIt  = "let the program close it at before-checkpoint (docs/hooks.md)"
-	noUring  = "switch io_uring off in the program (Node: UV_USE_IO_URING=0), or let it close its rings at before-checkpoint (docs/hooks.md)"
+	noUring  = "run it where it has no io_uring: under a seccomp profile that forbids it, as containerd's own does (nerdctl, Kubernetes' RuntimeDefault, ctr run --seccomp), or with the host's sysctl kernel.io_uring_disabled=2; programs then do without (Node since 22 uses it whatever UV_USE_IO_URING says); or let it close its rings at before-checkpoint (docs/hooks.md)"
 	reopenIt = "let the program open the file again, or close it at before-checkpoint (docs/hooks.md); restart what was updated in place"
 )
 

@@ -47,7 +47,7 @@ func TestJudge(t *testing.T) {
 			{Kind: Device, Path: "/dev/null", Rdev: unix.Mkdev(1, 3)},
 			{Kind: Device, Path: "/dev/net/tun", Rdev: unix.Mkdev(10, 200)},
 		}}},
-		{name: "io_uring", process: Process{FDs: []FD{{Kind: IOUring}}}, want: "error io_uring", says: "UV_USE_IO_URING=0"},
+		{name: "io_uring", process: Process{FDs: []FD{{Kind: IOUring}}}, want: "error io_uring", says: "kernel.io_uring_disabled=2"},
 		{name: "io_uring without a descriptor", process: Process{Mapped: []Mapping{{Path: "anon_inode:[io_uring]", Anon: true}}}, want: "error io_uring"},
 		{name: "userfaultfd", process: Process{FDs: []FD{{Kind: Userfault}}}, want: "error kind", says: "before-checkpoint"},
 		{name: "perf", process: Process{FDs: []FD{{Kind: Perf}}}, want: "error kind"},

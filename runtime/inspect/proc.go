@@ -66,12 +66,16 @@ func (d *procDir) read(name string) ([]byte, error) {
 }
 
 // stat follows the links of /proc, which lead to the thing itself whatever its
-// name is.
+// name is. It takes what the kernel knows already: a network's file system may be
+// far away, and one of FUSE may be a process of the workload, which is frozen.
 func (d *procDir) stat(name string) (st unix.Stat_t, err error) {
-	if err = unix.Fstatat(int(d.dir.Fd()), name, &st, 0); err != nil {
-		err = gone(&os.PathError{Op: "stat", Path: d.dir.Name() + "/" + name, Err: err})
+	var x unix.Statx_t
+	if err = unix.Statx(int(d.dir.Fd()), name, unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS, &x); err != nil {
+		return st, gone(&os.PathError{Op: "stat", Path: d.dir.Name() + "/" + name, Err: err})
 	}
-	return st, err
+	st.Mode, st.Nlink, st.Ino, st.Blocks = uint32(x.Mode), uint64(x.Nlink), x.Ino, int64(x.Blocks)
+	st.Dev, st.Rdev = unix.Mkdev(x.Dev_major, x.Dev_minor), unix.Mkdev(x.Rdev_major, x.Rdev_minor)
+	return st, nil
 }
 
 func (d *procDir) readlink(name string) (string, error) {
@@ -114,6 +118,28 @@ func (d *procDir) process() (*Process, error) {
 		p.Args = strings.Split(string(args), "\x00")
 	}
 	return p, nil
+}
+
+// User gives the user and the group by which a process opens files, as the host
+// sees them.
+func User(pid int) (uid, gid int, err error) {
+	d, err := openProc(pid)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer d.close()
+	data, err := d.read("status")
+	if err != nil {
+		return 0, 0, err
+	}
+	p, err := parseStatus(data)
+	if err == nil && (len(p.Users) != 4 || len(p.Groups) != 4) {
+		err = errors.New("without Uid and Gid")
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("%s/status: %w", d.dir.Name(), err)
+	}
+	return int(p.Users[3]), int(p.Groups[3]), nil
 }
 
 // parseStatus reads proc_pid_status(5).

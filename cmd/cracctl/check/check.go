@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -52,6 +53,10 @@ type Report struct {
 // hooksDir is the directory of hooks in the bundle.
 const hooksDir = "crac"
 
+// turnWait is how long a checkpoint that is being made is waited for: a small one is
+// made in less.
+const turnWait = time.Second
+
 // Run looks at everything that can be seen from outside, and asks the
 // participants. It changes nothing.
 func Run(ctx context.Context, c Container) (*Report, error) {
@@ -83,7 +88,7 @@ func Run(ctx context.Context, c Container) (*Report, error) {
 		return nil, err
 	}
 	r := &Report{Container: c.ID, Processes: len(held.Processes)}
-	closed := r.policy(options.FDPolicy, rootfs(c.Bundle, spec), held)
+	closed := r.policy(options, spec.Process, rootfs(c.Bundle, spec), held)
 	r.Findings = append(r.Findings, held.Judge(inspect.Conditions{
 		TCP:     cmp.Or(c.TCP, options.TCP),
 		Closed:  closed,
@@ -171,8 +176,8 @@ func rootfs(bundle string, spec *specs.Spec) string {
 
 // policy tells what a descriptor policy would do, and returns which descriptors it
 // would close.
-func (r *Report) policy(option, rootfs string, held *inspect.Container) (closed func(*inspect.FD) bool) {
-	p, err := fdpolicy.Load(option, rootfs)
+func (r *Report) policy(o oci.Options, process *specs.Process, rootfs string, held *inspect.Container) (closed func(*inspect.FD) bool) {
+	p, err := fdpolicy.For(o, process, rootfs)
 	if err != nil {
 		r.add(inspect.Error, "policy", "the descriptor policy", err.Error(), "correct it (docs/fd-policy.md)")
 		return nil
@@ -205,18 +210,26 @@ func (r *Report) policy(option, rootfs string, held *inspect.Container) (closed 
 
 // participants asks who would be told, whether they could.
 func (r *Report) participants(ctx context.Context, c Container, o oci.Options) {
-	if o.Hooks == oci.HooksOff {
-		return
+	n := hook.Notifier{Dir: filepath.Join(c.Bundle, hooksDir), Timeout: o.HookTimeout}
+	if _, err := os.Stat(n.Dir); err != nil {
+		if o.Hooks == oci.HooksOff {
+			return
+		}
+		n.Dir = "" // the shim found no place for it in the container
 	}
 	adapters := o.HookBeforeCheckpoint != "" || o.HookAfterResume != "" || o.HookAfterRestore != ""
 	if c.Paused {
 		r.add(inspect.Info, "paused", "the container", "it is paused, so that its participants were not asked; a checkpoint resumes it for them", "resume it, and check again")
 		return
 	}
-	n := hook.Notifier{Dir: filepath.Join(c.Bundle, hooksDir), Timeout: o.HookTimeout}
-	if _, err := os.Stat(n.Dir); err != nil {
-		n.Dir = "" // the shim found no place for it in the container
+	wait, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	end, err := hook.Turn(wait, c.Bundle)
+	if err != nil {
+		r.add(inspect.Info, "busy", "the container", fmt.Sprintf("its participants were not asked, because a checkpoint is being made, or somebody else asks them (%v)", err), "check again when it is made")
+		return
 	}
+	defer end()
 	told := n.Notify(ctx, hook.Message{Event: hook.Check})
 	r.Participants = told.Told()
 	for _, p := range told.Results {

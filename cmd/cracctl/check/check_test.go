@@ -3,6 +3,7 @@ package check
 import (
 	"bytes"
 	"encoding/json"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/crac-shim/crac/cmd/cracctl/doctor"
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime/hook"
 	"github.com/crac-shim/crac/runtime/inspect"
 )
 
@@ -33,6 +35,11 @@ func TestTable(t *testing.T) {
 		want   string
 	}{
 		{"nothing", report(), "web: 3 processes. Nothing stands in the way of a checkpoint.\n"},
+		{"names that a workload has chosen", report(inspect.Finding{Level: inspect.Info, PID: 1, Inside: 1, Program: "a\x1b[2J\nerror", What: "/b\nc", Why: "d\te"}), `info     process 1 (a\u001b[2J\nerror, 1 inside): /b\nc
+         d\te
+
+web: 3 processes. Nothing stands in the way of a checkpoint.
+`},
 		{"a warning", report(exec, connection), `warning  process 700 (java, 1 inside), descriptors 5 and 6: tcp to 10.0.0.9:5432
          a clone finds it closed
          → connect again
@@ -100,7 +107,7 @@ func TestPolicy(t *testing.T) {
 		socket(3, 30, "10.0.0.9:1"), socket(4, 40, "10.0.0.9:2"), {Number: 5, Kind: inspect.File, Path: "/f"}, {Number: 6, Kind: inspect.File, Path: "/g"},
 	}}}}
 	r := &Report{}
-	closed := r.policy("type: socket\nremotePort: 1\naction: close\n---\ntype: file\npath: /f\naction: close\n---\ntype: file\naction: ignore", t.TempDir(), held)
+	closed := r.policy(oci.Options{FDPolicy: "type: socket\nremotePort: 1\naction: close\n---\ntype: file\npath: /f\naction: close\n---\ntype: file\naction: ignore"}, nil, t.TempDir(), held)
 	got := r.text()
 	for _, want := range []string{
 		"error policy: file /f: the descriptor policy refuses it, by rule 2 (line 5",
@@ -116,8 +123,15 @@ func TestPolicy(t *testing.T) {
 		t.Error("the wrong ones count as closed")
 	}
 	r = &Report{}
-	r.policy("file:/none", t.TempDir(), held)
+	r.policy(oci.Options{FDPolicy: "file:/none"}, nil, t.TempDir(), held)
 	if got := r.text(); !strings.HasPrefix(got, "error policy: the descriptor policy: descriptor policy /none of the image") {
+		t.Error(got)
+	}
+	// A JVM's own rules are the same to it as to the shim.
+	r = &Report{}
+	jvm := &specs.Process{Args: []string{"java", "-Djdk.crac.resource-policies=p"}, Cwd: "/jvm"}
+	r.policy(oci.Options{Java: oci.JavaAuto}, jvm, t.TempDir(), held)
+	if got := r.text(); !strings.HasPrefix(got, "error policy: the descriptor policy: descriptor policy /jvm/p of the image") {
 		t.Error(got)
 	}
 }
@@ -173,6 +187,42 @@ func TestParticipants(t *testing.T) {
 	r.participants(t.Context(), Container{Bundle: bundle}, oci.Options{})
 	if r.Participants != 0 || len(r.Findings) != 0 {
 		t.Errorf("what is no participant: %d, %s", r.Participants, r.text())
+	}
+
+	// Nobody is asked while a checkpoint is being made. hooks=off does not matter to a clone of a
+	// dump that has the directory.
+	l, err := net.Listen("unix", filepath.Join(bundle, hooksDir, "p.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	asked := make(chan struct{}, 1)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			asked <- struct{}{}
+			_, _ = c.Write([]byte("{\"ok\":true}\n"))
+			c.Close()
+		}
+	}()
+	off := oci.Options{Hooks: oci.HooksOff}
+	end, err := hook.Turn(t.Context(), bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r = &Report{}
+	r.participants(t.Context(), Container{Bundle: bundle}, off)
+	if got := r.text(); !strings.HasPrefix(got, "info busy") || len(asked) > 0 {
+		t.Errorf("while a checkpoint is made: %q, asked: %d", got, len(asked))
+	}
+	end()
+	r = &Report{}
+	r.participants(t.Context(), Container{Bundle: bundle}, off)
+	if len(asked) != 1 || r.Participants != 1 || len(r.Findings) != 0 {
+		t.Errorf("a participant that agrees: asked %d, %d participants, %s", len(asked), r.Participants, r.text())
 	}
 }
 

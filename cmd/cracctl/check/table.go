@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/runtime/inspect"
 )
 
@@ -13,10 +14,10 @@ import (
 func Table(w io.Writer, r *Report) error {
 	var b strings.Builder
 	for _, f := range r.Findings {
-		fmt.Fprintf(&b, "%-7s  %s\n", f.Level, subject(f))
-		fmt.Fprintf(&b, "%-7s  %s\n", "", f.Why)
+		fmt.Fprintf(&b, "%-7s  %s\n", f.Level, plain.Line(subject(f)))
+		fmt.Fprintf(&b, "%-7s  %s\n", "", plain.Line(f.Why))
 		if f.Fix != "" {
-			fmt.Fprintf(&b, "%-7s  → %s\n", "", f.Fix)
+			fmt.Fprintf(&b, "%-7s  → %s\n", "", plain.Line(f.Fix))
 		}
 		b.WriteByte('\n')
 	}

@@ -4,7 +4,6 @@ package doctor
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -61,13 +60,6 @@ func Run(ctx context.Context, o Options) Report {
 		}
 	}
 	return r
-}
-
-// JSON writes the report for programs.
-func (r Report) JSON(w io.Writer) error {
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	return enc.Encode(r)
 }
 
 // Table writes the report for people.

@@ -1,7 +1,7 @@
 // Command participant is a workload that is told of its checkpoints in every way
 // there is, and that answers well or badly, as its flags say:
 //
-//	participant [-via socket|http|signal|none] [-event E] [-mode M] [-n N] [-child]
+//	participant [-via socket|http|signal|none] [-event E] [-mode M] [-n N] [-child] [-apart] [-uid U] [-state FILE]
 //	participant hook [-event E] [-mode M]     an argv adapter
 //	participant ask OP                        one request to control.sock; prints the answer
 //	participant self                          asks for its own checkpoint, and waits for its end
@@ -40,6 +40,9 @@ var (
 	mode  = flag.String("mode", "ack", "how it answers")
 	count = flag.Int("n", 1, "the number of participants; the mode is the first one's")
 	child = flag.Bool("child", false, "a child process listens")
+	apart = flag.Bool("apart", false, "a child process is the first participant")
+	uid   = flag.Uint("uid", 0, "the child's user and group")
+	state = flag.String("state", "", "a file for what is in memory, too: written before a checkpoint, compared after a restore")
 	quiet = flag.Bool("quiet", false, "do not count")
 )
 
@@ -74,18 +77,29 @@ func main() {
 }
 
 func serve() error {
-	if *child {
-		args := []string{"-quiet", "-via", *via, "-event", *event, "-mode", *mode, "-n", fmt.Sprint(*count)}
+	if *child || *apart {
+		n := *count
+		if *apart {
+			n = 1
+		}
+		args := []string{"-quiet", "-via", *via, "-event", *event, "-mode", *mode, "-n", fmt.Sprint(n)}
 		cmd := exec.Command("/proc/self/exe", args...)
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		if *uid != 0 {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(*uid), Gid: uint32(*uid)}}
+		}
 		if err := cmd.Start(); err != nil {
 			return err
 		}
 		go func() { _ = cmd.Wait() }()
-	} else {
+	}
+	if !*child {
 		switch *via {
 		case "socket":
 			for i := range *count {
+				if i == 0 && *apart {
+					continue
+				}
 				if err := listen(i); err != nil {
 					return err
 				}
@@ -163,6 +177,9 @@ func answer(conn net.Conn, name string, first bool) {
 		return
 	}
 	told(name, line)
+	if *state != "" {
+		remember(line)
+	}
 	switch modeFor(line, first) {
 	case "ack":
 		fmt.Fprintln(conn, `{"ok":true}`)
@@ -176,6 +193,32 @@ func answer(conn net.Conn, name string, first bool) {
 	case "timeout":
 		// Whoever asked goes away in the end.
 		_, _ = io.Copy(io.Discard, conn)
+	}
+}
+
+// remembered is the last checkpoint's id, which is in the file as well.
+var remembered string
+
+// remember writes what is in memory into a file before a checkpoint, and says after a restore what
+// both have: "state MEMORY FILE".
+func remember(line string) {
+	var m struct {
+		Event string `json:"event"`
+		ID    string `json:"id"`
+	}
+	_ = json.Unmarshal([]byte(line), &m)
+	switch m.Event {
+	case "before-checkpoint":
+		remembered = m.ID
+		if err := os.WriteFile(*state, []byte(m.ID), 0o644); err != nil {
+			fmt.Println(err)
+		}
+	case "after-restore":
+		file, err := os.ReadFile(*state)
+		if err != nil {
+			fmt.Println(err)
+		}
+		fmt.Println("state", remembered, string(file))
 	}
 }
 
@@ -226,8 +269,10 @@ func onSignal() {
 			text = `{"ok":false,"error":"pool busy"}`
 		case "garbage":
 			text = "\x00\xff{{{ no JSON at all\n"
-		case "timeout", "silent", "crash":
+		case "timeout", "silent":
 			continue
+		case "crash":
+			os.Exit(3)
 		}
 		if err := os.WriteFile(ack+".new", []byte(text), 0o644); err != nil {
 			fmt.Println(err)

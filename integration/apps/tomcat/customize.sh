@@ -12,7 +12,8 @@ mkdir -p "$root/var/lib/crac-demo"
 # build.sh removes what packages left in /var/log; Tomcat needs its own directory.
 chroot "$root" install -d -o tomcat -g adm -m 2770 /var/log/tomcat10
 
-# A second instance, with a database: its own classes, the driver, and Tomcat's configuration.
+# A second instance, with a database: its own classes, the driver, and Tomcat's configuration. They are
+# written to org.crac, which is in a Maven repository only: its stand-in comes with them.
 here=$(cd "$(dirname "$0")" && pwd)
 pool=$root/var/lib/tomcat10-pool
 command -v javac >/dev/null || {
@@ -21,9 +22,9 @@ command -v javac >/dev/null || {
 }
 classes=$(mktemp -d)
 jars=$(find "$root/usr/share/java" -name 'tomcat10-*.jar' -printf '%p:')
-javac --release 17 -implicit:none -cp "$jars" -sourcepath "$here/../../../sdk/java/src" -d "$classes" "$here"/src/demo/*.java
+javac --release 17 -cp "$jars" -d "$classes" "$here"/src/demo/*.java "$here"/../../../sdk/java/test/orgcrac/org/crac/*.java
 mkdir -p "$pool/lib" "$pool/logs" "$pool/work"
-jar --create --file "$pool/lib/demo.jar" --date=1980-01-02T00:00:00Z -C "$classes" demo
+jar --create --file "$pool/lib/demo.jar" --date=1980-01-02T00:00:00Z -C "$classes" .
 rm -rf "$classes"
 ln -s /usr/share/java/postgresql.jar "$pool/lib/postgresql.jar"
 for f in catalina.properties web.xml context.xml logging.properties; do

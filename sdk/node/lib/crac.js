@@ -108,13 +108,14 @@ async function notify(message) {
 }
 
 async function serve(socket) {
-  socket.setTimeout(10000, () => socket.destroy());
+  const late = setTimeout(() => socket.destroy(), 10000);
+  late.unref();
   const line = await readLine(socket).catch(() => null);
+  clearTimeout(late);
   if (line === null) {
     socket.end();
     return;
   }
-  socket.setTimeout(0);
   socket.on('error', () => {}); // the runtime has given up; the hooks run all the same
   queue = queue.then(() => answer(socket, line));
 }

@@ -66,7 +66,7 @@ def _exchange(path, line, timeout):
         s.settimeout(timeout)
         s.connect(path)
         s.sendall(line)
-        data = read_line(s)
+        data = read_line(s, timeout)
     if data is None:
         raise EOFError("the connection was closed")
     try:
@@ -75,10 +75,16 @@ def _exchange(path, line, timeout):
         raise OSError(f"the answer is not JSON: {e}") from None
 
 
-def read_line(s, most=1 << 20):
-    """Reads up to a newline; None if the connection ends without one."""
+def read_line(s, timeout, most=1 << 20):
+    """Reads up to a newline, for that many seconds in all; None if the connection ends
+    without one."""
     data = bytearray()
+    deadline = time.monotonic() + timeout
     while not data.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout(f"no line within {timeout} s")
+        s.settimeout(left)
         more = s.recv(1 << 16)
         if not more or len(data) + len(more) > most:
             return None

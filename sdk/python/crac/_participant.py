@@ -18,6 +18,8 @@ from ._settings import settings
 
 log = logging.getLogger("crac")
 
+_PATIENCE = 10  # seconds for a whole line, in either direction
+
 
 @dataclass(frozen=True)
 class Restore:
@@ -80,8 +82,7 @@ class _Participant:
             log.warning("%s: %s", self.path, e)
 
     def answer(self, connection):
-        connection.settimeout(10)
-        line = _control.read_line(connection)
+        line = _control.read_line(connection, _PATIENCE)
         if line is None:
             return
         try:
@@ -98,6 +99,7 @@ class _Participant:
         answer = {"ok": True}
         if errors:
             answer = {"ok": False, "error": "; ".join(errors)[:4096]}
+        connection.settimeout(_PATIENCE)
         connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def notify(self, event, message, deadline):

@@ -47,6 +47,6 @@ public final class Pool {
         } catch (SQLException e) {
             answer = "error=" + e.getMessage().replace('\n', ' ');
         }
-        return answer + "\nopened=" + opened + "\ninstance=" + INSTANCE + "\n";
+        return answer + "\nopened=" + opened + "\n" + Checkpoints.connectors() + "\ninstance=" + INSTANCE + "\n";
     }
 }

@@ -236,7 +236,7 @@ final class Coordinator {
             // process may be none that can be told.
             try {
                 Map<String, Object> now = ControlSocket.ask(outcomeOf(r.id), null);
-                switch (Json.string(now, "outcome")) {
+                switch (String.valueOf(Json.string(now, "outcome"))) {
                     case "pending":
                         continue;
                     case "checkpointed", "restored":

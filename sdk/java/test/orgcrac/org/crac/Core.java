@@ -9,11 +9,16 @@ import java.util.Map;
 import java.util.WeakHashMap;
 
 /**
- * Stands in for the library org.crac, which no Debian suite has. It asks the same of the package
- * that org.crac.Core.Compat names, as read in that library's source: five classes by name, the
- * static methods checkpointRestore and getGlobalContext, and register(Resource) of the context,
- * which is given a java.lang.reflect.Proxy that lives as long as the program's resource and passes
- * every call on; of a failure, what is suppressed in it.
+ * Stands in for the library org.crac, which is in no Debian suite and in no npm package. It asks the
+ * same of the package that org.crac.Core.Compat names, as read in that library's source
+ * (CRaC/org.crac at 028651d76bcf, version 1.5.1-SNAPSHOT): five classes by name, the static methods
+ * checkpointRestore and getGlobalContext, and register(Resource) of the context, which is given a
+ * java.lang.reflect.Proxy that lives as long as the program's resource and passes every call on; of a
+ * failure, what is suppressed in it.
+ *
+ * Beyond that the library does without checkpointRestore where there is none, keeps what a failing
+ * register throws for a later call, names its proxies, and has a CRaCMXBean, which looks for the one
+ * of a JDK with CRaC and is not implemented without.
  */
 public final class Core {
     private static final Bridge BRIDGE = Bridge.load(System.getProperty("org.crac.Core.Compat"));
