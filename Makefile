@@ -62,11 +62,11 @@ test-unit: host ## unit tests with the race detector
 	@integration/tools/install.sh jdk jdk25
 	go test -race -tags '$(GOTAGS)' -timeout 10m $(UNIT)
 
-# Every fuzz target, each with one worker, and three for a CPU: three dozen targets
-# for a minute each take six minutes on two CPUs then, and eighteen otherwise.
+# Every fuzz target, each with one worker, and five for a CPU: three dozen targets
+# for a minute each take five minutes on two CPUs then, and eighteen otherwise.
 # Minimizing would take most of the time.
 FUZZTIME ?= 1m
-FUZZJOBS ?= $(shell echo $$((3 * $$(nproc))))
+FUZZJOBS ?= $(shell echo $$((5 * $$(nproc))))
 .PHONY: fuzz
 fuzz: host ## every fuzz target, for FUZZTIME=1m each
 	@git grep -H '^func Fuzz' -- '*_test.go' | sed -n 's|^\(.*\)/[^/]*:func \(Fuzz[A-Za-z0-9]*\)(.*|\1 \2|p' | sort -u | \

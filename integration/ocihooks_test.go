@@ -43,12 +43,10 @@ func newOCIHooks(t *harness.T, maps []specs.LinuxIDMapping) ociHooks {
 func (h ociHooks) container(runtime, fail string) config {
 	h.Helper()
 	hook := func(kind string) []specs.Hook {
-		code := 0
 		if kind == fail {
-			code = 1
+			return h.hook(kind, 1)
 		}
-		script := fmt.Sprintf(`umask 0; echo %s $(grep -o '"status": *"[a-z]*"' | head -n 1 | cut -d '"' -f 4) >>%s/log; echo bad-%s >&2; exit %d`, kind, h.dir, kind, code)
-		return []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}}}
+		return h.hook(kind, 0)
 	}
 	spec := []oci.SpecOpts{
 		// startContainer runs inside, and has to find the log.
@@ -72,6 +70,12 @@ func (h ociHooks) container(runtime, fail string) config {
 	}
 	c.spec = spec
 	return c
+}
+
+// hook notes that it was called, and exits with this status.
+func (h ociHooks) hook(kind string, status int) []specs.Hook {
+	script := fmt.Sprintf(`umask 0; echo %s $(grep -o '"status": *"[a-z]*"' | head -n 1 | cut -d '"' -f 4) >>%s/log; echo bad-%s >&2; exit %d`, kind, h.dir, kind, status)
+	return []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}}}
 }
 
 // noted is what the hooks have noted since it was last asked.
@@ -155,7 +159,7 @@ func TestOCIHooksInOrder(tb *testing.T) {
 				t.Errorf("a restore runs the hooks %q, want %q", order, want)
 			}
 			// A client makes the network in createRuntime, before the start.
-			if maps == nil && len(clone.created) != 2 {
+			if len(clone.created) != 2 {
 				t.Errorf("before the start of a restore these hooks have run: %q", clone.created)
 			}
 		})
@@ -183,7 +187,7 @@ func TestOCIHookFails(tb *testing.T) {
 	dump := h.dump()
 	for _, kind := range hookKinds {
 		if kind == "poststop" {
-			continue // a task that cannot be deleted, as under runc's shim
+			continue // TestPoststopHookFails
 		}
 		want, got := h.live(h.container(runcRuntime, kind)), h.live(h.container(cracRuntime, kind))
 		if !slices.Equal(got.created, want.created) || !slices.Equal(got.started, want.started) || !slices.Equal(got.deleted, want.deleted) ||
@@ -221,4 +225,20 @@ func TestOCIHookFails(tb *testing.T) {
 			t.Errorf("%s fails in a restore, and poststop does not run: %+v", kind, clone)
 		}
 	}
+}
+
+// TestPoststopHookFails: it does not keep the container, nor the hooks behind it (runtime-spec, Lifecycle).
+// Under runc's shim it does.
+func TestPoststopHookFails(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	h := newOCIHooks(t, nil)
+	c := h.container(cracRuntime, "poststop")
+	c.spec = append(c.spec, withSpec(func(s *oci.Spec) { s.Hooks.Poststop = append(s.Hooks.Poststop, h.hook("poststop", 0)...) }))
+	if l := h.live(c); !slices.Equal(l.deleted, []string{"poststop stopped", "poststop stopped"}) {
+		t.Errorf("%+v; want both poststop hooks to have run", l)
+	}
+	t.Eventually("a warning", func() bool {
+		return strings.Contains(t.Daemon.Log(), "poststop hook 0 of container "+c.id) && strings.Contains(t.Daemon.Log(), "bad-poststop")
+	})
 }

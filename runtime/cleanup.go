@@ -13,13 +13,16 @@ import (
 	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/cgroups/manager"
 	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
 // ForceDelete kills and removes a container whose shim has died. It may be
 // called from a process that never started the container, and for one that is
-// gone already. It returns the pid that the container's init had, 0 if unknown.
-func ForceDelete(root, id string) (pid int, err error) {
+// gone already. It returns the pid that the container's init had, 0 if unknown. warn,
+// unless nil, is told of poststop hooks that fail.
+func ForceDelete(root, id string, warn func(error)) (pid int, err error) {
 	// Nothing may be removed before: a restore that was cut short leaves the
 	// container's root file system mounted there.
 	if err := detachBelow(filepath.Join(root, id)); err != nil {
@@ -40,11 +43,40 @@ func ForceDelete(root, id string) (pid int, err error) {
 		pid = max(0, state.InitProcessPid)
 	}
 	_ = lc.Signal(unix.SIGKILL) // not running is just as well
-	err = insist(lc.Destroy, func() { _ = lc.Signal(unix.SIGKILL) })
+	err = insist(func() error { return destroy(lc, warn) }, func() { _ = lc.Signal(unix.SIGKILL) })
 	if err != nil {
 		return pid, fmt.Errorf("delete container %s: %w", id, err)
 	}
 	return pid, nil
+}
+
+// destroy removes libcontainer's part, and runs the poststop hooks. libcontainer would
+// leave out those behind one that fails, and say that nothing was removed: the container could
+// never be deleted (runtime-spec, runtime.md, Lifecycle: a warning, and on).
+func destroy(lc *libcontainer.Container, warn func(error)) error {
+	hooks := lc.Config().Hooks // not a copy
+	poststop := hooks[configs.Poststop]
+	delete(hooks, configs.Poststop)
+	if err := lc.Destroy(); err != nil {
+		if len(poststop) > 0 {
+			hooks[configs.Poststop] = poststop // for the next try
+		}
+		return err
+	}
+	if len(poststop) == 0 {
+		return nil
+	}
+	state, err := lc.OCIState()
+	if err != nil {
+		return err
+	}
+	state.Status = specs.StateStopped
+	for i, h := range poststop {
+		if err := h.Run(state); err != nil && warn != nil {
+			warn(fmt.Errorf("poststop hook %d of container %s: %w", i, lc.ID(), err))
+		}
+	}
+	return nil
 }
 
 // insist tries again what fails while processes that were killed end.

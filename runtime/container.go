@@ -41,6 +41,9 @@ type Config struct {
 
 	Reaper *Subreaper
 
+	// Warn, unless nil, is told what the container goes on in spite of.
+	Warn func(error)
+
 	// Trace, unless nil, gets the steps of the start.
 	Trace *trace.Recorder
 }
@@ -457,7 +460,7 @@ func (c *Container) Delete() error {
 func (c *Container) destroy() error {
 	c.tmpfs.detached.Wait()     // they are mounted in the directory that goes
 	defer c.cfg.Reaper.Hold()() // for the poststop hooks
-	if err := c.lc.Destroy(); err != nil {
+	if err := destroy(c.lc, c.cfg.Warn); err != nil {
 		return fmt.Errorf("delete container %s: %w", c.cfg.ID, err)
 	}
 	return nil

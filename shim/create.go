@@ -133,6 +133,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		NoPivotRoot:   opts.NoPivotRoot,
 		NoNewKeyring:  opts.NoNewKeyring,
 		Reaper:        s.reaper,
+		Warn:          func(err error) { log.G(s.ctx).WithError(err).WithField("id", r.ID).Warn("go on all the same") },
 		Trace:         steps,
 	}, spec)
 	prepare()

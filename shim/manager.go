@@ -64,7 +64,7 @@ func (Manager) Stop(ctx context.Context, id string) (shim.StopStatus, error) {
 	} else {
 		root = stateRoot(o, ns, bundle)
 	}
-	pid, err := runtime.ForceDelete(root, id)
+	pid, err := runtime.ForceDelete(root, id, func(err error) { log.G(ctx).WithError(err).Warn("delete the container") })
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("failed to delete the container")
 	}
