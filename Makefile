@@ -134,10 +134,11 @@ doctor: build ## what this machine can and cannot do, and how to fix it
 	@PATH=$(BUILD)/tools/criu/bin:$(BUILD)/tools/bin:$$PATH $(BUILD)/bin/cracctl doctor
 
 .PHONY: lint
-lint: host ## golangci-lint, gofumpt and shellcheck
+lint: host ## golangci-lint, gofumpt and shellcheck, and types on another architecture
 	@integration/tools/install.sh lint
 	$(BUILD)/tools/lint/golangci-lint run ./...
 	cd sdk/go && $(BUILD)/tools/lint/golangci-lint run ./...
+	GOARCH=arm64 CGO_ENABLED=0 go vet ./oci/... ./images ./runtime/inspect ./runtime/pager ./runtime/hook ./runtime/tmpfs
 	@bad=$$($(BUILD)/tools/lint/gofumpt -l $$(git ls-files --cached --others --exclude-standard '*.go')); \
 	  if [ -n "$$bad" ]; then printf 'not formatted as gofumpt does (make fmt):\n%s\n' "$$bad" >&2; exit 1; fi
 	shellcheck -x $$(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)

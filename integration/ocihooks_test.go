@@ -227,6 +227,58 @@ func TestOCIHookFails(tb *testing.T) {
 	}
 }
 
+// TestOCIHookFailsInUserNamespace: there CRIU makes what a hook finds at Create, and a hook that fails is
+// no reason to start in another way.
+func TestOCIHookFailsInUserNamespace(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	h := newOCIHooks(t, []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}})
+	c := h.container(cracRuntime, "createRuntime")
+	c.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(h.dump())}
+	clone := h.live(c)
+	if clone.createErr == nil || !strings.Contains(clone.createErr.Error(), "bad-createRuntime") {
+		t.Errorf("the creation: %v", clone.createErr)
+	}
+	if want := []string{"prestart creating", "createRuntime creating"}; !slices.Equal(clone.created[:min(2, len(clone.created))], want) || slices.Contains(clone.created[2:], want[1]) {
+		t.Errorf("these hooks have run: %q", clone.created)
+	}
+}
+
+// TestOCIHooksOfAColdStartInstead: what the hooks have set up for a restore that then fails, is what the
+// cold start gets, which they run for once.
+func TestOCIHooksOfAColdStartInstead(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	h := newOCIHooks(t, nil)
+	original := newContainer(t, h.container(cracRuntime, "")).start()
+	if r := original.exec("touch /dev/shm/file"); r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	dir := filepath.Join(h.dir, "dump")
+	t.CtrOK("tasks", "checkpoint", "--image-path", dir, original.ID())
+	original.remove()
+	h.noted()
+
+	// The file is in the way when all of the restore but this mount is done.
+	c := h.container(cracRuntime, "")
+	c.spec = append(c.spec,
+		oci.WithMounts([]specs.Mount{{Type: "tmpfs", Source: "tmpfs", Destination: "/dev/shm/file/below"}}),
+		oci.WithAnnotations(map[string]string{"io.containerd.crac.restore": "auto"}))
+	c.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(dir)}
+	clone := h.live(c)
+	if clone.createErr != nil || clone.startErr != nil || clone.code != 137 {
+		t.Errorf("the clone: %+v", clone)
+	}
+	if reason := coldReason(t, c.id); !strings.Contains(reason, "/dev/shm/file/below") {
+		t.Errorf("the reason: %s", reason)
+	}
+	cold := h.live(h.container(runcRuntime, ""))
+	order, want := slices.Concat(clone.created, clone.started, clone.deleted), slices.Concat(cold.created, cold.started, cold.deleted)
+	if !slices.Equal(order, want) || len(order) != len(hookKinds) {
+		t.Errorf("these hooks have run: %q, in a cold start under runc's shim %q", order, want)
+	}
+}
+
 // TestPoststopHookFails: it does not keep the container, nor the hooks behind it (runtime-spec, Lifecycle).
 // Under runc's shim it does.
 func TestPoststopHookFails(tb *testing.T) {

@@ -144,17 +144,7 @@ func TestUserNamespaceStartsCold(tb *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	procs, err := t.CgroupProcs(n.ID())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range procs {
-		if p != int(pid) { // CRIU
-			if err := syscall.Kill(p, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	killCRIU(n)
 	if err := n.task.Start(t.Ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -174,6 +164,41 @@ func TestUserNamespaceStartsCold(tb *testing.T) {
 		t.Errorf("the reason is %q, want CRIU's end", reason)
 	}
 	keptLog(t, reason)
+}
+
+// killCRIU kills the CRIU that waits for the start of a clone with a user namespace, and leaves what it
+// has made of the clone.
+func killCRIU(n *ctn) {
+	n.Helper()
+	procs, err := n.CgroupProcs(n.ID())
+	if err != nil {
+		n.Fatal(err)
+	}
+	for _, p := range procs {
+		if p != int(n.task.Pid()) {
+			if err := syscall.Kill(p, syscall.SIGKILL); err != nil {
+				n.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestUserNamespaceDeleted: a clone that is never started goes, with all that was made for it.
+func TestUserNamespaceDeleted(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	image := ref(t)
+	original := start(t, ticker(append([]string{option("checkpoint.image", image)}, ownMaps...)...))
+	original.checkpoint("--exit")
+	original.remove()
+	for _, before := range []func(*ctn){func(*ctn) {}, killCRIU} {
+		n := newContainer(t, usernsClone(t, image)).create()
+		before(n)
+		if _, err := n.task.Delete(t.Ctx, containerd.WithProcessKill); err != nil {
+			t.Error(err)
+		}
+		n.remove() // sees what is left
+	}
 }
 
 // TestUserNamespaceOfPod: what joins the user namespace of others starts cold, and says why.

@@ -1,6 +1,7 @@
 package runtime
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -13,14 +14,14 @@ import (
 // begunRestore is a call of CRIU that has begun. With the first process in its
 // namespaces it waits until it is told to go on.
 type begunRestore struct {
-	*criuRestore
+	call  *criuRestore
 	view  *dumpView
 	trees mountTrees
 
-	created chan struct{} // closed when the first process is there
-	held    *heldNetwork  // its namespaces, if they are not held already; with created
-	goOn    chan error    // nil, or why it is to be undone instead
-	hold    func()        // lets the subreaper go
+	waits chan struct{} // closed when the first process is there
+	held  *heldNetwork  // its namespaces, if they are not held already; with waits
+	goOn  chan error    // nil, or why it is to be undone instead
+	hold  func()        // lets the subreaper go
 
 	done chan struct{} // closed with the call's end
 	pid  int           // of the workload's first process, with done
@@ -34,7 +35,7 @@ func (c *Container) begin(dir string, o CRIUOptions, mounts []specs.Mount, io St
 	if c.criu == nil {
 		c.setCRIU(c.readyCRIU(io))
 	}
-	b := &begunRestore{created: make(chan struct{}), goOn: make(chan error, 1), done: make(chan struct{})}
+	b := &begunRestore{waits: make(chan struct{}), goOn: make(chan error, 1), done: make(chan struct{})}
 	look := c.cfg.Trace.Step("make the view of the dump")
 	view, err := c.view(dir, o.Images, o.Parents)
 	look()
@@ -50,12 +51,11 @@ func (c *Container) begin(dir string, o CRIUOptions, mounts []specs.Mount, io St
 		b.close()
 		return nil, err
 	}
-	b.criuRestore = &criuRestore{c: c, dir: view.dir, o: o, stdio: io, criu: c.criu, created: b.wait, beforeRun: b.trees.attach}
+	b.call = &criuRestore{c: c, dir: view.dir, o: o, stdio: io, criu: c.criu, created: b.wait, beforeRun: b.trees.attach}
 	b.hold = c.cfg.Reaper.Hold()
 	go func() {
 		defer close(b.done)
-		defer expectBreakpoints()()
-		b.pid, b.err = b.run()
+		b.pid, b.err = b.call.run()
 		b.hold()
 	}()
 	return b, nil
@@ -63,30 +63,46 @@ func (c *Container) begin(dir string, o CRIUOptions, mounts []specs.Mount, io St
 
 // wait waits, when the first process is there, to be told to go on.
 func (b *begunRestore) wait(pid int) error {
-	if b.c.userNetwork {
+	c := b.call.c
+	if c.userNetwork {
 		var err error
-		if b.held, err = holdNetworkOf(pid, b.c.spec); err != nil {
+		if b.held, err = holdNetworkOf(pid, c.spec); err != nil {
 			return err
 		}
 	}
 	// If they have not run yet: see PrepareRestore.
-	if err := b.c.runHooks(context.Background(), pid, specs.StateCreating, configs.Prestart, configs.CreateRuntime); err != nil {
+	if err := c.runHooks(context.Background(), pid, specs.StateCreating, configs.Prestart, configs.CreateRuntime); err != nil {
 		return err
 	}
-	close(b.created)
+	close(b.waits)
 	select {
 	case err := <-b.goOn:
 		return err
 	default:
 	}
 	// It may be long: others' orphans must be reaped meanwhile, and this process not.
-	defer b.c.cfg.Trace.On(trace.Background, "wait for the start")()
-	b.c.cfg.Reaper.Own(pid)
+	defer c.cfg.Trace.On(trace.Background, "wait for the start")()
+	c.cfg.Reaper.Own(pid)
 	b.hold()
 	err := <-b.goOn
-	b.hold = b.c.cfg.Reaper.Hold()
-	b.c.cfg.Reaper.Disown(pid)
+	b.hold = c.cfg.Reaper.Hold()
+	c.cfg.Reaper.Disown(pid)
 	return err
+}
+
+// waiting waits until the call waits. When ctx ends, CRIU does.
+func (b *begunRestore) waiting(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() {
+		if criu, err := b.call.criu.get(); err == nil {
+			_ = criu.cmd.Process.Kill()
+		}
+	})()
+	select {
+	case <-b.waits:
+		return nil
+	case <-b.done:
+		return cmp.Or(ctx.Err(), b.err)
+	}
 }
 
 // end has the restore go on, or undoes it for an error, and waits for what becomes of it.

@@ -25,6 +25,9 @@ var (
 	ErrNotRunning = errors.New("container is not running")
 	// ErrExists is returned when the state directory has this container already.
 	ErrExists = errors.New("container already exists")
+	// ErrNotUndone is returned when a restore has failed and something of it is left: nothing
+	// may be started in its place.
+	ErrNotUndone = errors.New("the failed restore could not be undone")
 )
 
 // Config is what a container is made from. ID, Bundle, Root and Reaper are
@@ -61,7 +64,7 @@ type Container struct {
 	mu      sync.Mutex
 	machine machine
 	config  *configs.Config
-	held    *heldNetwork  // a restore's, until the container is deleted
+	held    *heldNetwork  // a restore's, as long as the container needs it
 	tmpfs   readyTmpfs    // for a restore
 	begun   *begunRestore // from BeginRestore to Restore
 
@@ -192,6 +195,9 @@ func (c *Container) SharesPIDs() bool {
 func (c *Container) Create(io Stdio) (*Process, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.machine.state != Created || c.init != nil {
+		return nil, &StateError{ID: c.cfg.ID, From: c.machine.state, To: Created}
+	}
 	// A CRIU that nobody asks any more would keep the streams open, and be in the cgroup.
 	c.giveUpRestore()
 	return c.create(io)
@@ -249,7 +255,7 @@ func (c *Container) Exec(p *specs.Process, io Stdio) (*Process, error) {
 	c.mu.Lock()
 	err := c.canExec()
 	if err == nil {
-		c.starting.RLock() // nobody who holds mu waits for it
+		c.starting.RLock() // it never blocks: who holds it for writing holds mu
 		defer c.starting.RUnlock()
 	}
 	c.mu.Unlock()
@@ -303,29 +309,49 @@ func (c *Container) wholeProcesses() (release func(), err error) {
 // Signal sends a signal to the container's init, or to all of its processes.
 // There being nobody to signal is ErrNotRunning.
 //
-// It waits for nothing. SIGKILL reaches a paused container too, and ends an
-// operation that is under way with the workload. Any other signal comes after a
-// dump, if there is one under way: it would be part of it, and so reach every clone.
+// It waits for no operation that is under way, but for libcontainer's own changes of the
+// container. SIGKILL reaches a paused container too, and ends such an operation with the
+// workload. Any other signal comes after a dump, if there is one under way: it would be
+// part of it, and so reach every clone.
 func (c *Container) Signal(sig unix.Signal, all bool) error {
 	lc, init, _ := c.now()
 	if init == nil {
 		return fmt.Errorf("signal container %s: %w", c.cfg.ID, ErrNotRunning)
 	}
-	switch {
-	case sig == unix.SIGKILL:
+	reached := false
+	if sig == unix.SIGKILL {
 		c.killed.Store(true)
-	case State(c.machine.seen.Load()) == Quiesced:
-		go func() {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			_ = c.signal(c.lc, sig, all) // it may have ended
-		}()
+		reached = init.Signal(sig) == nil // at once, unless it is frozen; what it leaves comes next
+	} else if c.afterDump(func() { _ = c.signal(c.lc, sig, all) }) {
 		return nil
 	}
-	if err := c.signal(lc, sig, all); err != nil {
-		return fmt.Errorf("signal container %s: %w", c.cfg.ID, err)
+	err := c.signal(lc, sig, all)
+	if err == nil || reached && errors.Is(err, ErrNotRunning) {
+		return nil
 	}
-	return nil
+	return fmt.Errorf("signal container %s: %w", c.cfg.ID, err)
+}
+
+// SignalProcess sends a signal to a process that Exec has started, as Signal does.
+func (c *Container) SignalProcess(p *Process, sig unix.Signal) error {
+	if sig != unix.SIGKILL && c.afterDump(func() { _ = p.Signal(sig) }) {
+		return nil
+	}
+	return p.Signal(sig)
+}
+
+// afterDump has something done after the dump that is under way, with c.mu held. It
+// returns false if there is none.
+func (c *Container) afterDump(do func()) bool {
+	if State(c.machine.seen.Load()) != Quiesced {
+		return false
+	}
+	go func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		do() // whoever it is for may have ended
+	}()
+	return true
 }
 
 func (c *Container) signal(lc *libcontainer.Container, sig unix.Signal, all bool) error {
@@ -392,6 +418,12 @@ func (c *Container) Pause() error {
 	if err := c.machine.can(Paused); err != nil {
 		return err
 	}
+	// Clients pause a container to have it dumped, and half a process cannot be.
+	if release, err := c.wholeProcesses(); err == nil {
+		defer release()
+	} else if c.cfg.Warn != nil {
+		c.cfg.Warn(err)
+	}
 	if err := c.freeze(); err != nil {
 		return fmt.Errorf("pause container %s: %w", c.cfg.ID, err)
 	}
@@ -444,9 +476,13 @@ func (c *Container) Delete() error {
 			<-c.init.Done()
 		}
 	}
-	c.giveUpRestore() // nothing but CRIU could be in the cgroup
+	c.giveUpRestore()
 	c.deleted.Store(true)
-	err := c.destroy()
+	var err error
+	if c.init == nil {
+		err = c.emptyCgroup()
+	}
+	err = errors.Join(err, c.destroy())
 	if p := c.memory.Load(); p != nil {
 		stopPager(p)
 	}
@@ -469,9 +505,23 @@ func (c *Container) destroy() error {
 // discard removes libcontainer's part without running the poststop hooks, so
 // that the container can be made again on what its hooks have set up.
 func (c *Container) discard() error {
-	c.config.Hooks = nil
+	clear(c.lc.Config().Hooks) // not a copy, nor c.config's when it was loaded
 	return c.destroy()
 }
+
+// HookError is a hook of the spec that has failed. It is no reason to start in another way.
+type HookError struct {
+	Name, ID string
+	Err      error
+}
+
+// Error implements error.
+func (e *HookError) Error() string {
+	return fmt.Sprintf("%s hook of container %s: %v", e.Name, e.ID, e.Err)
+}
+
+// Unwrap returns what the hook has said.
+func (e *HookError) Unwrap() error { return e.Err }
 
 // runHooks runs the spec's hooks of these kinds, as libcontainer would, with
 // pid as the container's.
@@ -493,7 +543,7 @@ func (c *Container) runHooks(ctx context.Context, pid int, status specs.Containe
 			return err
 		}
 		if err := c.config.Hooks.Run(name, state); err != nil {
-			return fmt.Errorf("%s hook of container %s: %w", name, c.cfg.ID, err)
+			return &HookError{Name: string(name), ID: c.cfg.ID, Err: err}
 		}
 	}
 	return nil

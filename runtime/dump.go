@@ -38,14 +38,10 @@ type DumpOptions struct {
 func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.refresh()
-	came := c.machine.state
-	if came == Created {
-		return fmt.Errorf("checkpoint container %s: it was not started yet", c.cfg.ID)
-	}
-	if err := c.machine.can(Quiesced); err != nil {
+	if err := c.dumpable(); err != nil {
 		return err
 	}
+	came := c.machine.state
 	release, err := c.wholeProcesses()
 	if err != nil {
 		return err
@@ -118,6 +114,21 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 		return err
 	}
 	return d.WhileFrozen()
+}
+
+// Dumpable is an error that says why the container cannot be dumped in its state.
+func (c *Container) Dumpable() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.dumpable()
+}
+
+func (c *Container) dumpable() error {
+	c.refresh()
+	if c.machine.state == Created {
+		return fmt.Errorf("container %s was not started yet: %w", c.cfg.ID, ErrNotRunning)
+	}
+	return c.machine.can(Quiesced)
 }
 
 // Untouched is an error if a client has killed the container: what is killed while

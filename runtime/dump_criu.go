@@ -207,7 +207,7 @@ func (d *criuDump) since(preDump string) error {
 	}
 	d.opts.ParentImg, d.opts.TrackMem = proto.String(link), proto.Bool(true) // as CRIU sees it from its images
 	since := d.dump()
-	if since == nil || d.c.stopped() {
+	if since == nil || d.c.stopped() || d.c.killed.Load() {
 		return since
 	}
 	// It was to be faster, and must not be the reason that there is no checkpoint:

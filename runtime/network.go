@@ -6,7 +6,7 @@ import (
 	"net"
 	"os"
 
-	"golang.org/x/sys/unix"
+	"github.com/crac-shim/crac/runtime/thread"
 )
 
 // Dial connects to an address in the container's network namespace. The address
@@ -26,10 +26,7 @@ func (c *Container) Dial(ctx context.Context, network, address string) (conn net
 		return nil, fmt.Errorf("connect in container %s: %w", c.cfg.ID, ErrNotRunning)
 	default:
 	}
-	err = onOwnThread(func() error {
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			return os.NewSyscallError("setns", err)
-		}
+	err = thread.InNetworkOf(int(ns.Fd()), func() error {
 		// One address and no fallback: the socket is made on this thread.
 		conn, err = (&net.Dialer{FallbackDelay: -1}).DialContext(ctx, network, address)
 		return err

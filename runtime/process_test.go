@@ -1,10 +1,13 @@
 package runtime
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -98,5 +101,45 @@ func TestNewProcess(t *testing.T) {
 	bad.ExecCPUAffinity = &specs.CPUAffinity{Initial: "nonsense"}
 	if _, err := processConfig(&bad, Stdio{}); err == nil || !strings.Contains(err.Error(), "execCPUAffinity") {
 		t.Errorf("an affinity that is none: %v", err)
+	}
+}
+
+// What is signalled while a dump is made gets the signal after it.
+func TestSignalAfterDump(t *testing.T) {
+	r := reaper(t)
+	cmd := exec.Command("/bin/sleep", "1000")
+	release := r.Hold()
+	if err := cmd.Start(); err != nil {
+		release()
+		t.Fatal(err)
+	}
+	p := newProcess(cmd.Process.Pid, cmd.Process.Wait, r)
+	release()
+	c := &Container{machine: machine{id: "c"}}
+	c.mu.Lock() // as a dump does
+	c.machine.set(Quiesced)
+	if err := c.SignalProcess(p, unix.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-p.Done():
+		t.Error("the signal came during the dump")
+	case <-time.After(50 * time.Millisecond): // enough to see it go wrong
+	}
+	c.machine.set(Running)
+	c.mu.Unlock()
+	<-p.Done()
+	if got := p.Exit().Status; got != 128+int(unix.SIGTERM) {
+		t.Errorf("it ended with %d", got)
+	}
+}
+
+// Nothing is started beside what is left of a restore that could not be undone.
+func TestCreateAfterHalfARestore(t *testing.T) {
+	c := &Container{machine: machine{id: "c"}}
+	c.machine.set(Quiesced)
+	var state *StateError
+	if _, err := c.Create(Stdio{}); !errors.As(err, &state) {
+		t.Errorf("%v, want an error that names the state", err)
 	}
 }

@@ -68,21 +68,23 @@ func (c *Container) remake() error {
 // namespace of its own, and CRIU makes both. It returns the pid, when the namespaces and the
 // hooks that expect them are done. The arguments are those of Restore.
 //
-// After an error everything is undone, as after one of Restore.
-func (c *Container) BeginRestore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (pid int, err error) {
+// After an error everything is undone, as after one of Restore. After a *HookError the
+// container is of no use but to be deleted.
+func (c *Container) BeginRestore(ctx context.Context, dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (pid int, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.begun, err = c.begin(dir, o, mounts, io); err == nil {
-		select {
-		case <-c.begun.created:
+		if err = c.begun.waiting(ctx); err == nil {
 			c.held, c.begun.held = c.begun.held, nil
 			return c.held.pid(), nil
-		case <-c.begun.done:
-			err = c.begun.err
 		}
 	}
 	c.giveUpRestore()
-	return 0, errors.Join(err, c.undoRestore())
+	var hook *HookError
+	if errors.As(err, &hook) {
+		return 0, err
+	}
+	return 0, c.undone(err)
 }
 
 // Begins tells whether BeginRestore should come between PrepareRestore and Restore.
@@ -93,8 +95,9 @@ func (c *Container) Begins() bool { return c.userNetwork }
 // After BeginRestore its arguments are what counts.
 //
 // With an error and no process, nothing of the workload has run, everything is
-// undone and the container is Created: Create and Start may start it cold. With
-// an error and a process, the workload has run and was killed for the error.
+// undone and the container is Created: Create and Start may start it cold, unless the
+// error is ErrNotUndone. With an error and a process, the workload has run and was
+// killed for the error.
 func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io Stdio) (*Process, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -105,7 +108,7 @@ func (c *Container) Restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	c.endCRIU()
 	if p == nil {
 		c.giveUpRestore()
-		return nil, errors.Join(err, c.undoRestore())
+		return nil, c.undone(err)
 	}
 	if err != nil {
 		_ = p.Signal(unix.SIGKILL)
@@ -121,11 +124,12 @@ func (c *Container) restore(dir string, o CRIUOptions, mounts []specs.Mount, io 
 	}
 	b := c.begun
 	c.begun = nil
+	defer expectBreakpoints()()
 	defer c.cfg.Reaper.Hold()()
 	if err := b.end(nil); err != nil {
 		return nil, err
 	}
-	c.memory.Store(b.pager)
+	c.memory.Store(b.call.pager)
 	defer c.cfg.Trace.Step("load the container's state")()
 	proc, err := os.FindProcess(b.pid)
 	if err != nil {
@@ -210,19 +214,31 @@ func (c *Container) undoRestore() error {
 	if err := c.emptyCgroup(); err != nil {
 		return err
 	}
-	if c.machine.state != Created { // a restore that has only begun is
-		if err := c.machine.to(Created); err != nil {
-			return err
-		}
-	}
 	if c.held == nil {
 		// No namespaces of ours: the hooks run again with the cold start, so
 		// let their counterparts run now.
 		if err := c.destroy(); err != nil {
 			return err
 		}
-		return c.make()
+		if err := c.make(); err != nil {
+			return err
+		}
+	} else {
+		c.held.apply(c.spec) // those that CRIU has made are new to it
+		if err := c.remake(); err != nil {
+			return err
+		}
 	}
-	c.held.apply(c.spec) // those that CRIU has made are new to it
-	return c.remake()
+	if c.machine.state == Created { // a restore had only begun
+		return nil
+	}
+	return c.machine.to(Created)
+}
+
+// undone undoes a restore that has failed for this reason, and returns it.
+func (c *Container) undone(why error) error {
+	if err := c.undoRestore(); err != nil {
+		return errors.Join(why, fmt.Errorf("%w: %w", ErrNotUndone, err))
+	}
+	return why
 }

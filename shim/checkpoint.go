@@ -3,6 +3,7 @@ package shim
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -181,7 +183,10 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 	if err := os.MkdirAll(r.criu.WorkDir, 0o700); err != nil {
 		return err
 	}
-	build, err := s.startBuild(c, r, version)
+	if err := c.rt.Dumpable(); err != nil {
+		return err
+	}
+	build, err := s.startBuild(ctx, c, r, version)
 	if err != nil {
 		return err
 	}
@@ -273,11 +278,13 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		return 0, nil, err
 	}
 	defer end()
-	release, err := c.holdDumps(ctx)
-	if err != nil {
-		return 0, nil, err
+	for _, others := range []chan struct{}{c.dumping, c.probing} {
+		release, err := hold(ctx, others)
+		if err != nil {
+			return 0, nil, err
+		}
+		defer release()
 	}
-	defer release()
 	// Clients pause the workload before they ask; what is frozen answers nobody.
 	paused := c.rt.State() == runtime.Paused
 	thawed := paused && c.hooks.anybody()
@@ -287,10 +294,14 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		}
 		c.hooks.clientResumed(ctx) // of an earlier checkpoint, if that waits still
 	}
+	told := false
 	defer func() {
 		switch {
+		case err != nil && c.rt.Untouched() != nil: // nobody is there any more
 		case err != nil && (thawed || !paused):
-			c.hooks.afterResume(ctx, resumedMessage(r.id, err))
+			if told {
+				c.hooks.afterResume(ctx, resumedMessage(r.id, err))
+			}
 			if thawed {
 				err = errors.Join(err, c.rt.Pause())
 			}
@@ -307,6 +318,7 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			return 0, nil, fmt.Errorf("build image %s: %w", r.ref, err)
 		}
 	}
+	told = true
 	if err := c.hooks.before(ctx, r.id); err != nil {
 		return 0, nil, err
 	}
@@ -336,18 +348,21 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
 			defer cancel()
 			defer context.AfterFunc(ctx, build.kill)()
+			alive := killedWith(c.init.running(), build)
+			defer alive()
 			if err := build.ready(ctx); err != nil {
-				return fmt.Errorf("build image %s: %w", r.ref, err)
+				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(c.rt.Untouched(), err))
 			}
 			if err := build.ask(images.BuildDump{DumpDir: r.dir, PreDumpDir: r.preDumped, Manifest: *manifest, Frozen: began}); err != nil {
 				return err
 			}
 			if err := build.untilDiffed(); err != nil {
-				return err
+				return cmp.Or(c.rt.Untouched(), err)
 			}
 			if err := c.rt.Untouched(); err != nil || !r.exit {
 				return err
 			}
+			alive() // what ends now, is in the image
 			// Nobody waits for the thaw, and without the image the workload would be
 			// lost.
 			_, err := build.wait()
@@ -460,7 +475,7 @@ type imageBuild struct {
 
 // startBuild starts a builder that finds out what stands in the way of an image, before
 // there is a dump; nil if none is asked for. It answers when it is waited for: see ready.
-func (s *service) startBuild(c *container, r *checkpointRequest, version int) (*imageBuild, error) {
+func (s *service) startBuild(ctx context.Context, c *container, r *checkpointRequest, version int) (*imageBuild, error) {
 	if r.ref == "" {
 		return nil, nil
 	}
@@ -468,11 +483,26 @@ func (s *service) startBuild(c *container, r *checkpointRequest, version int) (*
 	if err != nil {
 		return nil, err
 	}
+	defer context.AfterFunc(ctx, b.kill)() // it may not even read
 	if err := b.say(s.buildRequest(c, r, c.manifest(version, r))); err != nil {
 		b.abort()
 		return nil, err
 	}
 	return b, nil
+}
+
+// killedWith ends a build with the workload, until stop is called: what it makes would be of
+// no use.
+func killedWith(proc *runtime.Process, b *imageBuild) (stop func()) {
+	stopped := make(chan struct{})
+	go func() {
+		select {
+		case <-proc.Done():
+			b.kill()
+		case <-stopped:
+		}
+	}()
+	return sync.OnceFunc(func() { close(stopped) })
 }
 
 // startBuilder starts a builder, which waits to be asked.

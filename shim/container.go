@@ -53,6 +53,7 @@ type container struct {
 	// the workload is told and dumped: what stands still answers nobody.
 	checkpointing sync.Mutex
 	dumping       chan struct{} // holds one token while that goes on
+	probing       chan struct{} // and while it is asked whether it is ready
 
 	mu      sync.Mutex
 	execs   map[string]*process
@@ -147,7 +148,7 @@ func (c *container) status() task.Status {
 
 // pause freezes the container, after a dump if there is one under way.
 func (c *container) pause(ctx context.Context) error {
-	release, err := c.holdDumps(ctx)
+	release, err := hold(ctx, c.dumping)
 	if err != nil {
 		return fmt.Errorf("pause container %s, which is being checkpointed: %w", c.id, err)
 	}
@@ -155,11 +156,11 @@ func (c *container) pause(ctx context.Context) error {
 	return c.rt.Pause()
 }
 
-// holdDumps waits until no dump is under way. None begins before release is called.
-func (c *container) holdDumps(ctx context.Context) (release func(), err error) {
+// hold puts the one token into a channel, which others wait for until release is called.
+func hold(ctx context.Context, token chan struct{}) (release func(), err error) {
 	select {
-	case c.dumping <- struct{}{}:
-		return func() { <-c.dumping }, nil
+	case token <- struct{}{}:
+		return func() { <-token }, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
@@ -175,6 +176,7 @@ func (c *container) delete(ctx context.Context) error {
 	err := c.rt.Delete()
 	if c.begun != nil {
 		c.begun.order.done()
+		c.begun = nil
 	}
 	c.init.abandon(0)
 	c.init.closeIO()

@@ -59,6 +59,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		options: asked,
 		trace:   steps,
 		dumping: make(chan struct{}, 1),
+		probing: make(chan struct{}, 1),
 		execs:   make(map[string]*process),
 		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
 	}
@@ -354,6 +355,10 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 	}
 	var started *startedError
 	if errors.As(err, &started) {
+		return err
+	}
+	if errors.Is(err, runtime.ErrNotUndone) {
+		c.init.abandon(255)
 		return err
 	}
 	if err := s.cold(c, reasonOf(err, warm.required)); err != nil {

@@ -256,7 +256,7 @@ func (h *hooks) turn(ctx context.Context) (end func(), err error) {
 		defer cancel()
 		if h.turns.end, err = hook.Turn(ctx, h.c.bundle); err != nil {
 			if errors.Is(err, context.DeadlineExceeded) {
-				err = fmt.Errorf("somebody asks the participants by cracctl check, for more than %v; try again: %w", turnWait, classified{err, errdefs.ErrUnavailable})
+				err = fmt.Errorf("somebody asks the participants by cracctl check; try again: %w", classified{err, errdefs.ErrUnavailable})
 			}
 			return nil, err
 		}

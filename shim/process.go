@@ -108,13 +108,13 @@ func (p *process) execStatus() task.Status {
 	return task.Status_CREATED
 }
 
-// signal sends a signal to an exec.
-func (p *process) signal(sig unix.Signal) error {
+// signal sends a signal to an exec of the container.
+func (p *process) signal(rt *runtime.Container, sig unix.Signal) error {
 	proc := p.running()
 	if proc == nil {
 		return fmt.Errorf("process %s: %w", p.id, runtime.ErrNotStarted)
 	}
-	return proc.Signal(sig)
+	return rt.SignalProcess(proc, sig)
 }
 
 // closeIO drains and closes the process's streams after its end.

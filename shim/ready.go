@@ -64,6 +64,12 @@ func (s *service) checkpointWhenReady(c *container) {
 func (s *service) whenReady(ctx context.Context, c *container) error {
 	began := time.Now()
 	once := func() error {
+		// What asks must not be there when somebody's dump is made.
+		release, err := hold(ctx, c.probing)
+		if err != nil {
+			return err
+		}
+		defer release()
 		ctx, cancel := context.WithTimeout(ctx, c.options.HookTimeout)
 		defer cancel()
 		return c.ready.Ask(ctx, hookTarget{c})

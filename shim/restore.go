@@ -367,11 +367,15 @@ func (s *service) beginRestore(ctx context.Context, c *container) error {
 	defer c.trace.Step("begin to restore")()
 	p, err := s.planRestore(c, c.warm)
 	if err == nil {
-		if c.init.pid, err = c.rt.BeginRestore(c.warm.dir, p.options, c.warm.mounts, c.init.io.child); err == nil {
+		if c.init.pid, err = c.rt.BeginRestore(ctx, c.warm.dir, p.options, c.warm.mounts, c.init.io.child); err == nil {
 			c.begun = p
 			return nil
 		}
 		p.order.done()
+		var hook *runtime.HookError
+		if errors.As(err, &hook) || errors.Is(err, runtime.ErrNotUndone) || ctx.Err() != nil {
+			return err
+		}
 		err = c.restoreFailed(err)
 	}
 	required := c.warm.required

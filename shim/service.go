@@ -300,6 +300,8 @@ func (s *service) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi.
 		p.closeIO()
 		c.removeExec(r.ExecID)
 	} else {
+		p.announce.Lock() // so does this one
+		defer p.announce.Unlock()
 		if err := c.delete(s.ctx); err != nil {
 			return nil, toGRPC(err)
 		}
@@ -422,7 +424,7 @@ func (s *service) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empt
 	}
 	sig := unix.Signal(r.Signal)
 	if r.ExecID != "" {
-		return empty, toGRPC(p.signal(sig))
+		return empty, toGRPC(p.signal(c.rt, sig))
 	}
 	return empty, toGRPC(s.killInit(c, sig, r.All))
 }

@@ -112,7 +112,7 @@ func TestAdaptMPTCP(t *testing.T) {
 // A client's pause waits for a dump: what stands still answers nobody.
 func TestPauseDuringDump(t *testing.T) {
 	c := newTestContainer(t, "c")
-	release, err := c.holdDumps(t.Context())
+	release, err := hold(t.Context(), c.dumping)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestPauseDuringDump(t *testing.T) {
 		t.Errorf("a pause that nobody waits for any more: %v", err)
 	}
 	release()
-	again, err := c.holdDumps(t.Context())
+	again, err := hold(t.Context(), c.dumping)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -317,7 +317,7 @@ func TestProcessLife(t *testing.T) {
 	if got := p.execStatus(); got != task.Status_CREATED {
 		t.Error(got)
 	}
-	if err := p.signal(unix.SIGTERM); !errors.Is(err, runtime.ErrNotStarted) {
+	if err := p.signal(nil, unix.SIGTERM); !errors.Is(err, runtime.ErrNotStarted) {
 		t.Errorf("a signal before its start: %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

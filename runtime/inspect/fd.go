@@ -68,7 +68,7 @@ type FD struct {
 
 const deletedMark = " (deleted)"
 
-func newFD(n int, link string, st unix.Stat_t) *FD {
+func newFD(n int, link string, st fileStat) *FD {
 	fd := &FD{
 		Number: n, Link: link, Kind: kindOf(link, st),
 		Links: st.Nlink, Size: st.Blocks * 512, Device: st.Dev, Inode: st.Ino, Rdev: st.Rdev,
@@ -79,7 +79,7 @@ func newFD(n int, link string, st unix.Stat_t) *FD {
 	return fd
 }
 
-func kindOf(link string, st unix.Stat_t) Kind {
+func kindOf(link string, st fileStat) Kind {
 	if name, ok := strings.CutPrefix(link, "anon_inode:"); ok {
 		return Kind(strings.Trim(name, "[]"))
 	}

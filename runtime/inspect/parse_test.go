@@ -81,7 +81,7 @@ func TestKindOf(t *testing.T) {
 		{"/run/fifo", unix.S_IFIFO, 0, FIFO},
 		{"what", 0, 0, Unknown},
 	} {
-		if got := kindOf(tt.link, unix.Stat_t{Mode: tt.mode, Rdev: tt.rdev}); got != tt.want {
+		if got := kindOf(tt.link, fileStat{Mode: tt.mode, Rdev: tt.rdev}); got != tt.want {
 			t.Errorf("%s: %s, want %s", tt.link, got, tt.want)
 		}
 	}
@@ -106,6 +106,6 @@ func FuzzParseProc(f *testing.F) {
 		}
 		parseFdinfo(data)
 		parseUnixDiag(data)
-		kindOf(string(data), unix.Stat_t{Mode: unix.S_IFREG})
+		kindOf(string(data), fileStat{Mode: unix.S_IFREG})
 	})
 }

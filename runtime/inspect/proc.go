@@ -68,14 +68,23 @@ func (d *procDir) read(name string) ([]byte, error) {
 // stat follows the links of /proc, which lead to the thing itself whatever its
 // name is. It takes what the kernel knows already: a network's file system may be
 // far away, and one of FUSE may be a process of the workload, which is frozen.
-func (d *procDir) stat(name string) (st unix.Stat_t, err error) {
+func (d *procDir) stat(name string) (fileStat, error) {
 	var x unix.Statx_t
-	if err = unix.Statx(int(d.dir.Fd()), name, unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS, &x); err != nil {
-		return st, gone(&os.PathError{Op: "stat", Path: d.dir.Name() + "/" + name, Err: err})
+	if err := unix.Statx(int(d.dir.Fd()), name, unix.AT_STATX_DONT_SYNC, unix.STATX_BASIC_STATS, &x); err != nil {
+		return fileStat{}, gone(&os.PathError{Op: "stat", Path: d.dir.Name() + "/" + name, Err: err})
 	}
-	st.Mode, st.Nlink, st.Ino, st.Blocks = uint32(x.Mode), uint64(x.Nlink), x.Ino, int64(x.Blocks)
-	st.Dev, st.Rdev = unix.Mkdev(x.Dev_major, x.Dev_minor), unix.Mkdev(x.Rdev_major, x.Rdev_minor)
-	return st, nil
+	return fileStat{
+		Mode: uint32(x.Mode), Nlink: uint64(x.Nlink), Ino: x.Ino, Blocks: int64(x.Blocks),
+		Dev: unix.Mkdev(x.Dev_major, x.Dev_minor), Rdev: unix.Mkdev(x.Rdev_major, x.Rdev_minor),
+	}, nil
+}
+
+// fileStat has what is asked for of unix.Stat_t, with the same types on all architectures.
+type fileStat struct {
+	Mode       uint32
+	Nlink, Ino uint64
+	Blocks     int64 // of 512 bytes
+	Dev, Rdev  uint64
 }
 
 func (d *procDir) readlink(name string) (string, error) {
