@@ -160,7 +160,7 @@ func builderOf(t *harness.T, shim int, over <-chan error) int {
 	return 0
 }
 
-// clearTmp removes where a program that was killed has unpacked a dump: nobody else does.
+// clearTmp removes where a program that was killed has unpacked a dump, as the next one would.
 func clearTmp(t *harness.T) {
 	t.Helper()
 	left, err := filepath.Glob(filepath.Join(t.Dir, "tmp", "crac-*"))

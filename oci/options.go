@@ -153,7 +153,7 @@ func knownOptions() []option {
 		enum("checkpoint.pre-dump", func(o *Options) *PreDumpMode { return &o.CheckpointPreDump }, PreDumpAuto, PreDumpRequire, PreDumpOff),
 		enum("checkpoint.compression", func(o *Options) *Compression { return &o.CheckpointCompression }, CompressionZstd, CompressionGzip),
 		// Names of files on the host.
-		{key: "checkpoint.encrypt-to", values: recipientForms + "; several with commas between", annotationOnly: true, set: func(o *Options, v string) (err error) {
+		{key: "checkpoint.encrypt-to", values: RecipientForms + "; several with commas between", annotationOnly: true, set: func(o *Options, v string) (err error) {
 			o.CheckpointEncryptTo, err = ParseRecipients(v)
 			return err
 		}},

@@ -10,8 +10,8 @@ import (
 // though the container came from an encrypted one.
 const NoRecipients = "none"
 
-// recipientForms are ocicrypt's. The first three read a file.
-const recipientForms = "jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pkcs11:FILE, pgp:NAME-OR-ADDRESS, provider:NAME"
+// RecipientForms are ocicrypt's. The first three read a file.
+const RecipientForms = "jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pkcs11:FILE, pgp:NAME-OR-ADDRESS, provider:NAME"
 
 // CheckRecipients refuses what names no recipient of an encrypted layer. Whether the
 // keys are there shows when they are used.
@@ -25,7 +25,7 @@ func CheckRecipients(list []string) error {
 		}
 		scheme, value, _ := strings.Cut(one, ":")
 		if !slices.Contains([]string{"jwe", "pkcs7", "pkcs11", "pgp", "provider"}, scheme) || strings.TrimSpace(value) == "" {
-			return fmt.Errorf("recipient %.200q is none; possible: %s", one, recipientForms)
+			return fmt.Errorf("recipient %.200q is none; possible: %s", one, RecipientForms)
 		}
 	}
 	return nil

@@ -49,7 +49,7 @@ func newBuildImage(t *target) *cobra.Command {
 			err := buildImage(ctx, t, cmd.Flags().Changed("address"), cmd.InOrStdin(), e.emit)
 			if err != nil {
 				e.emit(images.BuildEvent{Event: images.EventError, Error: err.Error()})
-				fmt.Fprintln(os.Stderr, "cracctl build-image:", err)
+				printError(cmd.ErrOrStderr(), fmt.Errorf("build-image: %w", err))
 				return errReported
 			}
 			return nil

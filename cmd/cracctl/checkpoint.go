@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
+	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -19,8 +21,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/cmd/cracctl/check"
+	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images/build"
-	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -55,8 +57,9 @@ nerdctl's name for one.
 The container runs on afterwards, unless --exit is given. It stands still only
 while its memory and its changes are taken, not while the image is packed.
 
-With --dry-run nothing is made: what the command asks for is checked, and the
-container as cracctl check does, with its exit statuses and in a --format.`,
+With --dry-run nothing is made: what the command asks for is checked, what the image
+would be made of, and the container as cracctl check does, with its exit statuses and
+in a --format.`,
 		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
 		Args:              cobra.ExactArgs(2),
@@ -74,14 +77,14 @@ container as cracctl check does, with its exit statuses and in a --format.`,
 	cmd.Flags().BoolVar(&f.index, "index", false, "put the image into an index, beside those that the container's image and REF have for other platforms")
 	compressionFlag(cmd, &f.compression, "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	encryptToFlag(cmd, &f.encryptTo)
-	keyFlag(cmd, &f.keys, "of an encrypted parent, or of the image that the container came from (default: those in "+crypt.NodeKeyDir+")")
+	keyFlag(cmd, &f.keys, "of an encrypted parent, or of the image that the container came from")
 	cmd.Flags().StringVar(&f.parent, "parent", "", "a checkpoint image to continue: memory that it has is not stored again")
 	_ = cmd.RegisterFlagCompletionFunc("parent", completeImages(t))
 	cmd.Flags().StringVar(&f.tcp, "tcp", "", "what to do about established TCP connections: close (clones find them closed), established (kept, for one clone at the same address), error (default: the container's option, else close)")
 	completions(cmd, "tcp", string(oci.TCPClose), string(oci.TCPEstablished), string(oci.TCPError))
 	cmd.Flags().StringVar(&f.preDump, "pre-dump", "", "when to copy memory before the container stands still, on kernels that can tell what changes: auto (much memory), require (or no checkpoint), off (default: the container's option, else auto)")
 	completions(cmd, "pre-dump", string(oci.PreDumpAuto), string(oci.PreDumpRequire), string(oci.PreDumpOff))
-	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "tell what would stop the checkpoint, as cracctl check does, and make none")
+	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "tell what would stop the checkpoint, of what cracctl check looks at and of what the image is made of, and make none")
 	cmd.Flags().StringVar(&f.format, "format", formatTable, "of a dry run: "+formatHelp)
 	completions(cmd, "format", formatTable, formatJSON)
 	cmd.Flags().StringVar(&f.state, "state", "", "containerd's state directory (default: asked of the running shim, else "+defaults.DefaultStateDir+")")
@@ -157,8 +160,11 @@ func checkpoint(ctx context.Context, t *target, f checkpointFlags, id, ref strin
 		return fmt.Errorf("container %s was not made from an image, so there is none to put a checkpoint on; use ctr tasks checkpoint --image-path", id)
 	}
 
+	o := oci.CheckpointOptions{
+		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp, PreDump: preDump, Index: f.index,
+	}
 	if f.dryRun {
-		r, err := runCheck(s, t, f.state, id, tcp)
+		r, err := s.dryRun(t, f, id, o)
 		if err != nil {
 			return err
 		}
@@ -178,19 +184,77 @@ func checkpoint(ctx context.Context, t *target, f checkpointFlags, id, ref strin
 
 	done := watch(ctx, client.ContentStore(), build.IngestRef(id), errOut, f.quiet)
 	start := time.Now()
-	err = shim.checkpoint(ctx, id, oci.CheckpointOptions{
-		Ref: ref, Exit: f.exit, Compression: compression, EncryptTo: encryptTo, Parent: f.parent, Keys: keys, TCP: tcp, PreDump: preDump, Index: f.index,
-	})
+	err = shim.checkpoint(ctx, id, o)
 	took := time.Since(start)
 	done()
 	if err != nil {
 		return explain(err)
 	}
-	if err := report(ctx, client, ref, f.parent, took, f.quiet, out, errOut); err != nil || !f.push {
+	img, err := client.ImageService().Get(ctx, ref)
+	if err != nil {
+		return fmt.Errorf("the shim reported success, but image %s is not there: %w", ref, err)
+	}
+	var (
+		sent      string
+		notPushed error
+	)
+	if f.push {
+		// Here and not in the shim: whoever asks has the credentials, and waits. With --index
+		// it makes another index.
+		img.Target, sent, notPushed = s.push(registries, ref, f.index, f.quiet, errOut)
+	}
+	// What is made is told also where it was not pushed.
+	if err := errors.Join(notPushed, s.report(img, f.parent, took, f.quiet, out, errOut)); err != nil || f.quiet {
 		return err
 	}
-	// Here and not in the shim: whoever asks has the credentials, and waits.
-	return pushImage(ctx, client, registries, ref, f.index, f.quiet, out, errOut)
+	_, err = io.WriteString(out, sent)
+	return err
+}
+
+// dryRun tells what would stop a checkpoint: what the container holds, and what the shim's
+// builder would refuse before it.
+func (s *session) dryRun(t *target, f checkpointFlags, id string, o oci.CheckpointOptions) (*check.Report, error) {
+	r, err := runCheck(s, t, f.state, id, o.TCP)
+	if err != nil {
+		return nil, err
+	}
+	host := thisHost()
+	if host.CRIU == 0 {
+		return r, nil // it says that there is none
+	}
+	_, bundle, err := findTask(s.ctx, s.Client, t, f.state, id)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := check.LoadSpec(bundle)
+	if err != nil {
+		return nil, err
+	}
+	var env []string
+	if spec.Process != nil {
+		env = spec.Process.Env
+	}
+	own, err := oci.ParseOptions(spec.Annotations, env)
+	if err != nil {
+		return nil, err
+	}
+	request := build.Request{
+		Container: id, Ref: o.Ref, SpecPath: filepath.Join(bundle, "config.json"), Parent: o.Parent, Keys: o.Keys, EncryptTo: o.EncryptTo,
+		Compression: cmp.Or(o.Compression, own.CheckpointCompression), Index: o.Index || own.CheckpointIndex, Push: f.push || own.CheckpointPush,
+	}
+	if len(request.EncryptTo) == 0 {
+		request.EncryptTo = own.CheckpointEncryptTo
+	}
+	request.Manifest = oci.Manifest{Name: o.Ref, Created: time.Now().UTC(), Container: oci.ContainerOf(spec), Mounts: oci.MountsOf(spec)}
+	request.Manifest.Container.ID = id
+	host.Describe(&request.Manifest)
+	var warnings []string
+	p, err := build.Prepare(s.ctx, s.Client, request, func(e build.Event) { warnings = append(warnings, e.Error) })
+	if err == nil {
+		p.Close(s.ctx, nil)
+	}
+	r.Image(o.Ref, warnings, err)
+	return r, nil
 }
 
 // nerdctlName is the label by which nerdctl finds a container that it gave a name:
@@ -246,21 +310,19 @@ func explain(err error) error {
 }
 
 // report prints what was made, on top of parent, if there is one.
-func report(ctx context.Context, client *containerd.Client, ref, parent string, took time.Duration, quiet bool, out, errOut io.Writer) error {
-	img, err := client.ImageService().Get(ctx, ref)
+func (s *session) report(img coreimages.Image, parent string, took time.Duration, quiet bool, out, errOut io.Writer) error {
+	made, err := inspect.Open(s.ctx, s.ContentStore(), img.Name, img.Target, platforms.Default())
 	if err != nil {
-		return fmt.Errorf("the shim reported success, but image %s is not there: %w", ref, err)
+		return err
 	}
 	reused, memory, continues := build.Reused(img.Labels)
-	if warning := build.ReusedWarning(parent, reused, memory); warning != "" {
-		fmt.Fprintln(errOut, "cracctl: warning:", warning)
+	for _, warning := range []string{build.ReusedWarning(parent, reused, memory), build.InTheOpen(s.ctx, s.ContentStore(), made.Target, made.Desc)} {
+		if warning != "" {
+			fmt.Fprintln(errOut, "cracctl: warning:", plain.Line(warning))
+		}
 	}
 	if quiet {
 		_, err := fmt.Fprintln(out, img.Target.Digest)
-		return err
-	}
-	made, err := inspect.Open(ctx, client.ContentStore(), ref, img.Target, platforms.Default())
-	if err != nil {
 		return err
 	}
 	layer := int64(0)
@@ -269,7 +331,7 @@ func report(ctx context.Context, client *containerd.Client, ref, parent string, 
 	}
 	dump, _ := strconv.ParseInt(made.Manifest.Annotations[oci.AnnotationDumpBytes], 10, 64)
 
-	fmt.Fprintf(out, "Image       %s\n", ref)
+	fmt.Fprintf(out, "Image       %s\n", img.Name)
 	fmt.Fprintf(out, "Digest      %s\n", img.Target.Digest)
 	fmt.Fprintf(out, "Size        %s, of which checkpoint %s (%s unpacked)\n", size(made.Size()), size(layer), size(dump))
 	fmt.Fprintf(out, "Took        %s\n", took.Round(time.Millisecond))

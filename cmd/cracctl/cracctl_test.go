@@ -237,8 +237,8 @@ func TestBuildImageErrors(t *testing.T) {
 		if !errors.Is(err, errReported) {
 			t.Errorf("%q: got %v", stdin, err)
 		}
-		var e images.BuildEvent
-		if jerr := json.Unmarshal([]byte(out), &e); jerr != nil || e.Event != images.EventError || !strings.Contains(e.Error, want) {
+		var e images.BuildEvent // before what is said to people
+		if jerr := json.NewDecoder(strings.NewReader(out)).Decode(&e); jerr != nil || e.Event != images.EventError || !strings.Contains(e.Error, want) {
 			t.Errorf("%q: said %q (%v), want an error with %q", stdin, out, jerr, want)
 		}
 	}

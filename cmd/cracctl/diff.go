@@ -10,7 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/cmd/cracctl/plain"
-	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
 )
 
@@ -33,15 +33,16 @@ a checkpoint of the second continuing the first would store.`,
 			images [2]*inspect.Image
 			layers [2][]*inspect.Layer
 		)
-		k, err := crypt.ParseKeys(keys)
+		k, err := build.ReadKeys(keys)
 		if err != nil {
 			return err
 		}
+		budget := inspect.NewBudget() // for both
 		for i, ref := range args {
 			if images[i], err = s.image(ref); err != nil {
 				return err
 			}
-			if layers[i], err = s.readChain(images[i], inspect.Options{Digests: true, Pages: true, Keys: k}, cmd.ErrOrStderr()); err != nil {
+			if layers[i], err = s.readChain(images[i], inspect.Options{Digests: true, Pages: true, Keys: k, Budget: budget}, cmd.ErrOrStderr()); err != nil {
 				return err
 			}
 		}

@@ -16,12 +16,12 @@ import (
 
 // encryptToFlag adds --encrypt-to to a command that makes layers.
 func encryptToFlag(cmd *cobra.Command, to *[]string) {
-	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated; none: for nobody, though the container came from an encrypted image")
+	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: "+oci.RecipientForms+"; may be repeated; none: for nobody, though the container came from an encrypted image")
 }
 
 // keyFlag adds --key to a command that reads layers.
 func keyFlag(cmd *cobra.Command, keys *[]string, what string) {
-	cmd.Flags().StringArrayVar(keys, "key", nil, "the private key "+what+": FILE or FILE:file=PASSWORD-FILE; may be repeated")
+	cmd.Flags().StringArrayVar(keys, "key", nil, "the private key "+what+": FILE or FILE:file=PASSWORD-FILE; may be repeated (default: those in "+crypt.NodeKeyDir+")")
 }
 
 // recipients checks who is named, before anything stands still for it, and makes the
@@ -71,7 +71,11 @@ the container changed, are encrypted for the given recipients. The layers of its
 stay as they are, and are shared.
 
 Nodes need a private key to unpack it: see docs/security.md. REF stays as it is;
-remove it where it was pushed.`,
+remove it where it was pushed. What of REF is encrypted already takes its --key: the
+new image is for the new recipients, and not for the old ones.
+
+Of an index it is the image for this platform. If others in it are checkpoints that are
+not encrypted, that is a warning.`,
 		Example:           `  cracctl encrypt web:warm registry.example/shop/web:warm --encrypt-to jwe:node.pem`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeImages(t),
@@ -97,8 +101,9 @@ remove it where it was pushed.`,
 			})
 		},
 	}
-	cmd.Flags().StringArrayVar(&r.To, "encrypt-to", nil, "who can decrypt it: jwe:PUBLIC-KEY-FILE, pkcs7:CERTIFICATE-FILE, pgp:NAME, provider:NAME; may be repeated")
+	cmd.Flags().StringArrayVar(&r.To, "encrypt-to", nil, "who can decrypt it: "+oci.RecipientForms+"; may be repeated")
 	cmd.Flags().StringArrayVar(&to, "to", nil, "the same as --encrypt-to")
+	keyFlag(cmd, &r.Keys, "of an image of which something is encrypted already")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -37,14 +36,14 @@ The restored container has a network namespace with nothing but lo. The director
 		ValidArgsFunction: completeImages(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.Ref, r.Dest = args[0], args[1]
-			if !slices.Contains(convert.Formats(), format) {
-				return fmt.Errorf("unknown form %q to export to; say --to %s", format, strings.Join(convert.Formats(), ", --to "))
+			r.Format, r.Snapshotter = convert.Format(format), t.snapshotter
+			err := r.Format.Check()
+			if err != nil {
+				return err
 			}
-			var err error
 			if r.Compression, err = compressionOf(compression); err != nil {
 				return err
 			}
-			r.Format, r.Snapshotter = convert.Format(format), t.snapshotter
 			s, err := t.open(cmd.Context())
 			if err != nil {
 				return err

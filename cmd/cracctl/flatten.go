@@ -7,7 +7,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images/build"
-	"github.com/crac-shim/crac/images/crypt"
 )
 
 func newFlatten(t *target) *cobra.Command {
@@ -20,11 +19,7 @@ name REF is moved to it. In an index it takes the old one's place. The dumps are
 unpacked for as long as it takes, so it needs as much room as their memory.`,
 		Example: `  cracctl flatten registry.example/shop/web:delta registry.example/shop/web:whole`,
 	}
-	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
-		before, err := s.find(r.From)
-		if err != nil {
-			return before, "", err
-		}
+	t.flattens(cmd, func(s *session, before ocispec.Descriptor, r build.FlattenRequest, emit func(build.Event)) (ocispec.Descriptor, string, error) {
 		desc, err := build.Flatten(s.ctx, s.Client, r, emit)
 		if err != nil {
 			return desc, "", fmt.Errorf("flatten %s: %w", r.From, err)
@@ -38,8 +33,9 @@ unpacked for as long as it takes, so it needs as much room as their memory.`,
 }
 
 // flattens makes a command of one that writes a whole checkpoint in place of an image,
-// or under another name. work also gives what is to be told besides.
-func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenRequest, func(build.Event)) (_ ocispec.Descriptor, more string, _ error)) {
+// or under another name. work is told what the image's name means, and also gives what is to be
+// told besides.
+func (t *target) flattens(cmd *cobra.Command, work func(_ *session, from ocispec.Descriptor, _ build.FlattenRequest, emit func(build.Event)) (_ ocispec.Descriptor, more string, _ error)) {
 	var (
 		r           build.FlattenRequest
 		compression string
@@ -59,14 +55,15 @@ func (t *target) flattens(cmd *cobra.Command, work func(*session, build.FlattenR
 			return err
 		}
 		defer s.Close()
-		if _, err := s.find(r.From); err != nil {
+		from, err := s.find(r.From)
+		if err != nil {
 			return err
 		}
-		return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) { return work(s, r, emit) })
+		return makeImage(cmd, quiet, r.Ref, func(emit func(build.Event)) (ocispec.Descriptor, string, error) { return work(s, from, r, emit) })
 	}
 	compressionFlag(cmd, &compression, "of the checkpoint layer: zstd (the default) or gzip (the default if it is encrypted)")
 	encryptToFlag(cmd, &r.EncryptTo)
-	keyFlag(cmd, &r.Keys, "of an encrypted image (default: those in "+crypt.NodeKeyDir+")")
+	keyFlag(cmd, &r.Keys, "of an encrypted image")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the dumps (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 }

@@ -3,8 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 )
 
 func TestWhileHeard(t *testing.T) {
@@ -37,6 +43,57 @@ func TestWhileHeard(t *testing.T) {
 		<-ctx.Done()
 		if !errors.Is(context.Cause(ctx), errUnheard) {
 			t.Errorf("it ended with %v", context.Cause(ctx))
+		}
+	}
+}
+
+// A builder whose shim was killed ends, here while it waits for containerd.
+func TestBuilderIsHeard(t *testing.T) {
+	t.Setenv("NERDCTL_TOML", filepath.Join(t.TempDir(), "none.toml"))
+	socket := filepath.Join(t.TempDir(), "containerd.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	reader, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	go func() {
+		for n := 0; ; n++ { // it answers nobody
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			if n == 0 {
+				_ = reader.Close()
+			}
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := newCommand()
+	cmd.SetArgs([]string{"build-image"})
+	cmd.SetIn(strings.NewReader(fmt.Sprintf(`{"address": %q}`, socket)))
+	cmd.SetOut(out)
+	cmd.SetErr(io.Discard)
+	if err := cmd.ExecuteContext(ctx); !errors.Is(err, errReported) || ctx.Err() != nil {
+		t.Errorf("it goes on: %v, %v", err, ctx.Err())
+	}
+}
+
+// What programs speak to gets what they are given, and not something around it.
+func TestProtocolsAreNotWrapped(t *testing.T) {
+	t.Setenv("NERDCTL_TOML", filepath.Join(t.TempDir(), "none.toml"))
+	root := newCommand()
+	for _, c := range root.Commands() {
+		c.SetOut(os.Stderr)
+		root.PersistentPreRun(c, nil)
+		if _, itself := c.OutOrStdout().(*os.File); itself != c.Hidden {
+			t.Errorf("%s (hidden: %v) writes to a %T", c.Name(), c.Hidden, c.OutOrStdout())
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -78,27 +79,26 @@ func (s *session) image(ref string) (*inspect.Image, error) {
 // readChain reads an image's checkpoint layer and those that it continues, and
 // shows how it gets on.
 func (s *session) readChain(img *inspect.Image, o inspect.Options, errOut io.Writer) ([]*inspect.Layer, error) {
-	done := reading(img, &o, errOut)
+	progress, done := reading(img, errOut)
 	defer done()
+	o.Progress = progress
 	return img.ReadChain(s.ctx, s.ContentStore(), o)
 }
 
 // patience is how long it takes until reading shows progress.
 var patience = time.Second
 
-// reading shows progress for layers that take longer than a moment.
-func reading(img *inspect.Image, o *inspect.Options, errOut io.Writer) (stop func()) {
-	if img.Checkpoint < 0 {
-		return func() {}
-	}
-	total, done, began := img.CheckpointSize(), int64(0), time.Now()
-	d := newDisplay(errOut)
-	o.Progress = func(n int64) {
-		if done += n; time.Since(began) >= patience {
-			d.at("reading "+img.Name, done, total)
+// reading gives what shows how the reading of an image gets on, if that takes longer than a
+// moment.
+func reading(img *inspect.Image, errOut io.Writer) (progress func(n int64), stop func()) {
+	emit, stop := follow(errOut, false)
+	began := time.Now()
+	o := build.Reading(img, nil, func(e build.Event) {
+		if time.Since(began) >= patience {
+			emit(e)
 		}
-	}
-	return d.end
+	})
+	return o.Progress, stop
 }
 
 // thisHost is what the gate compares with.

@@ -87,6 +87,7 @@ checkpoints only from whom you trust.`,
 	cmd.Flags().Int64Var(&maxGiB, "max-size", convert.DefaultMaxSize>>30, "largest size of the unpacked source in GiB, files that are passed over included")
 	compressionFlag(cmd, &compression, "of the new layers: zstd (the default) or gzip (the default if they are encrypted)")
 	encryptToFlag(cmd, &r.EncryptTo)
+	keyFlag(cmd, &r.Keys, "of a base that is an encrypted image")
 	cmd.Flags().StringVar(&r.WorkDir, "work-dir", "", "where to unpack the source (default: TMPDIR, else /tmp)")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the image's digest only")
 	return cmd

@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/cmd/cracctl/plain"
-	"github.com/crac-shim/crac/images/crypt"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
 )
@@ -41,10 +41,11 @@ The contents of the memory, arguments and environment of processes are not shown
 			return err
 		}
 		var o inspect.Options
-		if o.Keys, err = crypt.ParseKeys(keys); err != nil {
+		if o.Keys, err = build.ReadKeys(keys); err != nil {
 			return err
 		}
-		done := reading(img, &o, cmd.ErrOrStderr())
+		progress, done := reading(img, cmd.ErrOrStderr())
+		o.Progress = progress
 		r, err := inspect.Inspect(s.ctx, s.ContentStore(), img, thisHost(), o)
 		done()
 		if err != nil {

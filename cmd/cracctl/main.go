@@ -99,7 +99,9 @@ runtime io.containerd.crac.v2, and tells what a host can and cannot do.`,
 		Args: knownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRun: func(cmd *cobra.Command, _ []string) {
-			cmd.SetOut(plain.Writer(cmd.OutOrStdout()))
+			if !cmd.Hidden { // else it speaks to a program, which has a pipe
+				cmd.SetOut(plain.Writer(cmd.OutOrStdout()))
+			}
 			said := func(flag, variable string) bool { return cmd.Flags().Changed(flag) || os.Getenv(variable) != "" }
 			if said("address", addressEnv) && said("namespace", namespaceEnv) {
 				t.unset = nil

@@ -6,9 +6,8 @@ import (
 	"io"
 	"time"
 
-	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
-	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/crac-shim/crac/images/build"
@@ -53,7 +52,12 @@ had in its memory.`,
 				return err
 			}
 			defer s.Close()
-			return pushImage(s.ctx, s.Client, config, args[0], index, quiet, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			pushed, sent, err := s.push(config, args[0], index, quiet, cmd.ErrOrStderr())
+			if err != nil || quiet {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "Digest      %s\n%s", pushed.Digest, sent)
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&index, "index", false, "put the image into the index that the registry has under this name, or make one")
@@ -61,19 +65,17 @@ had in its memory.`,
 	return cmd
 }
 
-// pushImage shows how it gets on, and what was sent.
-func pushImage(ctx context.Context, client *containerd.Client, config registry.Config, ref string, index, quiet bool, out, errOut io.Writer) error {
-	img, err := client.ImageService().Get(ctx, ref)
-	if err != nil {
-		if errdefs.IsNotFound(err) {
-			return noImage(ctx, ref)
-		}
-		return fmt.Errorf("find image %s: %w", ref, err)
+// push shows how it gets on. It tells what the name means now, and what was sent.
+func (s *session) push(config registry.Config, ref string, index, quiet bool, errOut io.Writer) (image ocispec.Descriptor, sent string, err error) {
+	if image, err = s.find(ref); err != nil {
+		return image, "", err
 	}
 	if index {
-		if img.Target, err = build.MakeIndex(ctx, client, config, ref); err != nil {
-			return err
+		all, err := build.MakeIndex(s.ctx, s.Client, config, ref)
+		if err != nil {
+			return image, "", err
 		}
+		image = all
 	}
 	var report func(registry.Progress)
 	if !quiet {
@@ -82,17 +84,14 @@ func pushImage(ctx context.Context, client *containerd.Client, config registry.C
 		report = func(p registry.Progress) { show.at(pushing, p.Done, p.Total) }
 	}
 	start := time.Now()
-	p, err := registry.Push(ctx, config, client.ContentStore(), ref, img.Target, report)
+	p, err := registry.Push(s.ctx, config, s.ContentStore(), ref, image, report)
 	if err != nil {
-		return fmt.Errorf("%w; the image stays in containerd: cracctl push %s tries again", err, ref)
+		return image, "", fmt.Errorf("%w; the image stays in containerd: cracctl push %s tries again", err, ref)
 	}
-	if err := pushSignatures(ctx, client, config, ref, img.Target); err != nil {
-		return fmt.Errorf("%w; the image itself is pushed", err)
+	if err := pushSignatures(s.ctx, s.Client, config, ref, image); err != nil {
+		return image, "", fmt.Errorf("%w; the image itself is pushed", err)
 	}
-	if !quiet {
-		fmt.Fprintf(out, "Pushed      %s in %s; the registry had the other %s\n", size(p.Uploaded), time.Since(start).Round(time.Millisecond), size(p.Total-p.Uploaded))
-	}
-	return nil
+	return image, fmt.Sprintf("Pushed      %s in %s; the registry had the other %s\n", size(p.Uploaded), time.Since(start).Round(time.Millisecond), size(p.Total-p.Uploaded)), nil
 }
 
 // noImage says where to look.

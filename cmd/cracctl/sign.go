@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
@@ -45,23 +44,20 @@ docs/security.md.`,
 				return err
 			}
 			defer s.Close()
-			record, err := s.ImageService().Get(s.ctx, ref)
+			image, err := s.find(ref)
 			if err != nil {
-				if errdefs.IsNotFound(err) {
-					return noImage(s.ctx, ref)
-				}
-				return fmt.Errorf("find image %s: %w", ref, err)
+				return err
 			}
 			ctx, done, err := s.WithLease(s.ctx)
 			if err != nil {
 				return fmt.Errorf("get a lease: %w", err)
 			}
 			defer func() { _ = done(context.WithoutCancel(ctx)) }()
-			if err := trust.Sign(ctx, s.ContentStore(), record.Target, key, cert); err != nil {
+			if err := trust.Sign(ctx, s.ContentStore(), image, key, cert); err != nil {
 				return fmt.Errorf("sign %s: %w", ref, err)
 			}
 			if !quiet {
-				fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", record.Target.Digest)
+				fmt.Fprintf(cmd.OutOrStdout(), "Signed      %s\n", image.Digest)
 			}
 			if !push {
 				return nil
@@ -70,7 +66,7 @@ docs/security.md.`,
 			if err != nil {
 				return err
 			}
-			return pushSignatures(ctx, s.Client, config, ref, record.Target)
+			return pushSignatures(ctx, s.Client, config, ref, image)
 		},
 	}
 	cmd.Flags().StringVar(&key, "key", "", "the private key's file (PEM)")

@@ -35,7 +35,7 @@ takes, so it needs as much room as their memory.`,
   cracctl push registry.example/shop/web:warm`,
 	}
 	var root string
-	t.flattens(cmd, func(s *session, r build.FlattenRequest, emit func(build.Event)) (_ ocispec.Descriptor, more string, err error) {
+	t.flattens(cmd, func(s *session, _ ocispec.Descriptor, r build.FlattenRequest, emit func(build.Event)) (_ ocispec.Descriptor, more string, err error) {
 		if root == "" {
 			if root, err = s.root(); err != nil {
 				return ocispec.Descriptor{}, "", err

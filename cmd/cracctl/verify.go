@@ -9,6 +9,7 @@ import (
 
 	"github.com/crac-shim/crac/cmd/cracctl/plain"
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/trust"
@@ -51,7 +52,7 @@ The exit status is 0 when the image is whole, fits and is allowed, else 1.`,
 	var keys []string
 	keyFlag(cmd, &keys, "of an encrypted image")
 	t.shows(cmd, func(cmd *cobra.Command, s *session, format string, args []string) error {
-		k, err := crypt.ParseKeys(keys)
+		k, err := build.ReadKeys(keys)
 		if err != nil {
 			return err
 		}

@@ -126,6 +126,25 @@ func (w *ctxWriter) Write(p []byte) (int, error) {
 	return w.w.Write(p)
 }
 
+// Reader makes a long read stop when its context ends, and tells how it gets on.
+type Reader struct {
+	Ctx context.Context
+	R   io.Reader
+	// Tell, if it is not nil, is told how many bytes more were read.
+	Tell func(n int64)
+}
+
+func (r *Reader) Read(p []byte) (int, error) {
+	if err := r.Ctx.Err(); err != nil {
+		return 0, err
+	}
+	n, err := r.R.Read(p)
+	if r.Tell != nil {
+		r.Tell(int64(n))
+	}
+	return n, err
+}
+
 // maxSmall bounds what is read as a whole: manifests, indexes, configurations. The
 // registries take half of that.
 const maxSmall = 8 << 20

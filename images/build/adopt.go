@@ -38,10 +38,13 @@ type AdoptRequest struct {
 	Compression oci.Compression
 	// EncryptTo are the recipients of the container's own layers: see oci.CheckRecipients.
 	EncryptTo []string
+	// Keys decrypt what the base has of an earlier checkpoint; without any, those of the
+	// node are tried.
+	Keys []string
 }
 
-// Adopt makes a checkpoint image of a dump that another tool made. As with Build,
-// an error leaves no image and moves no name. ctx must carry the namespace.
+// Adopt makes a checkpoint image of a dump that another tool made. An error leaves no
+// image and moves no name. ctx must carry the namespace.
 func Adopt(ctx context.Context, client *containerd.Client, r AdoptRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	return adopt(ctx, servicesOf(client), r, emit)
 }
@@ -70,7 +73,7 @@ func adopt(ctx context.Context, s services, r AdoptRequest, emit func(Event)) (_
 	if err := mustEncrypt(b.Name, b.manifest.Layers, r.EncryptTo); err != nil {
 		return none, err
 	}
-	keys, err := readKeys(nil)
+	keys, err := ReadKeys(r.Keys)
 	if err != nil {
 		return none, err
 	}
@@ -150,7 +153,7 @@ func (s services) wrap(ctx context.Context, b *base, m *oci.Manifest, w wrapping
 	if err != nil {
 		return none, fmt.Errorf("pack the dump: %w", err)
 	}
-	if err := b.reseal(ctx, s.content, w.comp, w.keys); err != nil {
+	if err := b.reseal(ctx, s.content, w.comp, w.keys, quietly); err != nil {
 		return none, err
 	}
 	own, size, err := writeImage(ctx, s.content, b, w.changes, nil, dump, m)
@@ -164,6 +167,7 @@ func (s services) wrap(ctx context.Context, b *base, m *oci.Manifest, w wrapping
 	if err := s.publish(ctx, coreimages.Image{Name: w.ref, Target: target}, own, b.absent); err != nil {
 		return none, err
 	}
+	s.warnInTheOpen(ctx, target, own, emit)
 	emit(Event{
 		Event: images.EventDone, Name: w.ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: total, ChangesSize: w.changes.size(),

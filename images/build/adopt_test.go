@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/workdir"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -99,5 +100,21 @@ func TestAdoptRefuses(t *testing.T) {
 				t.Errorf("%d blobs, before %d", got, want)
 			}
 		})
+	}
+}
+
+// That a directory stays which was worked in is known, and changes nothing about what was made.
+func TestRemoveWork(t *testing.T) {
+	cannot := &workdir.Dir{Path: "/proc/version"}
+	for _, failed := range []error{nil, errors.New("failed")} {
+		var warned []string
+		err := failed
+		RemoveWork(cannot, &err, func(e Event) { warned = append(warned, e.Event+": "+e.Error) })
+		switch {
+		case failed == nil && (err != nil || len(warned) != 1 || !strings.HasPrefix(warned[0], images.EventWarning) || !strings.Contains(warned[0], cannot.Path)):
+			t.Errorf("after success: %v, %q", err, warned)
+		case failed != nil && (!errors.Is(err, failed) || !strings.Contains(err.Error(), cannot.Path) || len(warned) > 0):
+			t.Errorf("after a failure: %v, %q", err, warned)
+		}
 	}
 }

@@ -127,7 +127,7 @@ func prepare(ctx context.Context, s services, r Request, emit func(Event)) (_ *P
 	if p.comp, err = newCompression(r.Compression, r.EncryptTo); err != nil {
 		return nil, err
 	}
-	if p.keys, err = readKeys(r.Keys); err != nil {
+	if p.keys, err = ReadKeys(r.Keys); err != nil {
 		return nil, err
 	}
 	if p.spec, p.own, err = readSpec(r.SpecPath); err != nil {
@@ -256,7 +256,7 @@ func (p *Prepared) Finish(ctx context.Context, d Dump) (ocispec.Descriptor, erro
 			p.emit(Event{Event: images.EventWarning, Error: warning})
 		}
 	}
-	if err := p.base.reseal(ctx, p.content, p.comp, p.keys); err != nil {
+	if err := p.base.reseal(ctx, p.content, p.comp, p.keys, quietly); err != nil {
 		return none, fmt.Errorf("container %s: %w", c.ID, err)
 	}
 	own, size, err := writeImage(ctx, p.content, p.base, changes, continued.layersOrNil(), dump, &m)
@@ -280,6 +280,7 @@ func (p *Prepared) Finish(ctx context.Context, d Dump) (ocispec.Descriptor, erro
 	if err := p.publish(ctx, coreimages.Image{Name: r.Ref, Target: target, Labels: labels}, own, p.base.absent); err != nil {
 		return none, err
 	}
+	p.warnInTheOpen(ctx, target, own, p.emit)
 	p.emit(Event{
 		Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size,
 		LayerSize: dump.desc.Size, DumpSize: stored, ChangesSize: changes.size(),

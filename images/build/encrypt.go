@@ -72,11 +72,14 @@ type EncryptRequest struct {
 	From, Ref string
 	// To are the recipients: see oci.CheckRecipients.
 	To []string
+	// Keys decrypt what of From is encrypted already; without any, those of the node are
+	// tried.
+	Keys []string
 }
 
 // Encrypt makes an image of a checkpoint image whose own layers, but not those of its
-// base, are encrypted. Their contents stay the same bytes. ctx must carry the
-// namespace.
+// base, are encrypted for the recipients, and for nobody else. Their contents stay the
+// same bytes. ctx must carry the namespace.
 func Encrypt(ctx context.Context, client *containerd.Client, r EncryptRequest, emit func(Event)) (ocispec.Descriptor, error) {
 	return encrypt(ctx, servicesOf(client), r, emit)
 }
@@ -89,7 +92,11 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	if !encrypts(r.To) {
 		return none, errors.New("nobody is named who could read it: say whom with --encrypt-to")
 	}
-	recipients, err := crypt.ParseRecipients(r.To)
+	comp, err := newCompression("", r.To) // layers stay compressed as they are
+	if err != nil {
+		return none, err
+	}
+	keys, err := ReadKeys(r.Keys)
 	if err != nil {
 		return none, err
 	}
@@ -105,39 +112,23 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	if img.Checkpoint < 0 {
 		return none, fmt.Errorf("%s: %w", r.From, inspect.ErrNoCheckpoint)
 	}
-	gone, err := s.absentOf(ctx, img.Manifest)
+	b, err := baseOf(ctx, s, img)
 	if err != nil {
 		return none, err
 	}
-	manifest := img.Manifest
-	manifest.Layers = slices.Clone(manifest.Layers)
-	inOpen := func(n int) bool { return img.Kind(n) != "base" && !crypt.IsEncrypted(img.Manifest.Layers[n].MediaType) }
+	if err := b.canReseal(comp, keys); err != nil {
+		return none, err
+	}
 	total := int64(0)
-	for n, l := range manifest.Layers {
-		if inOpen(n) {
+	for i, l := range b.manifest.Layers {
+		if comp.resealing(l, b.kinds[i]) == isEncrypted {
 			total += l.Size
 		}
 	}
-	tell := Telling(Event{Event: images.EventProgress, Total: total}, emit)
-	for n, l := range manifest.Layers {
-		if !inOpen(n) {
-			continue
-		}
-		sealed, err := encryptLayer(ctx, s.content, recipients, newLayer{desc: l, diffID: img.Config.RootFS.DiffIDs[n]}, tell)
-		if err != nil {
-			return none, fmt.Errorf("encrypt layer %s of %s: %w", l.Digest, r.From, err)
-		}
-		if img.Kind(n) == "checkpoint" {
-			sealed = sealed.asCheckpoint()
-		}
-		manifest.Layers[n] = sealed.desc
+	if err := b.reseal(ctx, s.content, comp, keys, Telling(Event{Event: images.EventProgress, Total: total}, emit)); err != nil {
+		return none, err
 	}
-	if !slices.ContainsFunc(manifest.Layers, func(l ocispec.Descriptor) bool {
-		return !slices.ContainsFunc(img.Manifest.Layers, func(old ocispec.Descriptor) bool { return old.Digest == l.Digest })
-	}) {
-		return none, fmt.Errorf("%s is encrypted already, for %s; to add a recipient use a tool that changes the layer's keys (ctr-enc, skopeo)", r.From, crypt.For(img.Manifest.Layers[img.Checkpoint]))
-	}
-	own, size, err := storeManifest(ctx, s.content, manifest)
+	own, size, err := storeManifest(ctx, s.content, b.manifest)
 	if err != nil {
 		return none, fmt.Errorf("write image %s: %w", r.Ref, err)
 	}
@@ -145,9 +136,10 @@ func encrypt(ctx context.Context, s services, r EncryptRequest, emit func(Event)
 	if err != nil {
 		return none, fmt.Errorf("write index %s: %w", r.Ref, err)
 	}
-	if err := s.publish(ctx, coreimages.Image{Name: r.Ref, Target: target}, own, gone); err != nil {
+	if err := s.publish(ctx, coreimages.Image{Name: r.Ref, Target: target}, own, b.absent); err != nil {
 		return none, err
 	}
+	s.warnInTheOpen(ctx, target, own, emit)
 	emit(Event{Event: images.EventDone, Name: r.Ref, Digest: target.Digest.String(), Size: size})
 	return target, nil
 }
@@ -188,11 +180,11 @@ func copyLayer(ctx context.Context, cs content.Store, l newLayer, comp compressi
 // nodeKeyDir is where the keys of the node are.
 var nodeKeyDir = crypt.NodeKeyDir
 
-// readKeys reads the keys that a request names, or, if it names none, those of the node:
+// ReadKeys reads the keys that a request names, or, if it names none, gives those of the node:
 // containers of encrypted images run there.
-func readKeys(list []string) (*crypt.Keys, error) {
+func ReadKeys(list []string) (*crypt.Keys, error) {
 	if len(list) == 0 {
-		return crypt.KeysIn(nodeKeyDir)
+		return crypt.KeysIn(nodeKeyDir), nil
 	}
 	return crypt.ParseKeys(list)
 }
@@ -222,13 +214,13 @@ func (c compression) resealing(l ocispec.Descriptor, kind string) resealing {
 }
 
 // reseal makes a layer of an earlier image one that the new image's recipients can read,
-// or anybody if there are none.
-func (c compression) reseal(ctx context.Context, cs content.Store, l newLayer, kind string, keys *crypt.Keys) (newLayer, error) {
+// or anybody if there are none. tell is told how much is encrypted.
+func (c compression) reseal(ctx context.Context, cs content.Store, l newLayer, kind string, keys *crypt.Keys, tell func(n int64)) (newLayer, error) {
 	had := l.desc
 	var err error
 	switch c.resealing(had, kind) {
 	case isEncrypted:
-		l, err = encryptLayer(ctx, cs, c.recipients, l, quietly)
+		l, err = encryptLayer(ctx, cs, c.recipients, l, tell)
 	case isDecrypted:
 		l, err = decryptLayer(ctx, cs, keys, l)
 	case isPassedOn:
@@ -251,10 +243,10 @@ func (c compression) reseal(ctx context.Context, cs content.Store, l newLayer, k
 }
 
 // reseal does so with all layers of the base.
-func (b *base) reseal(ctx context.Context, cs content.Store, comp compression, keys *crypt.Keys) error {
+func (b *base) reseal(ctx context.Context, cs content.Store, comp compression, keys *crypt.Keys, tell func(n int64)) error {
 	layers := slices.Clone(b.manifest.Layers)
 	for i, l := range layers {
-		sealed, err := comp.reseal(ctx, cs, newLayer{desc: l, diffID: b.diffIDs[i]}, b.kinds[i], keys)
+		sealed, err := comp.reseal(ctx, cs, newLayer{desc: l, diffID: b.diffIDs[i]}, b.kinds[i], keys, tell)
 		if err != nil {
 			return fmt.Errorf("image %s: %w", b.Name, err)
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/oci"
@@ -129,7 +130,7 @@ func TestBuildEncrypted(t *testing.T) {
 		t.Errorf("%s is of another image: %+v", desc.Digest, later.manifest)
 	}
 	w.whole("later:1", key)
-	for from, want := range map[string]string{"later:1": "encrypted already, for [jwe]", "base:1": "no checkpoint", "gone:1": "not there"} {
+	for from, want := range map[string]string{"later:1": "--key", "base:1": "no checkpoint", "gone:1": "not there"} {
 		_, err := encrypt(w.ctx, w.services, EncryptRequest{From: from, Ref: "x:1", To: []string{recipient}}, func(Event) {})
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("encrypt %s: %v, want %q", from, err, want)
@@ -171,7 +172,7 @@ func TestEncryptionIsNotLostOnTheWay(t *testing.T) {
 		{"sealed:0", "", "would not be"},
 		{"sealed:0", recipient, ""},
 		{"sealed:0", oci.NoRecipients, ""},
-		{"plain:0", recipient, "encrypt it first"},
+		{"plain:0", recipient, ""},
 		{"plain:0", "", ""},
 	} {
 		var to []string
@@ -181,6 +182,12 @@ func TestEncryptionIsNotLostOnTheWay(t *testing.T) {
 		err := build("next:1", tt.parent, to...)
 		if (tt.want == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("on %s for %q: %v, want %q", tt.parent, tt.to, err, tt.want)
+		}
+		if err != nil || tt.to != recipient {
+			continue
+		}
+		if n := len(w.load("next:1").manifest.Layers) - 1; w.readers("next:1", key) != n || n != 2 {
+			t.Errorf("on %s it has %d layers of its own, and not all are encrypted", tt.parent, n)
 		}
 	}
 	w.must(build("next:1", "sealed:0", recipient))
@@ -373,6 +380,102 @@ func TestEncryptedForTheNewRecipients(t *testing.T) {
 	}
 	w.t = t
 	w.clean()
+}
+
+// What of an image is encrypted already is passed on: whoever the new one is for reads all of it.
+func TestEncryptPartly(t *testing.T) {
+	keyA, toA := node(t)
+	keyB, toB := node(t)
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	upper := w.container("c", "base:1", "overlayfs")
+	w.must(os.WriteFile(filepath.Join(upper, "token"), []byte("t"), 0o600))
+	for ref, to := range map[string][]string{"plain:1": nil, "sealed:1": {toA}} {
+		r := w.request("c", ref)
+		r.Compression, r.EncryptTo = oci.CompressionGzip, to
+		_, _, err := w.build(r)
+		w.must(err)
+	}
+	mixed, sealed := w.load("plain:1").manifest, w.load("sealed:1").manifest
+	mixed.Layers[1] = sealed.Layers[1]
+	w.tag("mixed:1", w.json(ocispec.MediaTypeImageManifest, mixed, gcLabels(append(mixed.Layers, mixed.Config))))
+	for from, progress := range map[string]bool{"mixed:1": true, "sealed:1": false} {
+		for _, keys := range [][]string{nil, {keyB}} {
+			_, err := encrypt(w.ctx, w.services, EncryptRequest{From: from, Ref: "new:1", To: []string{toB}, Keys: keys}, func(Event) {})
+			if !errors.Is(err, crypt.ErrEncrypted) {
+				t.Errorf("%s with the keys %v: %v", from, keys, err)
+			}
+		}
+		var told []Event
+		_, err := encrypt(w.ctx, w.services, EncryptRequest{From: from, Ref: "new:1", To: []string{toB}, Keys: []string{keyA}}, func(e Event) { told = append(told, e) })
+		w.must(err)
+		if n := w.readers("new:1", keyB); n != 2 {
+			t.Errorf("of %s %d layers are encrypted", from, n)
+		}
+		k, err := crypt.ParseKeys([]string{keyA})
+		w.must(err)
+		for n, l := range w.load("new:1").manifest.Layers[1:] {
+			if k.Fit(l) == nil {
+				t.Errorf("of %s layer %d is still for the old recipient", from, n+1)
+			}
+		}
+		if progress != (kinds(told)[0] == images.EventProgress) {
+			t.Errorf("of %s: %v", from, kinds(told))
+		}
+		w.whole("new:1", keyB)
+	}
+	w.clean()
+}
+
+// The keys of a node matter where something is encrypted, and nowhere else.
+func TestNodeKeysThatCannotBeRead(t *testing.T) {
+	key, recipient := node(t)
+	setNodeKeys(t, key) // no directory
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	_, _, err := w.build(w.request("c", "plain:1"))
+	w.must(err)
+	sealed := w.request("c", "sealed:1")
+	sealed.EncryptTo = []string{recipient}
+	_, _, err = w.build(sealed)
+	w.must(err)
+	flat := func(from string) error {
+		_, err := flatten(w.ctx, w.services, FlattenRequest{From: from, Ref: "flat:1", WorkDir: t.TempDir(), EncryptTo: []string{recipient}}, func(Event) {})
+		return err
+	}
+	w.must(flat("plain:1"))
+	_, err = adopt(w.ctx, w.services, w.adoption("adopted:1"), func(Event) {})
+	w.must(err)
+	if err := flat("sealed:1"); !errors.Is(err, crypt.ErrEncrypted) || !strings.Contains(err.Error(), "cannot be read") || !strings.Contains(err.Error(), "--key") {
+		t.Errorf("an encrypted one: %v", err)
+	}
+}
+
+// What another tool made can go on top of what is encrypted.
+func TestAdoptOnEncrypted(t *testing.T) {
+	key, recipient := node(t)
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	upper := w.container("c", "base:1", "overlayfs")
+	w.must(os.WriteFile(filepath.Join(upper, "token"), []byte("t"), 0o600))
+	r := w.request("c", "sealed:1")
+	r.EncryptTo = []string{recipient}
+	_, _, err := w.build(r)
+	w.must(err)
+	for _, to := range []string{recipient, oci.NoRecipients} {
+		a := w.adoption("adopted:1")
+		a.Base, a.EncryptTo = "sealed:1", []string{to}
+		if _, err := adopt(w.ctx, w.services, a, func(Event) {}); !errors.Is(err, crypt.ErrEncrypted) || !strings.Contains(err.Error(), "--key") {
+			t.Errorf("for %s without a key: %v", to, err)
+		}
+		a.Keys = []string{key}
+		_, err := adopt(w.ctx, w.services, a, func(Event) {})
+		w.must(err)
+		if to == recipient && w.readers("adopted:1", key) != 3 || to != recipient && w.readers("adopted:1") != 0 {
+			t.Errorf("for %s: %+v", to, w.load("adopted:1").manifest.Layers)
+		}
+	}
 }
 
 func setNodeKeys(t *testing.T, dir string) {

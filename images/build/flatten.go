@@ -50,7 +50,7 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err != nil {
 		return none, err
 	}
-	keys, err := readKeys(r.Keys)
+	keys, err := ReadKeys(r.Keys)
 	if err != nil {
 		return none, err
 	}
@@ -81,7 +81,7 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	if err != nil {
 		return none, err
 	}
-	defer func() { err = errors.Join(err, work.Remove()) }()
+	defer RemoveWork(work, &err, emit)
 	chain, dump, err := img.ReadWhole(ctx, s.content, work.Path, Reading(img, keys, emit))
 	if err != nil {
 		return none, err
@@ -95,6 +95,19 @@ func flattenAnd(ctx context.Context, s services, r FlattenRequest, change func(c
 	return s.wrap(ctx, b, &m, wrapping{
 		id: fmt.Sprintf("flatten-%d-%d", os.Getpid(), time.Now().UnixNano()), ref: r.Ref, dir: dump, spec: chain[0].Spec, comp: comp, keys: keys, from: img,
 	}, emit)
+}
+
+// RemoveWork removes a directory that was worked in. What is made is made, whether that fails
+// or not: it is a warning then, and a part of the error only if there is one.
+func RemoveWork(work *workdir.Dir, failed *error, emit func(Event)) {
+	err := work.Remove()
+	switch {
+	case err == nil:
+	case *failed != nil:
+		*failed = errors.Join(*failed, err)
+	default:
+		emit(Event{Event: images.EventWarning, Error: fmt.Sprintf("what was unpacked, memory in the open, is still in %s: %v; remove it", work.Path, err)})
+	}
 }
 
 // Reading are options for reading an image's dumps that tell how it gets on.

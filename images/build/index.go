@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -15,7 +17,9 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/crypt"
 	"github.com/crac-shim/crac/images/inspect"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
@@ -32,25 +36,35 @@ const attestationOf = "vnd.docker.reference.digest"
 // unknown is the platform of what is no image.
 const unknown = "unknown"
 
-// place puts an entry where that of its platform is, or at the end. What was said
-// about an entry that went, goes too.
-func place(list []ocispec.Descriptor, own ocispec.Descriptor) []ocispec.Descriptor {
+// place puts entries where those of their platforms are, or at the end. What was said about
+// an entry that went, goes too.
+func place(list []ocispec.Descriptor, own ...ocispec.Descriptor) []ocispec.Descriptor {
 	gone := make(map[string]bool)
-	placed := false
+	placed := make([]bool, len(own))
 	var out []ocispec.Descriptor
 	for _, m := range list {
-		if m.Digest != own.Digest && !samePlatform(m.Platform, own.Platform) {
-			out = append(out, m)
-			continue
+		replaced := false
+		for i, o := range own {
+			if m.Digest != o.Digest && !samePlatform(m.Platform, o.Platform) {
+				continue
+			}
+			replaced = true
+			if !placed[i] {
+				placed[i] = true
+				out = append(out, o)
+			}
 		}
-		gone[m.Digest.String()] = m.Digest != own.Digest
-		if !placed {
-			placed = true
-			out = append(out, own)
+		if replaced {
+			gone[m.Digest.String()] = true
+		} else {
+			out = append(out, m)
 		}
 	}
-	if !placed {
-		out = append(out, own)
+	for i, o := range own {
+		delete(gone, o.Digest.String())
+		if !placed[i] {
+			out = append(out, o)
+		}
 	}
 	kept := out[:0]
 	for _, m := range out {
@@ -66,14 +80,14 @@ func samePlatform(a, b *ocispec.Platform) bool {
 		return false
 	}
 	x, y := platforms.Normalize(*a), platforms.Normalize(*b)
-	return x.OS == y.OS && x.Architecture == y.Architecture && x.Variant == y.Variant && x.OSVersion == y.OSVersion
+	return x.OS == y.OS && x.Architecture == y.Architecture && x.Variant == y.Variant && x.OSVersion == y.OSVersion &&
+		slices.Equal(slices.Sorted(slices.Values(x.OSFeatures)), slices.Sorted(slices.Values(y.OSFeatures)))
 }
 
-// merge puts all of a later list into an earlier one.
+// merge puts all of a later list into an earlier one. What one list has several of stays as
+// it is there: they may differ in what this code does not know.
 func merge(into, list ocispec.Index) ocispec.Index {
-	for _, m := range list.Manifests {
-		into.Manifests = place(into.Manifests, m)
-	}
+	into.Manifests = place(into.Manifests, list.Manifests...)
 	annotations := maps.Clone(into.Annotations)
 	if annotations == nil {
 		annotations = make(map[string]string)
@@ -93,24 +107,9 @@ func readList(ctx context.Context, cs content.Provider, target ocispec.Descripto
 	return list, blob.ReadJSON(ctx, cs, target, &list)
 }
 
-// entryOf is an image as an index lists it: with its platform and, if it is a
-// checkpoint, the facts that its own manifest says.
+// entryOf is an image as an index lists it.
 func entryOf(ctx context.Context, cs content.Provider, desc ocispec.Descriptor) (ocispec.Descriptor, error) {
-	entry := ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}
-	var (
-		manifest ocispec.Manifest
-		config   struct{ ocispec.Platform }
-	)
-	if err := blob.ReadJSON(ctx, cs, desc, &manifest); err != nil {
-		return entry, err
-	}
-	if err := blob.ReadJSON(ctx, cs, manifest.Config, &config); err != nil {
-		return entry, err
-	}
-	platform := platforms.Normalize(config.Platform)
-	entry.Platform = &platform
-	entry.Annotations = oci.AnnotationsOf(manifest.Annotations)
-	return entry, nil
+	return registry.Entry(desc, func(desc ocispec.Descriptor, v any) error { return blob.ReadJSON(ctx, cs, desc, v) })
 }
 
 // writeIndex stores an index that has an image in the place of its platform, and
@@ -163,6 +162,73 @@ func (s services) replaced(ctx context.Context, from *inspect.Image, own ocispec
 		}
 	}
 	return writeIndex(ctx, s.content, own, list)
+}
+
+// InTheOpen warns of checkpoints for other platforms that an index lists beside an encrypted
+// one: that are not encrypted, or not here to be looked at. It is empty if there are none.
+func InTheOpen(ctx context.Context, cs content.Provider, target, own ocispec.Descriptor) (warning string) {
+	open, err := inTheOpen(ctx, cs, target, own)
+	switch {
+	case err != nil:
+		return fmt.Sprintf("whether the checkpoints for other platforms in the index are encrypted could not be found out: %v", err)
+	case len(open) > 0:
+		return fmt.Sprintf("the index has checkpoints beside the encrypted one that anybody can read who has it: for %s; encrypt them, too, on machines of their platforms (cracctl encrypt)",
+			strings.Join(open, ", "))
+	}
+	return ""
+}
+
+// inTheOpen lists their platforms.
+func inTheOpen(ctx context.Context, cs content.Provider, target, own ocispec.Descriptor) (open []string, err error) {
+	if !coreimages.IsIndexType(target.MediaType) {
+		return nil, nil
+	}
+	if sealed, err := isSealed(ctx, cs, own); err != nil || !sealed {
+		return nil, err
+	}
+	var list ocispec.Index
+	if err := blob.ReadJSON(ctx, cs, target, &list); err != nil {
+		return nil, err
+	}
+	for _, m := range list.Manifests {
+		if m.Digest == own.Digest || m.Annotations[oci.AnnotationVersion] == "" {
+			continue
+		}
+		platform := "a platform that is not named"
+		if m.Platform != nil {
+			platform = platforms.Format(*m.Platform)
+		}
+		switch sealed, err := isSealed(ctx, cs, m); {
+		case errdefs.IsNotFound(err):
+			open = append(open, platform+" (perhaps: it is not here)")
+		case err != nil:
+			return nil, fmt.Errorf("%s: %w", platform, err)
+		case !sealed:
+			open = append(open, platform)
+		}
+	}
+	return open, nil
+}
+
+// isSealed tells whether all that an image does not have from its base is encrypted.
+func isSealed(ctx context.Context, cs content.Provider, manifest ocispec.Descriptor) (bool, error) {
+	img, err := inspect.Open(ctx, cs, manifest.Digest.String(), manifest, platforms.All)
+	if err != nil {
+		return false, err
+	}
+	for n, l := range img.Manifest.Layers {
+		if img.Kind(n) != "base" && !crypt.IsEncrypted(l.MediaType) {
+			return false, nil
+		}
+	}
+	return img.Checkpoint >= 0, nil
+}
+
+// warnInTheOpen passes on what InTheOpen says.
+func (s services) warnInTheOpen(ctx context.Context, target, own ocispec.Descriptor, emit func(Event)) {
+	if warning := InTheOpen(ctx, s.content, target, own); warning != "" {
+		emit(Event{Event: images.EventWarning, Error: warning})
+	}
 }
 
 // list reads what an image's name means as a list, and holds what is in it.

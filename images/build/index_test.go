@@ -19,6 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/registry"
 	"github.com/crac-shim/crac/oci"
 )
@@ -89,6 +90,93 @@ func TestPlaceInIndex(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What a list has several of for one platform, somebody has told apart by what is not looked at
+// here: it stays until there is another list, or an image, for that platform.
+func TestMergeKeepsWhatIsAlike(t *testing.T) {
+	features := func(name string, features ...string) ocispec.Descriptor {
+		d := entryFor(name, "windows/amd64")
+		d.Platform.OSFeatures = features
+		return d
+	}
+	list := []ocispec.Descriptor{entryFor("a", "linux/amd64"), entryFor("b", "linux/amd64"), entryFor("c", "linux/arm64"), features("d", "win32k", "x"), features("e")}
+	first := merge(ocispec.Index{}, ocispec.Index{Manifests: list})
+	again := merge(first, ocispec.Index{Manifests: list})
+	for _, got := range [][]ocispec.Descriptor{first.Manifests, again.Manifests} {
+		if !reflect.DeepEqual(got, list) {
+			t.Errorf("got  %+v\nwant %+v", got, list)
+		}
+	}
+	later := []ocispec.Descriptor{entryFor("new", "linux/arm64"), features("f", "x", "win32k"), entryFor("a2", "linux/amd64"), entryFor("b2", "linux/amd64")}
+	want := []ocispec.Descriptor{later[2], later[3], later[0], later[1], list[4]}
+	if got := merge(first, ocispec.Index{Manifests: later}).Manifests; !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+// An index whose image for this platform is encrypted may still tell the memory of others.
+func TestInTheOpen(t *testing.T) {
+	key, recipient := node(t)
+	w := newWorld(t)
+	w.image("base:1", "overlayfs", "one")
+	w.container("c", "base:1", "overlayfs")
+	made := func(ref string, to ...string) ocispec.Descriptor {
+		r := w.request("c", ref)
+		r.EncryptTo, r.Manifest.Container.Hostname = to, ref
+		desc, _, err := w.build(r)
+		w.must(err)
+		desc.Annotations = map[string]string{oci.AnnotationVersion: "1"}
+		return desc
+	}
+	on := func(d ocispec.Descriptor, platform string) ocispec.Descriptor {
+		d.Platform = entryFor("", platform).Platform
+		return d
+	}
+	gone := on(entryFor("gone", ""), "linux/s390x")
+	gone.Annotations = map[string]string{oci.AnnotationVersion: "1"}
+	own := made("own:1")
+	own.Platform = ptr(platforms.DefaultSpec())
+	plain := w.load("base:1")
+	list := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
+		own, on(made("open:1"), "linux/arm64"), on(made("sealed:1", recipient), "linux/riscv64"), gone, entryFor("no checkpoint", "linux/mips"),
+		on(w.json(ocispec.MediaTypeImageManifest, plain.manifest, nil), "linux/386"),
+	}}
+	index := w.json(ocispec.MediaTypeImageIndex, list, gcLabels(list.Manifests))
+	for name, make := range map[string]func(to []string, emit func(Event)) error{
+		"encrypt": func(to []string, emit func(Event)) error {
+			if to == nil {
+				return nil
+			}
+			_, err := encrypt(w.ctx, w.services, EncryptRequest{From: "warm:1", Ref: "warm:1", To: to}, emit)
+			return err
+		},
+		"flatten": func(to []string, emit func(Event)) error {
+			_, err := flatten(w.ctx, w.services, FlattenRequest{From: "warm:1", Ref: "warm:1", WorkDir: t.TempDir(), EncryptTo: to, Compression: oci.CompressionGzip}, emit)
+			return err
+		},
+		"build": func(to []string, emit func(Event)) error {
+			r := w.request("c", "warm:1")
+			r.Index, r.EncryptTo = true, to
+			_, err := build(w.ctx, w.services, r, emit)
+			return err
+		},
+	} {
+		for _, to := range [][]string{nil, {recipient}} {
+			w.tag("warm:1", index)
+			var warned []string
+			w.must(make(to, func(e Event) {
+				if e.Event == images.EventWarning {
+					warned = append(warned, e.Error)
+				}
+			}))
+			want := "for linux/arm64, linux/s390x (perhaps: it is not here);"
+			if to == nil && len(warned) > 0 || to != nil && (len(warned) != 1 || !strings.Contains(warned[0], want)) {
+				t.Errorf("%s for %v warns %q", name, to, warned)
+			}
+		}
+	}
+	w.whole("sealed:1", key)
 }
 
 // index reads what a name means, which has to be an index.

@@ -52,7 +52,7 @@ func openParent(ctx context.Context, s services, r Request, keys *crypt.Keys) (*
 	if img.Checkpoint < 0 {
 		return nil, fmt.Errorf("parent image %s: %w; make a whole checkpoint (without --parent)", ref, inspect.ErrNoCheckpoint)
 	}
-	if err := parentFits(img, r.EncryptTo); err != nil {
+	if err := mustEncrypt(img.Name, img.Manifest.Layers, r.EncryptTo); err != nil {
 		return nil, err
 	}
 	gone, err := s.absentOf(ctx, img.Manifest)
@@ -126,7 +126,7 @@ func (p *Prepared) readParent(ctx context.Context, m *oci.Manifest) (*parent, er
 	}
 	for _, n := range slices.Backward(img.CheckpointLayers(len(chain))) {
 		l := newLayer{desc: img.Manifest.Layers[n], diffID: img.Config.RootFS.DiffIDs[n]}
-		if l, err = p.comp.reseal(ctx, p.content, l, "checkpoint", p.keys); err != nil {
+		if l, err = p.comp.reseal(ctx, p.content, l, "checkpoint", p.keys, quietly); err != nil {
 			return nil, fmt.Errorf("parent image %s: %w", ref, err)
 		}
 		own.layers = append(own.layers, l.asCheckpoint())
@@ -136,21 +136,6 @@ func (p *Prepared) readParent(ctx context.Context, m *oci.Manifest) (*parent, er
 
 // wideMaps is the first CRIU whose page maps earlier ones cannot read.
 const wideMaps = 40200
-
-// parentFits refuses a parent in the open below an encrypted checkpoint: the parent's
-// layers become the new image's, and hold most of its memory. The other way round is
-// for mustEncrypt to judge.
-func parentFits(img *inspect.Image, encryptTo []string) error {
-	if err := mustEncrypt(img.Name, img.Manifest.Layers, encryptTo); err != nil || !encrypts(encryptTo) {
-		return err
-	}
-	for n, l := range img.Manifest.Layers {
-		if img.Kind(n) == "checkpoint" && !crypt.IsEncrypted(l.MediaType) {
-			return fmt.Errorf("parent image %s is not encrypted, and its memory would be in the new image as it is: encrypt it first (cracctl encrypt), or make a whole checkpoint (without --parent)", img.Name)
-		}
-	}
-	return nil
-}
 
 // Reused reads LabelReused of an image's record: how many bytes of the memory the parent
 // has, of how many that a whole image would store. Without a parent ok is false.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
+	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/oci"
 )
@@ -141,9 +142,33 @@ func (a *archive) json(name string) ([]byte, bool, error) {
 		return nil, false, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxJSON+1))
-	if err == nil && len(data) > maxJSON {
-		err = fmt.Errorf("%w: %s has more than %d bytes", ErrSource, name, maxJSON)
-	}
+	data, err := readAll(f, name, maxJSON)
 	return data, true, err
+}
+
+// openRegular opens a file that somebody else may have made, and nothing else of its name: to
+// open a pipe would wait for who writes into it.
+func openRegular(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%w: %s is not a regular file", ErrSource, path)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// readAll reads what is called name, if it is no larger than allowed.
+func readAll(r io.Reader, name string, most int64) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil && int64(len(data)) > most {
+		err = fmt.Errorf("%w: %s has more than %d bytes", ErrSource, name, most)
+	}
+	return data, err
 }

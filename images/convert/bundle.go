@@ -16,9 +16,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/oci"
 )
@@ -80,12 +80,12 @@ func (r *ImportRequest) openBundle(ctx context.Context, client *containerd.Clien
 }
 
 func readSpec(path string) (*specs.Spec, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	f, err := openRegular(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxJSON+1))
+	data, err := readAll(f, path, maxJSON)
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func (r *ImportRequest) rootfsChanges(ctx context.Context, client *containerd.Cl
 			c := newChanges(w, r.MaxSize)
 			tell := build.Telling(build.Event{Event: images.EventReading, Name: "what differs in " + rootfs}, emit)
 			err := piped(func(w io.Writer) error { return tararchive.WriteDiff(ctx, w, lower, rootfs) },
-				func(r io.Reader) error { return c.copy(ctx, &meter{ctx: ctx, r: r, tell: tell}, true) })
+				func(r io.Reader) error { return c.copy(ctx, &blob.Reader{Ctx: ctx, R: r, Tell: tell}, true) })
 			if err != nil {
 				return fmt.Errorf("compare %s with %s: %w", rootfs, r.Base, err)
 			}
@@ -154,7 +154,7 @@ func withImage(ctx context.Context, client *containerd.Client, snapshotter, ref 
 }
 
 func copyFile(ctx context.Context, from, to string, tell func(n int64)) (err error) {
-	in, err := os.OpenFile(from, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	in, err := openRegular(from)
 	if err != nil {
 		return err
 	}
@@ -163,6 +163,6 @@ func copyFile(ctx context.Context, from, to string, tell func(n int64)) (err err
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, &meter{ctx: ctx, r: in, tell: tell})
+	_, err = io.Copy(out, &blob.Reader{Ctx: ctx, R: in, Tell: tell})
 	return errors.Join(err, out.Close())
 }

@@ -172,6 +172,12 @@ func TestFlat(t *testing.T) {
 			want:   []string{"d/"}, deleted: []string{"d/x"},
 		},
 		{
+			name:   "a file between two directories",
+			layers: [][]entry{{dir("a"), {name: "a/x", data: "1"}}, {{name: "a", data: "file"}}, {dir("a"), {name: "a/y", data: "2"}}},
+			base:   []entry{dir("a"), {name: "a/old", data: "0"}, {name: "a/y", data: "0"}},
+			want:   []string{"a/", "a/y 2"}, deleted: []string{"a/old"},
+		},
+		{
 			name:   "a file in place of a directory of the base",
 			layers: [][]entry{{dir("d"), {name: "d/.wh..wh..opq"}, {name: "d/x", data: "file"}}},
 			base:   []entry{dir("d"), dir("d/x"), {name: "d/x/old", data: "0"}},

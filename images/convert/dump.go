@@ -13,11 +13,12 @@ import (
 	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/mnt"
-	"github.com/klauspost/compress/gzip"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/images/inspect"
+	"github.com/crac-shim/crac/oci"
 	"github.com/crac-shim/crac/oci/criuimage"
 )
 
@@ -25,23 +26,16 @@ import (
 // and namespaces is made to be what the next one to restore it expects.
 type dump struct{ dir string }
 
-const (
-	// maxImage bounds an image file that is read into memory, maxMessages what it holds.
-	maxImage    = 64 << 20
-	maxMessages = 1 << 20
-)
+// maxImage bounds an image file that is read into memory.
+const maxImage = 64 << 20
 
 func (d dump) read(name string) ([]byte, error) {
-	f, err := os.OpenFile(filepath.Join(d.dir, name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	f, err := openRegular(filepath.Join(d.dir, name))
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxImage+1))
-	if err == nil && len(data) > maxImage {
-		err = fmt.Errorf("%w: %s of the dump has more than %d bytes", ErrSource, name, maxImage)
-	}
-	return data, err
+	return readAll(f, name+" of the dump", maxImage)
 }
 
 // messages reads an image file.
@@ -50,7 +44,7 @@ func (d dump) messages(name string, kind criuimage.Kind) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := criuimage.Split(data, kind, maxMessages)
+	all, err := inspect.Messages(data, kind)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s of the dump %w", ErrSource, name, err)
 	}
@@ -62,12 +56,9 @@ func unmarshal[M any, P interface {
 	*M
 	proto.Message
 }](name string, parts [][]byte) ([]P, error) {
-	all := make([]P, len(parts))
-	for i, part := range parts {
-		all[i] = new(M)
-		if err := proto.Unmarshal(part, all[i]); err != nil {
-			return nil, fmt.Errorf("%w: %s of the dump: %w", ErrSource, name, err)
-		}
+	all, err := inspect.Unmarshal[M, P](parts)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s of the dump: %w", ErrSource, name, err)
 	}
 	return all, nil
 }
@@ -197,7 +188,11 @@ func (m *mounts) own(e *mnt.MntEntry, tarball io.Reader) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	z, err := gzip.NewWriterLevel(f, gzip.BestSpeed)
+	format, err := compress.Of(oci.CompressionGzip)
+	if err != nil {
+		return err
+	}
+	z, err := format.NewWriter(f)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 )
 
@@ -142,7 +143,7 @@ func unpackArchive(ctx context.Context, file, dir string, maxSize int64, emit fu
 		return nil, err
 	}
 	tell := build.Telling(build.Event{Event: images.EventReading, Name: file, Total: st.Size()}, emit)
-	if err := a.read(ctx, &meter{ctx: ctx, r: f, tell: tell}, archivePlace); err != nil {
+	if err := a.read(ctx, &blob.Reader{Ctx: ctx, R: f, Tell: tell}, archivePlace); err != nil {
 		return nil, err
 	}
 	return engineArchive(ctx, a, dir, maxSize, nil)

@@ -19,7 +19,9 @@ import (
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/crypt"
@@ -45,6 +47,14 @@ func Formats() []string {
 	return []string{string(FormatPodman), string(FormatContainerd), string(FormatBundle)}
 }
 
+// Check refuses what is none.
+func (f Format) Check() error {
+	if slices.Contains(Formats(), string(f)) {
+		return nil
+	}
+	return fmt.Errorf("unknown form %q to export to; say --to %s", string(f), strings.Join(Formats(), ", --to "))
+}
+
 // ExportRequest says what to export.
 type ExportRequest struct {
 	// Ref names the checkpoint image. Dest is a file for FormatPodman, an image's name
@@ -55,7 +65,7 @@ type ExportRequest struct {
 	Compression oci.Compression
 	// WorkDir is where the dump is unpacked; empty is the system's temporary directory.
 	WorkDir string
-	// Keys decrypt an encrypted image.
+	// Keys decrypt an encrypted image; without any, those of the node are tried.
 	Keys []string
 	// Snapshotter is for the containers that FormatContainerd is restored as; empty is
 	// containerd's default.
@@ -79,20 +89,17 @@ type export struct {
 // Export writes a checkpoint image so that another tool can restore it. A failure
 // leaves nothing at Dest. ctx must carry the namespace.
 func Export(ctx context.Context, client *containerd.Client, r ExportRequest, emit func(build.Event)) (_ *Report, err error) {
-	write := map[Format]func(*export, context.Context) error{
-		FormatPodman: (*export).podman, FormatContainerd: (*export).native, FormatBundle: (*export).bundle,
-	}[r.Format]
-	if write == nil {
-		return nil, fmt.Errorf("unknown format %q; known are %s", r.Format, strings.Join(Formats(), ", "))
-	}
 	// What is wrong with the request shows before anything is unpacked for it.
+	if err := r.Format.Check(); err != nil {
+		return nil, err
+	}
 	if _, err := compress.Of(r.Compression); err != nil {
 		return nil, err
 	}
 	if err := r.checkDest(ctx, client); err != nil {
 		return nil, err
 	}
-	keys, err := crypt.ParseKeys(r.Keys)
+	keys, err := build.ReadKeys(r.Keys)
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +107,7 @@ func Export(ctx context.Context, client *containerd.Client, r ExportRequest, emi
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, work.Remove()) }()
+	defer build.RemoveWork(work, &err, emit)
 	e := &export{client: client, r: r, report: &Report{}, work: work.Path, keys: keys, emit: emit}
 	if err := e.open(ctx); err != nil {
 		return nil, err
@@ -108,7 +115,8 @@ func Export(ctx context.Context, client *containerd.Client, r ExportRequest, emi
 	if err := e.adapt(); err != nil {
 		return nil, err
 	}
-	return e.report, write(e, ctx)
+	write := map[Format]func(context.Context) error{FormatPodman: e.podman, FormatContainerd: e.native, FormatBundle: e.bundle}[r.Format]
+	return e.report, write(ctx)
 }
 
 // checkDest refuses a destination that is taken, or that cannot be.
@@ -284,7 +292,7 @@ func (e *export) read(ctx context.Context, desc ocispec.Descriptor, tell func(n 
 		return fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
 	defer ra.Close()
-	var r io.Reader = &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}
+	var r io.Reader = &blob.Reader{Ctx: ctx, R: content.NewReader(ra), Tell: tell}
 	if crypt.IsEncrypted(desc.MediaType) {
 		if r, err = e.keys.Decrypt(r, desc); err != nil {
 			return fmt.Errorf("layer %s: %w", desc.Digest, err)
@@ -302,10 +310,18 @@ func (e *export) read(ctx context.Context, desc ocispec.Descriptor, tell func(n 
 
 // replace gives a finished file or directory its name, unless there is one of it.
 func replace(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if err == nil {
+		return nil
+	}
 	if err := checkFree(to); err != nil {
 		return err
 	}
-	return os.Rename(from, to)
+	// Not every file system knows such a thing.
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		return os.Rename(from, to)
+	}
+	return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
 }
 
 func checkFree(path string) error {

@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/workdir"
 )
@@ -26,7 +27,7 @@ func (e *export) bundle(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, work.Remove()) }()
+	defer build.RemoveWork(work, &err, e.emit)
 	dir := filepath.Join(work.Path, "export")
 	rootfs := filepath.Join(dir, "bundle", "rootfs")
 	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "images"), 0o700), os.MkdirAll(rootfs, 0o755)); err != nil {

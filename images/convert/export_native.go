@@ -14,7 +14,6 @@ import (
 	coreimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -22,6 +21,8 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/crac-shim/crac/images/blob"
+	"github.com/crac-shim/crac/images/compress"
+	"github.com/crac-shim/crac/oci"
 )
 
 const (
@@ -69,10 +70,16 @@ func (e *export) native(ctx context.Context) error {
 	}
 	deleted := 0
 	// gzip is the one that containerd looks for.
-	rw, err := e.blob(ctx, ocispec.MediaTypeImageLayerGzip, func(w io.Writer) error {
-		z := gzip.NewWriter(w)
-		n, err := e.layer(ctx, z, e.changed(base), base.Manifest.Layers)
-		deleted = n
+	format, err := compress.Of(oci.CompressionGzip)
+	if err != nil {
+		return err
+	}
+	rw, err := e.blob(ctx, format.MediaType, func(w io.Writer) error {
+		z, err := format.NewWriter(w)
+		if err != nil {
+			return err
+		}
+		deleted, err = e.layer(ctx, z, e.changed(base), base.Manifest.Layers)
 		return errors.Join(err, z.Close())
 	})
 	if err != nil {

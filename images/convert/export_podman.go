@@ -16,6 +16,7 @@ import (
 	metadata "github.com/checkpoint-restore/checkpointctl/lib"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/workdir"
@@ -111,7 +112,7 @@ func (e *export) archive(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, work.Remove()) }()
+	defer build.RemoveWork(work, &err, e.emit)
 	out, err := os.OpenFile(filepath.Join(work.Path, "archive"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -182,6 +183,6 @@ func (e *export) packFile(ctx context.Context, tw *tar.Writer, file, name string
 	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o600, Size: st.Size(), ModTime: e.m.Created}); err != nil {
 		return err
 	}
-	_, err = io.Copy(tw, &meter{ctx: ctx, r: f, tell: tell})
+	_, err = io.Copy(tw, &blob.Reader{Ctx: ctx, R: f, Tell: tell})
 	return err
 }

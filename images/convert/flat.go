@@ -84,7 +84,14 @@ func (f *flat) layer(ctx context.Context, r io.Reader) error {
 			gone = append(gone, path.Join(dir, target))
 			return nil
 		}
-		if has(f.decided, name) || f.hidden(name) {
+		if f.hidden(name) {
+			return nil
+		}
+		if dir, ok := f.decided[name]; ok {
+			if dir && h.Typeflag != tar.TypeDir {
+				// The directory above took its place, and not that of one further below.
+				cleared = append(cleared, name)
+			}
 			return nil
 		}
 		if h.Typeflag == tar.TypeLink && !has(decided, h.Linkname) {

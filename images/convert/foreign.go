@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 )
 
@@ -111,7 +112,7 @@ func (s *source) ownShm(ctx context.Context, all *mounts, e *mnt.MntEntry, emit 
 		}
 		defer f.Close()
 		tell := build.Telling(build.Event{Event: images.EventReading, Name: shmMount}, emit)
-		tarball = &meter{ctx: ctx, r: f, tell: tell} // its size counted when it was unpacked
+		tarball = &blob.Reader{Ctx: ctx, R: f, Tell: tell} // its size counted when it was unpacked
 		s.report.take("the files of %s", shmMount)
 	}
 	if err := all.own(e, tarball); err != nil {

@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/compress"
 	"github.com/crac-shim/crac/images/inspect"
@@ -44,6 +45,9 @@ type ImportRequest struct {
 	Compression oci.Compression
 	// EncryptTo are the recipients of the image's own layers: see oci.CheckRecipients.
 	EncryptTo []string
+	// Keys decrypt what the base has of an earlier checkpoint; without any, those of the
+	// node are tried.
+	Keys []string
 }
 
 // Import makes a checkpoint image of another tool's checkpoint. The report is there
@@ -66,7 +70,7 @@ func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emi
 	if err != nil {
 		return none, nil, err
 	}
-	defer func() { err = errors.Join(err, work.Remove()) }()
+	defer build.RemoveWork(work, &err, emit)
 	s, err := r.open(ctx, client, work.Path, emit)
 	if err != nil {
 		return none, nil, err
@@ -89,7 +93,7 @@ func Import(ctx context.Context, client *containerd.Client, r ImportRequest, emi
 		return none, s.report, errors.New("it does not say which image its container came from; name that image with --base")
 	}
 	desc, err := build.Adopt(ctx, client, build.AdoptRequest{
-		Ref: r.Ref, Base: s.base, BaseTarget: s.target, DumpDir: s.dump.dir, Spec: spec, Manifest: m, Changes: s.changes, Compression: r.Compression, EncryptTo: r.EncryptTo,
+		Ref: r.Ref, Base: s.base, BaseTarget: s.target, DumpDir: s.dump.dir, Spec: spec, Manifest: m, Changes: s.changes, Compression: r.Compression, EncryptTo: r.EncryptTo, Keys: r.Keys,
 	}, emit)
 	return desc, s.report, err
 }
@@ -168,7 +172,7 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		return err
 	}
 	defer ra.Close()
-	return a.read(ctx, &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}, place)
+	return a.read(ctx, &blob.Reader{Ctx: ctx, R: content.NewReader(ra), Tell: tell}, place)
 }
 
 // reading tells how much of some blobs was read.

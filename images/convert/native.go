@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/build"
 )
 
@@ -32,28 +33,11 @@ const (
 type nativeIndex struct{ ocispec.Index }
 
 func readIndex(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*nativeIndex, error) {
-	data, err := readSmall(ctx, store, desc, "index")
-	if err != nil {
-		return nil, err
-	}
 	i := new(nativeIndex)
-	if err := json.Unmarshal(data, &i.Index); err != nil {
+	if err := blob.ReadJSON(ctx, store, desc, &i.Index); err != nil {
 		return nil, fmt.Errorf("%w: its index: %w", ErrSource, err)
 	}
 	return i, nil
-}
-
-// readSmall reads a blob that is what it is called. Its size is not what a descriptor says.
-func readSmall(ctx context.Context, store content.Provider, desc ocispec.Descriptor, what string) ([]byte, error) {
-	ra, err := store.ReaderAt(ctx, desc)
-	if err != nil {
-		return nil, err
-	}
-	defer ra.Close()
-	if ra.Size() > maxJSON {
-		return nil, fmt.Errorf("%w: its %s has %d bytes", ErrSource, what, ra.Size())
-	}
-	return io.ReadAll(content.NewReader(ra))
 }
 
 // find gives the first blob of a type.
@@ -103,7 +87,7 @@ func (i *nativeIndex) open(ctx context.Context, store content.Provider, name, wo
 			defer ra.Close()
 			c := newChanges(w, maxSize)
 			tell := reading(emit, "the changed files", *rw)
-			if err := c.copy(ctx, &meter{ctx: ctx, r: content.NewReader(ra), tell: tell}, true); err != nil {
+			if err := c.copy(ctx, &blob.Reader{Ctx: ctx, R: content.NewReader(ra), Tell: tell}, true); err != nil {
 				return err
 			}
 			return c.close()
@@ -116,9 +100,9 @@ func (i *nativeIndex) open(ctx context.Context, store content.Provider, name, wo
 
 // readConfig reads the spec in the form in which containerd stores it.
 func readConfig(ctx context.Context, store content.Provider, desc ocispec.Descriptor) (*specs.Spec, error) {
-	data, err := readSmall(ctx, store, desc, "spec")
+	data, err := content.ReadBlob(ctx, blob.Small{Provider: store}, desc)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: its spec: %w", ErrSource, err)
 	}
 	var stored anypb.Any
 	spec := new(specs.Spec)

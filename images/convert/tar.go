@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/crac-shim/crac/images/blob"
 	"github.com/crac-shim/crac/images/compress"
 )
 
@@ -56,7 +57,7 @@ func readTar(ctx context.Context, r io.Reader, a *allowance, take func(*tar.Head
 		}
 		return fmt.Errorf("%w: no whole tar: %w", ErrSource, err)
 	}
-	stream := &meter{ctx: ctx, r: plain, left: &a.stream}
+	stream := newMeter(ctx, plain, &a.stream)
 	tr := tar.NewReader(stream)
 	for {
 		end := (stream.read + tarBlock - 1) / tarBlock * tarBlock // of the entry before
@@ -74,7 +75,7 @@ func readTar(ctx context.Context, r io.Reader, a *allowance, take func(*tar.Head
 		if a.names -= int64(len(h.Name) + len(h.Linkname)); a.entries < 0 || a.names < 0 {
 			return fmt.Errorf("%w: it has more than %d entries, or their names more than %d bytes", ErrSource, maxEntries, maxNames)
 		}
-		content := &meter{ctx: ctx, r: tr, left: &a.files}
+		content := newMeter(ctx, tr, &a.files)
 		if err := take(h, content); err != nil {
 			return err
 		}
@@ -92,25 +93,18 @@ func readTar(ctx context.Context, r io.Reader, a *allowance, take func(*tar.Head
 // meter counts what is read, and stops when its context ends or nothing is allowed any
 // more.
 type meter struct {
-	ctx  context.Context
-	r    io.Reader
-	left *int64        // nil: any number
-	tell func(n int64) // nil: nobody
+	blob.Reader
+	left *int64
 	read int64
 }
 
+func newMeter(ctx context.Context, r io.Reader, left *int64) *meter {
+	return &meter{Reader: blob.Reader{Ctx: ctx, R: r}, left: left}
+}
+
 func (m *meter) Read(p []byte) (int, error) {
-	if err := m.ctx.Err(); err != nil {
-		return 0, err
-	}
-	n, err := m.r.Read(p)
+	n, err := m.Reader.Read(p)
 	m.read += int64(n)
-	if m.tell != nil {
-		m.tell(int64(n))
-	}
-	if m.left == nil {
-		return n, err
-	}
 	if *m.left -= int64(n); *m.left < 0 {
 		return n, fmt.Errorf("%w: unpacked it is larger than allowed; say --max-size if that is right", ErrSource)
 	}

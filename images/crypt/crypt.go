@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containers/ocicrypt"
 	"github.com/containers/ocicrypt/blockcipher"
@@ -171,7 +172,12 @@ func (e *Writer) Annotations() (map[string]string, error) {
 }
 
 // Keys decrypt. nil has none.
-type Keys struct{ config *config.DecryptConfig }
+type Keys struct {
+	config *config.DecryptConfig // nil: none
+	dir    string                // whose keys these are; empty: they were named
+	read   sync.Once
+	unread error // why some in dir are not among them
+}
 
 // ParseKeys reads private keys in ocicrypt's forms: FILE, FILE:pass=PASSWORD,
 // FILE:file=PASSWORD-FILE, provider:NAME; for pkcs7 also the certificate's file. Not
@@ -195,7 +201,7 @@ func ParseKeys(list []string) (*Keys, error) {
 		}
 		all = append(all, cc)
 	}
-	return &Keys{config.CombineCryptoConfigs(all).DecryptConfig}, nil
+	return &Keys{config: config.CombineCryptoConfigs(all).DecryptConfig}, nil
 }
 
 // AbsoluteKeys makes the names of files in keys absolute, for a process that works in
@@ -251,22 +257,47 @@ func splitKey(key string) (file, password string, err error) {
 // NodeKeyDir is where containerd, as it is configured by default, has its keys.
 const NodeKeyDir = "/etc/containerd/ocicrypt/keys"
 
-// KeysIn reads the private keys in a directory, as containerd's decoder does: what is none
-// is passed over, and those with a password. There may be none, and no directory.
-func KeysIn(dir string) (*Keys, error) {
-	entries, err := os.ReadDir(dir)
+// KeysIn are the private keys in a directory, as containerd's decoder takes them: what is none
+// is passed over, and those with a password. There may be none, and no directory. They are
+// read when the first layer is to be decrypted: without one nobody need be allowed to.
+func KeysIn(dir string) *Keys { return &Keys{dir: dir} }
+
+// open gives what decrypts; nil if there is nothing.
+func (k *Keys) open() *config.DecryptConfig {
+	if k == nil {
+		return nil
+	}
+	if k.dir != "" {
+		k.read.Do(k.readDir)
+	}
+	return k.config
+}
+
+func (k *Keys) readDir() {
+	entries, err := os.ReadDir(k.dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+		k.unread = err
 	}
 	var list []string
 	for _, e := range entries {
-		// A colon would be taken for what comes before a password.
-		path := filepath.Join(dir, e.Name())
-		if _, err := ParseKeys([]string{path}); err == nil && !strings.Contains(path, ":") {
+		path := filepath.Join(k.dir, e.Name())
+		if strings.Contains(path, ":") {
+			continue // it would be taken for what comes before a password
+		}
+		switch _, err := ParseKeys([]string{path}); {
+		case err == nil:
 			list = append(list, path)
+		case errors.Is(err, os.ErrPermission):
+			k.unread = err
 		}
 	}
-	return ParseKeys(list)
+	all, err := ParseKeys(list)
+	if err != nil {
+		k.unread = err
+	}
+	if all != nil {
+		k.config = all.config
+	}
 }
 
 // nameOf leaves a password out.
@@ -281,23 +312,25 @@ func nameOf(key string) string {
 // Decrypt gives what is inside an encrypted layer. Its end is an error if the layer
 // was changed: what was read until then must not be relied on before.
 func (k *Keys) Decrypt(r io.Reader, desc ocispec.Descriptor) (io.Reader, error) {
-	if k == nil {
-		return nil, noKey(desc)
+	own := k.open()
+	if own == nil {
+		return nil, k.missing(desc)
 	}
-	plain, _, err := ocicrypt.DecryptLayer(k.config, r, desc, false)
+	plain, _, err := ocicrypt.DecryptLayer(own, r, desc, false)
 	if err != nil {
-		return nil, noKeyFits(desc, err)
+		return nil, k.unfit(desc, err)
 	}
 	return plain, nil
 }
 
 // Fit tells whether a layer can be decrypted, without reading it.
 func (k *Keys) Fit(desc ocispec.Descriptor) error {
-	if k == nil {
-		return noKey(desc)
+	own := k.open()
+	if own == nil {
+		return k.missing(desc)
 	}
-	if _, _, err := ocicrypt.DecryptLayer(k.config, nil, desc, true); err != nil {
-		return noKeyFits(desc, err)
+	if _, _, err := ocicrypt.DecryptLayer(own, nil, desc, true); err != nil {
+		return k.unfit(desc, err)
 	}
 	return nil
 }
@@ -309,7 +342,7 @@ func (k *Keys) Pass(desc ocispec.Descriptor, to *Recipients) (map[string]string,
 		return nil, err
 	}
 	// The library adds to whom there is.
-	_, finish, err := ocicrypt.EncryptLayer(&config.EncryptConfig{Parameters: to.config.Parameters, DecryptConfig: *k.config}, nil, desc)
+	_, finish, err := ocicrypt.EncryptLayer(&config.EncryptConfig{Parameters: to.config.Parameters, DecryptConfig: *k.open()}, nil, desc)
 	if err != nil {
 		return nil, err
 	}
@@ -328,12 +361,22 @@ func (k *Keys) Pass(desc ocispec.Descriptor, to *Recipients) (map[string]string,
 	return annotations, nil
 }
 
-func noKey(desc ocispec.Descriptor) error {
-	return fmt.Errorf("it is %w for %s; give the private key with --key", ErrEncrypted, For(desc))
+// missing says that there is no key at all.
+func (k *Keys) missing(desc ocispec.Descriptor) error {
+	err := fmt.Errorf("it is %w for %s; give the private key with --key", ErrEncrypted, For(desc))
+	if k != nil && k.unread != nil {
+		err = fmt.Errorf("%w (those of this node cannot be read: %w)", err, k.unread)
+	}
+	return err
 }
 
-func noKeyFits(desc ocispec.Descriptor, err error) error {
-	return fmt.Errorf("it is %w for %s, and no key that was given fits: %s", ErrEncrypted, For(desc), strings.Join(strings.Fields(err.Error()), " "))
+// unfit says why none of the keys opens a layer.
+func (k *Keys) unfit(desc ocispec.Descriptor, err error) error {
+	why := strings.Join(strings.Fields(err.Error()), " ")
+	if k.dir == "" {
+		return fmt.Errorf("it is %w for %s, and no key that was given fits: %s", ErrEncrypted, For(desc), why)
+	}
+	return fmt.Errorf("%w; none of those in %s fits: %s", k.missing(desc), k.dir, why)
 }
 
 // For names whom a layer is encrypted for, as far as the layer tells: pgp alone names

@@ -15,12 +15,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // keyPair writes a key of its own and returns the names of its files.
@@ -166,20 +168,72 @@ func TestKeysIn(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "old"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	k, err := KeysIn(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	k := KeysIn(dir)
 	if r, err := k.Decrypt(bytes.NewReader(sealed), desc); err != nil {
 		t.Error(err)
 	} else if got, err := io.ReadAll(r); err != nil || string(got) != "x" {
 		t.Errorf("%q, %v", got, err)
 	}
-	for _, none := range []string{t.TempDir(), filepath.Join(dir, "none")} {
-		if k, err := KeysIn(none); k != nil || err != nil {
-			t.Errorf("%s: %v, %v", none, k, err)
+	other, _ := keyPair(t)
+	for in, want := range map[string]string{
+		t.TempDir(): "--key", filepath.Join(dir, "none"): "--key", filepath.Dir(other): "none of those in " + filepath.Dir(other), private: "cannot be read",
+	} {
+		_, err := KeysIn(in).Decrypt(bytes.NewReader(sealed), desc)
+		if !errors.Is(err, ErrEncrypted) || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--key") {
+			t.Errorf("%s: %v, want %q", in, err, want)
+		}
+		if err := KeysIn(in).Fit(desc); !errors.Is(err, ErrEncrypted) {
+			t.Errorf("%s fits: %v", in, err)
 		}
 	}
+}
+
+// Whoever may not read the keys of a node has none of them, and is told so.
+func TestKeysOfOthers(t *testing.T) {
+	key, public := keyPair(t)
+	_, desc := seal(t, []byte("x"), "jwe:"+public)
+	// Where somebody else gets to.
+	dir, err := os.MkdirTemp("", "crypt-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	private := filepath.Join(dir, "key.pem")
+	if data, err := os.ReadFile(key); err != nil {
+		t.Fatal(err)
+	} else if err := os.WriteFile(private, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, closed := range []string{dir, private} {
+		if err := os.Chmod(closed, 0); err != nil {
+			t.Fatal(err)
+		}
+		err := asSomebody(t, func() error { return KeysIn(dir).Fit(desc) })
+		if !errors.Is(err, ErrEncrypted) || !errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), closed) {
+			t.Errorf("%s: %v", closed, err)
+		}
+		if err := os.Chmod(closed, 0o755); err != nil { //nolint:gosec // for somebody else
+			t.Fatal(err)
+		}
+	}
+}
+
+// asSomebody does something without root's privileges, on files.
+func asSomebody(t *testing.T, do func() error) (err error) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return do()
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		goruntime.LockOSThread() // and no unlock: the thread ends with this
+		if _, err = unix.SetfsuidRetUid(65534); err == nil {
+			err = do()
+		}
+	}()
+	<-done
+	return err
 }
 
 func TestWriterPassesErrorsOn(t *testing.T) {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/crac-shim/crac/images"
 )
 
@@ -108,11 +110,12 @@ func byPID(all []Process) map[uint32]*Process {
 }
 
 func sameLayers(a, b *Image) bool {
-	below := func(i *Image) []string {
-		var all []string
-		for n, l := range i.Manifest.Layers {
+	// As they are unpacked: the same layer may be stored in another compression, or encrypted.
+	below := func(i *Image) []digest.Digest {
+		var all []digest.Digest
+		for n, id := range i.Config.RootFS.DiffIDs {
 			if i.Kind(n) != "checkpoint" {
-				all = append(all, l.Digest.String())
+				all = append(all, id)
 			}
 		}
 		return all

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,6 +26,7 @@ func FuzzReadLayer(f *testing.F) {
 		}
 	}
 	f.Add(tarLayer(f, dir))
+	f.Add(claims(f, math.MaxInt64))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		l, err := readLayer(bytes.NewReader(data), Options{Digests: true, Pages: true})
 		if err != nil {

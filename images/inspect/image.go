@@ -170,10 +170,7 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		return nil, err
 	}
 	defer ra.Close()
-	r := content.NewReader(ra)
-	if o.Progress != nil {
-		r = &counter{r, o.Progress}
-	}
+	var r io.Reader = &blob.Reader{Ctx: ctx, R: content.NewReader(ra), Tell: o.Progress}
 	stored, plain := digest.SHA256.Digester(), digest.SHA256.Digester()
 	if o.Digests {
 		r = io.TeeReader(r, stored.Hash())
@@ -189,7 +186,7 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		return nil, damaged(err)
 	}
 	defer unpacked.Close()
-	var in io.Reader = &ctxReader{ctx, unpacked}
+	var in io.Reader = &blob.Reader{Ctx: ctx, R: unpacked}
 	if o.Digests {
 		in = io.TeeReader(in, plain.Hash())
 	}
@@ -223,15 +220,4 @@ func readBlob(ctx context.Context, store content.Provider, desc ocispec.Descript
 		}
 	}
 	return l, nil
-}
-
-type counter struct {
-	r    io.Reader
-	tell func(int64)
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.tell(int64(n))
-	return n, err
 }

@@ -11,6 +11,26 @@ import (
 // maxMessages bounds what an image file holds.
 const maxMessages = 1 << 20
 
+// Messages takes an image file apart of which all messages are needed together.
+func Messages(file []byte, kind criuimage.Kind) ([][]byte, error) {
+	return criuimage.Split(file, kind, maxMessages)
+}
+
+// Unmarshal makes messages of an image file's parts.
+func Unmarshal[M any, P interface {
+	*M
+	proto.Message
+}](parts [][]byte) ([]P, error) {
+	all := make([]P, len(parts))
+	for i, part := range parts {
+		all[i] = new(M)
+		if err := proto.Unmarshal(part, all[i]); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // dump is the files of a dump.
 type dump map[string][]byte
 
@@ -48,16 +68,13 @@ func each[M any, P interface {
 	if !ok {
 		return nil, nil
 	}
-	parts, err := criuimage.Split(data, kind, maxMessages)
+	var all []P
+	parts, err := Messages(data, kind)
+	if err == nil {
+		all, err = Unmarshal[M, P](parts)
+	}
 	if err != nil {
 		return nil, damaged(fmt.Errorf("%s: %w", name, err))
-	}
-	all := make([]P, len(parts))
-	for i, part := range parts {
-		all[i] = new(M)
-		if err := proto.Unmarshal(part, all[i]); err != nil {
-			return nil, damaged(fmt.Errorf("%s: %w", name, err))
-		}
 	}
 	return all, nil
 }

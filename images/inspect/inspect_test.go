@@ -5,11 +5,14 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -509,16 +512,128 @@ func TestHostileLayers(t *testing.T) {
 			t.Errorf("%s: got %v, want ErrDamaged with %q", name, err, tt.want)
 		}
 	}
-	// A header that claims much must not take the memory for it.
-	var big bytes.Buffer
-	tw := tar.NewWriter(&big)
-	h := file(".crac/v1/criu/mm-8.img")
-	h.Size = 1 << 40
-	if err := tw.WriteHeader(h); err != nil {
+	// A header that claims much must not take the memory for it, or the bound away.
+	for _, size := range []int64{1 << 40, math.MaxInt64} {
+		layer := claims(t, size)
+		if _, err := readLayer(bytes.NewReader(layer), Options{}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "looked into") {
+			t.Errorf("a file of %d bytes: %v", size, err)
+		}
+		if _, err := readLayer(bytes.NewReader(layer), Options{most: 10}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), oci.AnnotationDumpBytes) {
+			t.Errorf("a dump of %d bytes: %v", size, err)
+		}
+	}
+}
+
+// claims is the beginning of a layer with a file, and with the header of one of this size.
+func claims(tb testing.TB, size int64) []byte {
+	tb.Helper()
+	var layer bytes.Buffer
+	tw := tar.NewWriter(&layer)
+	for _, h := range []*tar.Header{{Name: ".crac/v1/criu/mm-7.img", Size: 1}, {Name: ".crac/v1/criu/mm-8.img", Size: size}} {
+		h.Typeflag, h.Mode, h.Format = tar.TypeReg, 0o600, tar.FormatPAX
+		if err := tw.WriteHeader(h); err != nil {
+			tb.Fatal(err)
+		}
+		if _, err := tw.Write([]byte("x")); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return layer.Bytes()
+}
+
+// What is kept at the same time has one budget, however many layers it comes from.
+func TestBudget(t *testing.T) {
+	layer := tarLayer(t, dumpDir(t))
+	read := func(b *Budget) error {
+		_, err := readLayer(bytes.NewReader(layer), Options{Pages: true, Budget: b})
+		return err
+	}
+	whole := NewBudget()
+	left := *whole
+	if err := read(&left); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := readLayer(&big, Options{}); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), "looked into") {
-		t.Errorf("a large file: %v", err)
+	taken := Budget{whole.kept - left.kept, whole.whole - left.whole, whole.hashed - left.hashed}
+	for want, b := range map[string]Budget{
+		"that would have to be looked into": {taken.kept*2 - 1, whole.whole, whole.hashed},
+		"of messages":                       {whole.kept, taken.whole*2 - 1, whole.hashed},
+		"more memory":                       {whole.kept, whole.whole, taken.hashed*2 - 1},
+	} {
+		if err := read(&b); err != nil {
+			t.Errorf("the first: %v", err)
+		}
+		if err := read(&b); !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), want) {
+			t.Errorf("the second: %v, want %q", err, want)
+		}
+	}
+	if taken.kept <= taken.whole || taken.whole <= 0 || taken.hashed != (77824+65536+61440)/images.SumSize*16 {
+		t.Errorf("a layer takes %+v", taken)
+	}
+
+	// A chain, of which the lower layers take no more than they are needed for.
+	s := newStored(t)
+	var digest string
+	delta := rewrite(t, layer, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+		if path.Base(h.Name) == oci.ManifestName {
+			sum := sha256.Sum256(data)
+			digest = "sha256:" + hex.EncodeToString(sum[:])
+			data = bytes.ReplaceAll(continuing(data), []byte(strings.Repeat("a", 64)), []byte(hex.EncodeToString(sum[:])))
+		}
+		return h, data
+	})
+	target := s.image(ocispec.MediaTypeImageLayerZstd, -1, true, layer, delta)
+	img, err := Open(t.Context(), s, "app:1", target, platforms.Default())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range img.Manifest.Layers {
+		img.Manifest.Layers[i].Annotations = map[string]string{oci.LayerAnnotation: oci.LayerCheckpoint}
+	}
+	img.Checkpoint = 1
+	for _, pages := range []bool{false, true} {
+		b := NewBudget()
+		chain, err := img.ReadChain(t.Context(), s, Options{Pages: pages, Budget: b})
+		if err != nil || len(chain) != 2 || chain[1].ManifestDigest != digest {
+			t.Fatalf("%d layers, %v", len(chain), err)
+		}
+		for name := range chain[1].Images {
+			if _, ok := pagemapPID(name); !ok || !pages {
+				t.Errorf("%s of the parent is kept (pages: %v)", name, pages)
+			}
+		}
+		if want := map[bool]int64{true: 2 * taken.hashed}[pages]; whole.hashed-b.hashed != want || whole.whole-b.whole != taken.whole {
+			t.Errorf("the chain takes %+v of %+v", b, whole)
+		}
+	}
+}
+
+// However many mappings a few bytes claim, and whatever else an image of them holds.
+func TestHostileMappings(t *testing.T) {
+	entry := func(start, end uint64) (m []byte) {
+		for n := range protowire.Number(8) {
+			m = protowire.AppendVarint(protowire.AppendTag(m, n+1, protowire.VarintType), map[protowire.Number]uint64{0: start, 1: end}[n])
+		}
+		return protowire.AppendBytes(protowire.AppendTag(nil, mmMapping, protowire.BytesType), m)
+	}
+	var many []byte
+	for n := range uint64(maxMessages + 1) {
+		many = append(many, entry(n, n+1)...)
+	}
+	for name, tt := range map[string]struct {
+		message []byte
+		want    string
+	}{
+		"empty ones": {bytes.Repeat([]byte{mmMapping<<3 | 2, 0}, 1<<20), "required"},
+		"many":       {many, "more than"},
+		"backwards":  {entry(2, 1), "mapping from"},
+		"two at one": {append(entry(1, 3), entry(2, 4)...), "two mappings"},
+		"cut off":    {entry(1, 2)[:5], "EOF"},
+	} {
+		var p Process
+		err := dump{"mm-0.img": criuimage.New(criuimage.MM, tt.message)}.memory(&p, openFiles{}, 4096)
+		if !errors.Is(err, images.ErrDamaged) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", name, err, tt.want)
+		}
 	}
 }
 
@@ -539,7 +654,7 @@ func TestPageHashes(t *testing.T) {
 	if l.Pages["pages-1.img"][3] != l.Pages["pages-2.img"][3] {
 		t.Error("equal pages have different hashes")
 	}
-	r := &reader{mostHashed: 3 * 16}
+	r := &reader{o: Options{Budget: &Budget{hashed: 3 * 16}}}
 	if _, err := r.hashPages(strings.NewReader("xyz")); err == nil {
 		t.Error("part of a page is no error")
 	}
@@ -581,6 +696,19 @@ func TestDiff(t *testing.T) {
 	total := int64(77824 + 65536 + 61440)
 	if err != nil || !same.SameLayers || len(same.Facts) > 0 || same.Memory != (Pages{Equal: total}) || len(same.Processes) != 3 {
 		t.Errorf("with itself: %+v, %v", same, err)
+	}
+	// The same files, stored otherwise.
+	s := newStored(t)
+	stored, err := Open(t.Context(), s, "gzip", s.image(ocispec.MediaTypeImageLayerGzip, 1, true, []byte("base"), tarLayer(t, first)), platforms.Default())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := Open(t.Context(), s, "other", s.image(ocispec.MediaTypeImageLayerGzip, 1, true, []byte("other base"), tarLayer(t, first)), platforms.Default())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !sameLayers(imgA, stored) || sameLayers(imgA, other) {
+		t.Errorf("stored otherwise they are the same: %v, others: %v", sameLayers(imgA, stored), sameLayers(imgA, other))
 	}
 	b.Manifest.Host.CPU.Model = "Other"
 	b.Manifest.Container.Args = []string{"a\x1b[2J"}

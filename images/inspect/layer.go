@@ -28,9 +28,43 @@ import (
 	"github.com/crac-shim/crac/oci"
 )
 
-// maxImages bounds how many bytes of a layer are kept in memory: of the files that are
-// looked into. The largest are those of the mappings, a few hundred bytes for each.
-const maxImages = 256 << 20
+const (
+	// maxImages bounds how many bytes are kept in memory of the files that are looked into.
+	// The largest are page maps, a few bytes for each run of pages.
+	maxImages = 256 << 20
+	// maxWhole bounds those of them that are unmarshalled as a whole, which takes many times
+	// their size: a message of two bytes may become one of a hundred.
+	maxWhole = 64 << 20
+)
+
+// Budget is how much memory reading may take, of one layer or of many together. It is used
+// by one goroutine.
+type Budget struct {
+	kept, whole int64 // bytes of files, see maxImages and maxWhole
+	hashed      int64 // bytes of hashes of pages
+}
+
+// NewBudget is for all that is kept at the same time.
+func NewBudget() *Budget { return &Budget{kept: maxImages, whole: maxWhole, hashed: maxHashed()} }
+
+// maxHashed is a 16th of this host's memory, for dumps of 16 times as much. How much is in a
+// layer, only its end says.
+func maxHashed() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 1 << 30
+	}
+	return int64(info.Totalram) * int64(info.Unit) / 16
+}
+
+// take takes n of what is left, if there is so much.
+func take(left *int64, n int64) bool {
+	if n > *left {
+		return false
+	}
+	*left -= n
+	return true
+}
 
 // Layer is what a checkpoint layer holds.
 type Layer struct {
@@ -61,19 +95,26 @@ type Options struct {
 	Extract string
 	// Keys decrypt an encrypted layer.
 	Keys *crypt.Keys
+	// Budget is shared by all that is kept at the same time; nil: this alone.
+	Budget *Budget
 	// Progress, if there is one, is told how many bytes of the layer as stored were
 	// read since it was told last.
 	Progress func(n int64)
 
 	// most is how many bytes the image says that the dump has; 0 if it does not say.
 	most int64
+	// parent: another dump continues this one, and of it nothing but memory counts.
+	parent bool
 }
 
 // readLayer reads an uncompressed checkpoint layer in one pass. What it finds is
 // hostile: only the format's own entries are taken, each once, and what is kept
 // is bounded. Errors wrap images.ErrDamaged.
 func readLayer(r io.Reader, o Options) (*Layer, error) {
-	l := &reader{o: o, mostHashed: mostHashed(), Layer: &Layer{Images: make(map[string][]byte), Pages: make(map[string][]images.PageSum)}}
+	if o.Budget == nil {
+		o.Budget = NewBudget()
+	}
+	l := &reader{o: o, Layer: &Layer{Images: make(map[string][]byte), Pages: make(map[string][]images.PageSum)}}
 	var (
 		manifest []byte
 		seen     = make(map[string]bool)
@@ -126,24 +167,13 @@ func readLayer(r io.Reader, o Options) (*Layer, error) {
 // reader is a layer that is being read.
 type reader struct {
 	*Layer
-	o                   Options
-	found, kept, hashed int64 // bytes: in the dump so far, in Images and beside, of Pages
-	mostHashed          int64
-}
-
-// mostHashed is how many bytes the hashes of pages may take: a 16th of this host's memory,
-// for a dump of 16 times as much. How much is in a layer, only its end says.
-func mostHashed() int64 {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return 1 << 30
-	}
-	return int64(info.Totalram) * int64(info.Unit) / 16
+	o     Options
+	found int64 // bytes in the dump so far
 }
 
 // keep reads what is kept in memory.
 func (l *reader) keep(r io.Reader, size int64) ([]byte, error) {
-	if l.kept += size; l.kept > maxImages {
+	if !take(&l.o.Budget.kept, size) {
 		return nil, fmt.Errorf("with it there are more than %d bytes that would have to be looked into", int64(maxImages))
 	}
 	// The size is a claim: memory is taken for what is really there.
@@ -154,9 +184,10 @@ func (l *reader) keep(r io.Reader, size int64) ([]byte, error) {
 
 // file reads one file of the dump.
 func (l *reader) file(r io.Reader, name string, size int64) error {
-	if l.found += size; l.o.most > 0 && l.found > l.o.most {
+	if l.o.most > 0 && size > l.o.most-l.found {
 		return fmt.Errorf("with it the dump has more than the %d bytes that the image's annotation %s says", l.o.most, oci.AnnotationDumpBytes)
 	}
+	l.found += size
 	found := oci.File{Name: name, Size: size}
 	var digest hash.Hash
 	if l.o.Digests {
@@ -173,7 +204,10 @@ func (l *reader) file(r io.Reader, name string, size int64) error {
 		r = io.TeeReader(r, extracted)
 	}
 	switch {
-	case isLookedInto(name):
+	case l.o.looksInto(name):
+		if !isPiecemeal(name) && !take(&l.o.Budget.whole, size) {
+			return fmt.Errorf("with it there are more than %d bytes of messages that would have to be looked into", int64(maxWhole))
+		}
 		data, err := l.keep(r, size)
 		if err != nil {
 			return err
@@ -202,17 +236,26 @@ func (l *reader) file(r io.Reader, name string, size int64) error {
 	return nil
 }
 
-// isLookedInto tells the files that Processes and NewMemory read. The others are as
-// large as they like: archives of tmpfs mounts, files without a name, shared memory.
-func isLookedInto(name string) bool {
-	if _, ok := pagemapPID(name); ok {
+// looksInto tells the files that Processes and NewMemory read. The others are as large as
+// they like: archives of tmpfs mounts, files without a name, shared memory.
+func (o Options) looksInto(name string) bool {
+	switch _, pagemap := pagemapPID(name); {
+	case o.parent:
+		return pagemap && o.Pages
+	case isPiecemeal(name):
 		return true
 	}
 	switch kind, _, _ := strings.Cut(name, "-"); kind {
-	case "core", "fdinfo", "files.img", "fs", "ids", "mm", "pstree.img":
+	case "core", "fdinfo", "files.img", "fs", "ids", "pstree.img":
 		return true
 	}
 	return false
+}
+
+// isPiecemeal tells those of which never more than a part is unmarshalled.
+func isPiecemeal(name string) bool {
+	_, pagemap := pagemapPID(name)
+	return pagemap || strings.HasPrefix(name, "mm-")
 }
 
 // extractedFile is a file that is written on this host.
@@ -260,24 +303,11 @@ func (l *reader) hashPages(r io.Reader) (sums []images.PageSum, err error) {
 			return nil, err
 		}
 		sum := images.SumPage(page)
-		if l.hashed += int64(unsafe.Sizeof(sum)); l.hashed > l.mostHashed {
-			return nil, fmt.Errorf("with it there is more memory than can be compared on this host: hashes of it take more than %d bytes", l.mostHashed)
+		if !take(&l.o.Budget.hashed, int64(unsafe.Sizeof(sum))) {
+			return nil, fmt.Errorf("with it there is more memory than can be compared on this host: hashes of it take more than %d bytes", maxHashed())
 		}
 		sums = append(sums, sum)
 	}
-}
-
-// ctxReader makes a long read stop when its context ends.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c *ctxReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
 }
 
 // entry knows the format's entries. name is empty for a directory; dump says that

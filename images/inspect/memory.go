@@ -14,9 +14,12 @@ import (
 )
 
 // ReadChain reads the image's checkpoint layer and those of the dumps that it
-// continues, the nearest first. With o.Extract the files of the first go into its
+// continues, the nearest first, within one budget. With o.Extract the files of the first go into its
 // directory 0, those of the next into 1, and so on.
 func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options) ([]*Layer, error) {
+	if o.Budget == nil {
+		o.Budget = NewBudget()
+	}
 	extract := o.Extract
 	level := func(n int) error {
 		if extract == "" {
@@ -33,6 +36,7 @@ func (i *Image) ReadChain(ctx context.Context, store content.Provider, o Options
 		return nil, err
 	}
 	chain := []*Layer{top}
+	o.parent = true
 	for n, want := i.Checkpoint-1, top.Manifest.Parent; want != nil; n-- {
 		for n >= 0 && !i.isCheckpoint(n) {
 			n--

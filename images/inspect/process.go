@@ -12,11 +12,12 @@ import (
 	criucore "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fs"
-	"github.com/checkpoint-restore/go-criu/v7/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
 	skinet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/vma"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci/criuimage"
@@ -203,30 +204,44 @@ var mappingKinds = []struct {
 // maxMapped is more than any processor can address.
 const maxMapped = 1 << 60
 
+// Fields of mm_entry.
+const (
+	mmExecutable = 12
+	mmMapping    = 14
+)
+
 func (d dump) memory(p *Process, files openFiles, pageSize uint64) error {
-	var m mm.MmEntry
-	ok, err := d.one(fmt.Sprintf("mm-%d.img", p.PID), criuimage.MM, &m)
-	if err != nil || !ok {
-		return err // it shares its memory with another
+	name := fmt.Sprintf("mm-%d.img", p.PID)
+	data, ok := d[name]
+	if !ok {
+		return nil // it shares its memory with another
 	}
-	p.Executable = files.path(m.GetExeFileId())
-	for _, v := range m.GetVmas() {
-		size := v.GetEnd() - v.GetStart()
-		if v.GetEnd() < v.GetStart() || size > maxMapped || p.Mapped+int64(size) > maxMapped {
-			return damaged(fmt.Errorf("mm-%d.img has a mapping from %#x to %#x", p.PID, v.GetStart(), v.GetEnd()))
-		}
-		p.Mappings = append(p.Mappings, mappingOf(v, files))
-		p.Mapped += int64(size)
+	message, err := criuimage.One(data, criuimage.MM)
+	if err == nil {
+		// One mapping after the other: all of them, as messages, take many times their size.
+		err = criuimage.Fields(message, func(num protowire.Number, kind protowire.Type, value []byte) error {
+			switch {
+			case num == mmExecutable && kind == protowire.VarintType:
+				id, _ := protowire.ConsumeVarint(value)
+				p.Executable = files.path(uint32(id))
+			case num == mmMapping && kind == protowire.BytesType:
+				entry, _ := protowire.ConsumeBytes(value)
+				return p.add(entry, files)
+			}
+			return nil
+		})
+	}
+	if err != nil {
+		return damaged(fmt.Errorf("%s: %w", name, err))
 	}
 	slices.SortStableFunc(p.Mappings, func(a, b Mapping) int { return cmp.Compare(a.start, b.start) })
 	for i := 1; i < len(p.Mappings); i++ {
 		if p.Mappings[i].start < p.Mappings[i-1].end {
-			return damaged(fmt.Errorf("mm-%d.img has two mappings at %#x", p.PID, p.Mappings[i].start))
+			return damaged(fmt.Errorf("%s has two mappings at %#x", name, p.Mappings[i].start))
 		}
 	}
-	name := fmt.Sprintf("pagemap-%d.img", p.PID)
-	data, ok := d[name]
-	if !ok {
+	name = fmt.Sprintf("pagemap-%d.img", p.PID)
+	if data, ok = d[name]; !ok {
 		return nil
 	}
 	pagemap, err := images.ParsePagemap(data, pageSize)
@@ -234,6 +249,24 @@ func (d dump) memory(p *Process, files openFiles, pageSize uint64) error {
 		return damaged(fmt.Errorf("%s: %w", name, err))
 	}
 	p.count(pagemap.Runs, pageSize)
+	return nil
+}
+
+// add adds a mapping.
+func (p *Process) add(entry []byte, files openFiles) error {
+	v := new(vma.VmaEntry)
+	if err := proto.Unmarshal(entry, v); err != nil {
+		return err
+	}
+	size := v.GetEnd() - v.GetStart()
+	if v.GetEnd() < v.GetStart() || size > maxMapped || p.Mapped+int64(size) > maxMapped {
+		return fmt.Errorf("it has a mapping from %#x to %#x", v.GetStart(), v.GetEnd())
+	}
+	if len(p.Mappings) == maxMessages {
+		return fmt.Errorf("it has more than %d mappings", maxMessages)
+	}
+	p.Mappings = append(p.Mappings, mappingOf(v, files))
+	p.Mapped += int64(size)
 	return nil
 }
 

@@ -49,21 +49,29 @@ func List(ctx context.Context, c Config, ref string) (list ocispec.Index, err er
 	if coreimages.IsIndexType(target.MediaType) {
 		return list, fetch(ctx, fetcher, target, &list)
 	}
+	entry, err := Entry(target, func(desc ocispec.Descriptor, v any) error { return fetch(ctx, fetcher, desc, v) })
+	list.Manifests = []ocispec.Descriptor{entry}
+	return list, err
+}
+
+// Entry is an image as an index lists it: with its platform and, if it is a checkpoint, the
+// facts that its own manifest says. read reads JSON.
+func Entry(image ocispec.Descriptor, read func(desc ocispec.Descriptor, v any) error) (ocispec.Descriptor, error) {
+	entry := ocispec.Descriptor{MediaType: image.MediaType, Digest: image.Digest, Size: image.Size}
 	var (
 		manifest ocispec.Manifest
 		config   struct{ ocispec.Platform }
 	)
-	if err := fetch(ctx, fetcher, target, &manifest); err != nil {
-		return list, err
+	if err := read(image, &manifest); err != nil {
+		return entry, err
 	}
-	if err := fetch(ctx, fetcher, manifest.Config, &config); err != nil {
-		return list, err
+	if err := read(manifest.Config, &config); err != nil {
+		return entry, err
 	}
-	entry := ocispec.Descriptor{MediaType: target.MediaType, Digest: target.Digest, Size: target.Size, Annotations: oci.AnnotationsOf(manifest.Annotations)}
 	platform := platforms.Normalize(config.Platform)
 	entry.Platform = &platform
-	list.Manifests = []ocispec.Descriptor{entry}
-	return list, nil
+	entry.Annotations = oci.AnnotationsOf(manifest.Annotations)
+	return entry, nil
 }
 
 // fetch reads one JSON object, which must have its digest.

@@ -43,13 +43,13 @@ type Settings struct {
 
 // ReadSettings reads nerdctl's configuration (NERDCTL_TOML), if there is one.
 func ReadSettings() (s Settings, err error) {
-	etc, err := configDir()
-	if err != nil {
-		return s, err
-	}
-	file := filepath.Join(etc, "nerdctl", "nerdctl.toml")
-	if named := os.Getenv("NERDCTL_TOML"); named != "" {
-		file = named
+	file := os.Getenv("NERDCTL_TOML")
+	if file == "" {
+		etc := configDir(os.Geteuid())
+		if etc == "" {
+			return s, nil
+		}
+		file = filepath.Join(etc, "nerdctl", "nerdctl.toml")
 	}
 	data, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
@@ -64,15 +64,16 @@ func ReadSettings() (s Settings, err error) {
 	return s, nil
 }
 
-func configDir() (string, error) {
-	if os.Geteuid() == 0 {
-		return "/etc", nil
+// configDir is where a user's settings are; empty for one who has no home.
+func configDir(user int) string {
+	if user == 0 {
+		return "/etc"
 	}
 	dir, err := os.UserConfigDir()
 	if err != nil {
-		return "", fmt.Errorf("find the settings of registries: %w", err)
+		return ""
 	}
-	return dir, nil
+	return dir
 }
 
 // DefaultConfig is what nerdctl would use in this environment: the host
@@ -80,11 +81,9 @@ func configDir() (string, error) {
 // Docker's; credentials from DOCKER_CONFIG, else ~/.docker.
 func DefaultConfig() (Config, error) {
 	c := Config{DockerConfig: dockerconfig.Dir()}
-	etc, err := configDir()
-	if err != nil {
-		return c, err
+	if etc := configDir(os.Geteuid()); etc != "" {
+		c.HostDirs = []string{filepath.Join(etc, "containerd", "certs.d"), filepath.Join(etc, "docker", "certs.d")}
 	}
-	c.HostDirs = []string{filepath.Join(etc, "containerd", "certs.d"), filepath.Join(etc, "docker", "certs.d")}
 	s, err := ReadSettings()
 	if err != nil {
 		return c, err

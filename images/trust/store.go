@@ -58,12 +58,8 @@ type readCloser struct {
 	io.Closer
 }
 
-const (
-	// maxSignature bounds what a registry can have stored as a part of a signature.
-	maxSignature = 4 << 20
-	// maxManifest bounds what is read of an image; registries take no larger manifests.
-	maxManifest = 4 << 20
-)
+// maxSignature bounds what a registry can have stored as a part of a signature.
+const maxSignature = 4 << 20
 
 // Push stores a part of a signature. The caller holds a lease until the signature's
 // manifest, which comes last, is there.
@@ -133,17 +129,10 @@ func (s store) Resolve(ctx context.Context, reference string) (ocispec.Descripto
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if info.Size > maxManifest {
-		return ocispec.Descriptor{}, fmt.Errorf("%s has %d bytes, which no image's manifest has", d, info.Size)
-	}
-	data, err := content.ReadBlob(ctx, s.Store, ocispec.Descriptor{Digest: d, Size: info.Size})
-	if err != nil {
-		return ocispec.Descriptor{}, err
-	}
 	var manifest struct {
 		MediaType string `json:"mediaType"`
 	}
-	if err := json.Unmarshal(data, &manifest); err != nil {
+	if err := blob.ReadJSON(ctx, s.Store, ocispec.Descriptor{Digest: d, Size: info.Size}, &manifest); err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	if !coreimages.IsManifestType(manifest.MediaType) && !coreimages.IsIndexType(manifest.MediaType) {

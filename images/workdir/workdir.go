@@ -25,26 +25,35 @@ type Dir struct {
 	lock *os.File // nil where the file system has no such locks
 }
 
+// tries bounds how often a new directory may be taken away before it is locked.
+const tries = 100
+
 // New makes one in parent, or in the system's temporary directory if that is empty.
 func New(parent string) (*Dir, error) {
 	if parent == "" {
 		parent = os.TempDir()
 	}
 	sweep(parent)
-	for {
+	return newIn(parent, openLocked)
+}
+
+// newIn makes one, which open opens and locks.
+func newIn(parent string, open func(path string) (*os.File, error)) (*Dir, error) {
+	for range tries {
 		path, err := os.MkdirTemp(parent, prefix)
 		if err != nil {
 			return nil, err
 		}
 		lock, err := open(path)
-		if errors.Is(err, errOthers) || errors.Is(err, fs.ErrNotExist) {
-			continue // swept before it was locked
-		}
-		if err != nil && !errors.Is(err, errNoLocks) {
+		switch {
+		case err == nil, errors.Is(err, errNoLocks):
+			return &Dir{path, lock}, nil
+		case !errors.Is(err, errLocked) && !errors.Is(err, fs.ErrNotExist):
 			return nil, errors.Join(err, os.RemoveAll(path))
 		}
-		return &Dir{path, lock}, nil
+		_ = os.Remove(path) // it is empty; most likely somebody sweeps it
 	}
+	return nil, fmt.Errorf("%d new directories in %s were locked or removed by somebody else at once; name another place (--work-dir, or TMPDIR)", tries, parent)
 }
 
 // Remove removes it with all that is in it.
@@ -57,16 +66,20 @@ func (d *Dir) Remove() error {
 }
 
 var (
-	// errOthers is about a directory that a process has, or that is another user's.
-	errOthers = errors.New("somebody else's")
+	// errLocked is about a directory that a process has.
+	errLocked = errors.New("somebody else's")
 	// errNoLocks is about a file system, such as NFS, on which a directory cannot be
 	// locked. Nothing is swept there.
 	errNoLocks = errors.New("no lock")
 )
 
-// open locks a directory: until the file is closed, which the end of a process does.
 func open(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	return os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+}
+
+// openLocked locks a directory: until the file is closed, which the end of a process does.
+func openLocked(path string) (*os.File, error) {
+	f, err := open(path)
 	if err != nil {
 		return nil, err
 	}
@@ -79,20 +92,17 @@ func open(path string) (*os.File, error) {
 
 func lock(f *os.File, path string) error {
 	fd := int(f.Fd())
-	var held, there unix.Stat_t
-	if err := unix.Fstat(fd, &held); err != nil {
-		return fmt.Errorf("stat %s: %w", path, err)
-	}
-	if int(held.Uid) != os.Geteuid() {
-		return errOthers
-	}
 	switch err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); {
 	case errors.Is(err, unix.EWOULDBLOCK):
-		return errOthers
+		return errLocked
 	case err != nil:
 		return errNoLocks
 	}
 	// It may have been removed before it was locked.
+	var held, there unix.Stat_t
+	if err := unix.Fstat(fd, &held); err != nil {
+		return fmt.Errorf("stat %s: %w", path, err)
+	}
 	if err := unix.Lstat(path, &there); err != nil {
 		return &os.PathError{Op: "lstat", Path: path, Err: err}
 	}
@@ -111,9 +121,20 @@ func sweep(parent string) {
 			continue
 		}
 		path := filepath.Join(parent, e.Name())
-		if f, err := open(path); err == nil {
-			_ = os.RemoveAll(path)
-			f.Close()
+		f, err := open(path)
+		if err != nil {
+			continue
 		}
+		if isOurs(f) && lock(f, path) == nil {
+			_ = os.RemoveAll(path)
+		}
+		f.Close()
 	}
+}
+
+// isOurs tells whether a directory is this user's: everybody may use the place. Where all
+// that is made belongs to somebody else (vfat, CIFS, some NFS) nothing is.
+func isOurs(f *os.File) bool {
+	var st unix.Stat_t
+	return unix.Fstat(int(f.Fd()), &st) == nil && int(st.Uid) == os.Geteuid()
 }

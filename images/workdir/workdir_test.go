@@ -7,8 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
+	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // holder makes a directory, tells where, and waits to be killed.
@@ -117,6 +121,58 @@ func TestAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	if left, err := os.ReadDir(parent); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// On some file systems what is made belongs to somebody else.
+func TestMadeForAnother(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make directories that belong to others")
+	}
+	parent, err := os.MkdirTemp("", "workdir-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(parent)
+	if err := os.Chmod(parent, 0o777); err != nil { //nolint:gosec // for the other user
+		t.Fatal(err)
+	}
+	const nobody = 65534
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		goruntime.LockOSThread() // and no unlock: the thread ends with this
+		if _, err := unix.SetfsuidRetUid(nobody); err != nil {
+			t.Error(err)
+			return
+		}
+		d, err := New(parent)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(d.Path, &st); err != nil || st.Uid != nobody {
+			t.Errorf("the test does not test: it is %d's, %v", st.Uid, err)
+		}
+		if err := d.Remove(); err != nil || there(d.Path) {
+			t.Errorf("removed: %v", err)
+		}
+	}()
+	<-done
+}
+
+// Where nothing can be had that is made, there is an error, and nothing left.
+func TestNothingToBeHad(t *testing.T) {
+	parent := t.TempDir()
+	for _, why := range []error{errLocked, fs.ErrNotExist} {
+		d, err := newIn(parent, func(string) (*os.File, error) { return nil, why })
+		if err == nil || !strings.Contains(err.Error(), parent) || !strings.Contains(err.Error(), "--work-dir") {
+			t.Errorf("%v: %v, %v", why, d, err)
+		}
+	}
 	if left, err := os.ReadDir(parent); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}

@@ -149,27 +149,38 @@ func cut(data []byte) (message, rest []byte, err error) {
 	return data[:size:size], data[size:], nil
 }
 
-// Edit copies a message with the value that edit gives each field: encoded, as it came;
-// nil leaves the field out.
-func Edit(message []byte, edit func(num protowire.Number, kind protowire.Type, value []byte) ([]byte, error)) ([]byte, error) {
-	edited := make([]byte, 0, len(message)+32)
+// Fields gives each field of a message its turn: encoded, as it came.
+func Fields(message []byte, turn func(num protowire.Number, kind protowire.Type, value []byte) error) error {
 	for len(message) > 0 {
 		num, kind, tag := protowire.ConsumeTag(message)
 		if tag < 0 {
-			return nil, protowire.ParseError(tag)
+			return protowire.ParseError(tag)
 		}
 		size := protowire.ConsumeFieldValue(num, kind, message[tag:])
 		if size < 0 {
-			return nil, protowire.ParseError(size)
+			return protowire.ParseError(size)
 		}
-		value, err := edit(num, kind, message[tag:tag+size])
-		if err != nil {
-			return nil, err
-		}
-		if value != nil {
-			edited = append(append(edited, message[:tag]...), value...)
+		if err := turn(num, kind, message[tag:tag+size]); err != nil {
+			return err
 		}
 		message = message[tag+size:]
+	}
+	return nil
+}
+
+// Edit copies a message with the value that edit gives each field: see Fields; nil leaves
+// the field out.
+func Edit(message []byte, edit func(num protowire.Number, kind protowire.Type, value []byte) ([]byte, error)) ([]byte, error) {
+	edited := make([]byte, 0, len(message)+32)
+	err := Fields(message, func(num protowire.Number, kind protowire.Type, value []byte) error {
+		value, err := edit(num, kind, value)
+		if value != nil {
+			edited = append(protowire.AppendTag(edited, num, kind), value...)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
 	return edited, nil
 }

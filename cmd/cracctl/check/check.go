@@ -60,7 +60,7 @@ const turnWait = time.Second
 // Run looks at everything that can be seen from outside, and asks the
 // participants. It changes nothing.
 func Run(ctx context.Context, c Container) (*Report, error) {
-	spec, err := loadSpec(c.Bundle)
+	spec, err := LoadSpec(c.Bundle)
 	if err != nil {
 		return nil, err
 	}
@@ -127,6 +127,18 @@ func (r *Report) add(level inspect.Level, code, what, why, fix string) {
 	r.Findings = append(r.Findings, inspect.Finding{Level: level, Code: code, What: what, Why: why, Fix: fix})
 }
 
+// Image adds what is said of the image that a checkpoint would make: warnings, and why it
+// cannot be made, if it cannot.
+func (r *Report) Image(ref string, warnings []string, refused error) {
+	for _, w := range warnings {
+		r.add(inspect.Warning, "image", "image "+ref, w, "")
+	}
+	if refused != nil {
+		r.add(inspect.Error, "image", "image "+ref, refused.Error(), "")
+	}
+	r.finish()
+}
+
 // finish sorts what was found, the worst first.
 func (r *Report) finish() {
 	order := []inspect.Level{inspect.Error, inspect.Warning, inspect.Info}
@@ -148,8 +160,8 @@ func (r *Report) count(level inspect.Level) (n int) {
 	return n
 }
 
-// loadSpec reads the container's OCI spec as containerd wrote it.
-func loadSpec(bundle string) (*specs.Spec, error) {
+// LoadSpec reads the container's OCI spec as containerd wrote it into the bundle.
+func LoadSpec(bundle string) (*specs.Spec, error) {
 	path := filepath.Join(bundle, "config.json")
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {

@@ -228,13 +228,13 @@ func TestParticipants(t *testing.T) {
 
 func TestBundle(t *testing.T) {
 	bundle := t.TempDir()
-	if _, err := loadSpec(bundle); err == nil || !strings.Contains(err.Error(), "--state") {
+	if _, err := LoadSpec(bundle); err == nil || !strings.Contains(err.Error(), "--state") {
 		t.Errorf("no bundle: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(bundle, "config.json"), []byte(`{"root":{"path":"/somewhere"}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	spec, err := loadSpec(bundle)
+	spec, err := LoadSpec(bundle)
 	if err != nil || rootfs(bundle, spec) != "/somewhere" {
 		t.Errorf("%+v, %v", spec, err)
 	}
