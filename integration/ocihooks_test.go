@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,11 +23,12 @@ type ociHooks struct {
 	*harness.T
 	dir  string
 	maps []specs.LinuxIDMapping // of a user namespace
+	spec []oci.SpecOpts         // what else they have
 }
 
 var hookKinds = []string{"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"}
 
-func newOCIHooks(t *harness.T, maps []specs.LinuxIDMapping) ociHooks {
+func newOCIHooks(t *harness.T, maps []specs.LinuxIDMapping, spec ...oci.SpecOpts) ociHooks {
 	t.Helper()
 	dir, err := t.Path(newID(t))
 	if err != nil {
@@ -36,7 +38,7 @@ func newOCIHooks(t *harness.T, maps []specs.LinuxIDMapping) ociHooks {
 	if err := os.Chmod(dir, 0o777); err != nil { //nolint:gosec // see above
 		t.Fatal(err)
 	}
-	return ociHooks{t, dir, maps}
+	return ociHooks{t, dir, maps, spec}
 }
 
 // container has the hook of one kind fail, if it names one.
@@ -68,7 +70,7 @@ func (h ociHooks) container(runtime, fail string) config {
 		spec = append(spec, oci.WithUserNamespace(h.maps, h.maps))
 		c.container = []containerd.NewContainerOpts{containerd.WithNewSnapshot(c.id, img, containerd.WithUserNSRemapperLabels(h.maps, h.maps))}
 	}
-	c.spec = spec
+	c.spec = slices.Concat(spec, h.spec)
 	return c
 }
 
@@ -231,16 +233,27 @@ func TestOCIHookFails(tb *testing.T) {
 // no reason to start in another way.
 func TestOCIHookFailsInUserNamespace(tb *testing.T) {
 	onlyCrac(tb)
-	t := setup(tb)
-	h := newOCIHooks(t, []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}})
-	c := h.container(cracRuntime, "createRuntime")
-	c.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(h.dump())}
-	clone := h.live(c)
-	if clone.createErr == nil || !strings.Contains(clone.createErr.Error(), "bad-createRuntime") {
-		t.Errorf("the creation: %v", clone.createErr)
-	}
-	if want := []string{"prestart creating", "createRuntime creating"}; !slices.Equal(clone.created[:min(2, len(clone.created))], want) || slices.Contains(clone.created[2:], want[1]) {
-		t.Errorf("these hooks have run: %q", clone.created)
+	// With the host's network CRIU makes the rest at Start.
+	hostNetwork := withSpec(func(s *oci.Spec) {
+		s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == specs.NetworkNamespace })
+		s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool { return m.Type == "sysfs" }) // not to be had there
+	})
+	for name, spec := range map[string]oci.SpecOpts{"own network": oci.Compose(), "the host's network": hostNetwork} {
+		tb.Run(name, func(tb *testing.T) {
+			t := setup(tb)
+			h := newOCIHooks(t, []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}, spec)
+			c := h.container(cracRuntime, "createRuntime")
+			c.spec = append(c.spec, oci.WithAnnotations(map[string]string{"io.containerd.crac.restore": "auto"}))
+			c.task = []containerd.NewTaskOpts{containerd.WithRestoreImagePath(h.dump())}
+			clone := h.live(c)
+			if err := cmp.Or(clone.createErr, clone.startErr); err == nil || !strings.Contains(err.Error(), "bad-createRuntime") {
+				t.Errorf("the hook: %v", err)
+			}
+			ran := slices.Concat(clone.created, clone.started, clone.deleted)
+			if want := []string{"prestart creating", "createRuntime creating"}; len(ran) < 2 || !slices.Equal(ran[:2], want) || slices.Contains(ran[2:], want[1]) {
+				t.Errorf("these hooks have run: %q", ran)
+			}
+		})
 	}
 }
 

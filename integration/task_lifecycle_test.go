@@ -343,6 +343,39 @@ func TestDeleteCreated(tb *testing.T) {
 	}
 }
 
+// TestDeleteCreatedIsTold: what is deleted before it was started ends like everything else. Go clients kill
+// first; others need not.
+func TestDeleteCreatedIsTold(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	c := sh("sleep 1000")
+	c.id = newID(t)
+	ch, errs := t.Client.EventService().Subscribe(t.Ctx, fmt.Sprintf(`topic~="/tasks/(exit|delete)",event.container_id==%q`, c.id))
+	n := newContainer(t, c).create()
+	pid := n.task.Pid()
+	deleted, err := t.Client.TaskService().Delete(t.Ctx, &tasks.DeleteTaskRequest{ContainerID: c.id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if deleted.ExitStatus != 137 || deleted.Pid != pid || n.wait() != 137 {
+		t.Errorf("deleted: %v", deleted)
+	}
+	for _, want := range []string{fmt.Sprintf("TaskExit id=%s pid=%d code=137", c.id, pid), fmt.Sprintf("TaskDelete pid=%d code=137", pid)} {
+		select {
+		case env := <-ch:
+			ev, err := typeurl.UnmarshalAny(env.Event)
+			if got := eventString(ev); err != nil || got != want {
+				t.Errorf("the event is %s, %v, want %s", got, err, want)
+			}
+		case err := <-errs:
+			t.Fatal(err)
+		case <-time.After(harness.WaitLimit):
+			t.Fatalf("no event %s", want)
+		}
+	}
+	n.remove()
+}
+
 // TestDeleteCreatedClone: what waits to restore a clone is not the clone's, and goes with it.
 func TestDeleteCreatedClone(tb *testing.T) {
 	onlyCrac(tb)

@@ -134,7 +134,7 @@ func (c *container) checkpointOptions(path string, opts *anypb.Any) (*checkpoint
 		r.dir = o.ImagePath
 	}
 	if o.ParentPath != "" {
-		return nil, fmt.Errorf("checkpoint option ParentPath: this version makes full dumps only: %w", errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("checkpoint option ParentPath: a dump into a directory is a whole one; cracctl checkpoint --parent makes an image of what changed: %w", errdefs.ErrInvalidArgument)
 	}
 	return r, nil
 }
@@ -278,8 +278,10 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		return 0, nil, err
 	}
 	defer end()
-	for _, others := range []chan struct{}{c.dumping, c.probing} {
-		release, err := hold(ctx, others)
+	for _, wait := range []func() (func(), error){
+		func() (func(), error) { return hold(ctx, c.dumping) }, func() (func(), error) { return c.probing.hold(ctx) },
+	} {
+		release, err := wait()
 		if err != nil {
 			return 0, nil, err
 		}
@@ -297,7 +299,7 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	told := false
 	defer func() {
 		switch {
-		case err != nil && c.rt.Untouched() != nil: // nobody is there any more
+		case err != nil && c.gone() != nil: // nobody is there any more
 		case err != nil && (thawed || !paused):
 			if told {
 				c.hooks.afterResume(ctx, resumedMessage(r.id, err))
@@ -351,15 +353,15 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			alive := killedWith(c.init.running(), build)
 			defer alive()
 			if err := build.ready(ctx); err != nil {
-				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(c.rt.Untouched(), err))
+				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(c.gone(), err))
 			}
 			if err := build.ask(images.BuildDump{DumpDir: r.dir, PreDumpDir: r.preDumped, Manifest: *manifest, Frozen: began}); err != nil {
 				return err
 			}
 			if err := build.untilDiffed(); err != nil {
-				return cmp.Or(c.rt.Untouched(), err)
+				return cmp.Or(c.gone(), err)
 			}
-			if err := c.rt.Untouched(); err != nil || !r.exit {
+			if err := c.gone(); err != nil || !r.exit {
 				return err
 			}
 			alive() // what ends now, is in the image
@@ -370,6 +372,20 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		},
 	})
 	return time.Since(began), manifest, err
+}
+
+// gone is an error if the workload was killed, or has ended otherwise: there is nobody to
+// tell anything, and no use for what is being made of it.
+func (c *container) gone() error {
+	if err := c.rt.Untouched(); err != nil {
+		return err
+	}
+	select {
+	case <-c.init.running().Done():
+		return fmt.Errorf("container %s ended while it was checkpointed", c.id)
+	default:
+		return nil
+	}
 }
 
 // manifest says what a dump of this container needs, but for its files.

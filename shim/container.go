@@ -53,7 +53,7 @@ type container struct {
 	// the workload is told and dumped: what stands still answers nobody.
 	checkpointing sync.Mutex
 	dumping       chan struct{} // holds one token while that goes on
-	probing       chan struct{} // and while it is asked whether it is ready
+	probing       probing
 
 	mu      sync.Mutex
 	execs   map[string]*process
@@ -153,6 +153,11 @@ func (c *container) pause(ctx context.Context) error {
 		return fmt.Errorf("pause container %s, which is being checkpointed: %w", c.id, err)
 	}
 	defer release()
+	released, err := c.probing.hold(ctx)
+	if err != nil {
+		return fmt.Errorf("pause container %s: %w", c.id, err)
+	}
+	defer released()
 	return c.rt.Pause()
 }
 
@@ -178,7 +183,9 @@ func (c *container) delete(ctx context.Context) error {
 		c.begun.order.done()
 		c.begun = nil
 	}
-	c.init.abandon(0)
+	if c.init.running() == nil {
+		c.init.abandon(0) // else its end is told like every other
+	}
 	c.init.closeIO()
 	for _, p := range c.takeExecs() {
 		p.abandon(0)

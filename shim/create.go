@@ -59,7 +59,7 @@ func (s *service) create(ctx context.Context, r *taskapi.CreateTaskRequest) (_ *
 		options: asked,
 		trace:   steps,
 		dumping: make(chan struct{}, 1),
-		probing: make(chan struct{}, 1),
+		probing: newProbing(),
 		execs:   make(map[string]*process),
 		init:    newProcess("", stdioConfig{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}, nil),
 	}
@@ -357,7 +357,7 @@ func (s *service) startInit(ctx context.Context, c *container) error {
 	if errors.As(err, &started) {
 		return err
 	}
-	if errors.Is(err, runtime.ErrNotUndone) {
+	if final(err) {
 		c.init.abandon(255)
 		return err
 	}

@@ -83,5 +83,5 @@ func newTestService(tb testing.TB) (s *service, sent *published, finish func()) 
 
 func newTestContainer(tb testing.TB, id string) *container {
 	tb.Helper()
-	return &container{id: id, bundle: tb.TempDir(), init: newProcess("", stdioConfig{}, nil), dumping: make(chan struct{}, 1), probing: make(chan struct{}, 1), execs: make(map[string]*process)}
+	return &container{id: id, bundle: tb.TempDir(), init: newProcess("", stdioConfig{}, nil), dumping: make(chan struct{}, 1), probing: newProbing(), execs: make(map[string]*process)}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/crac-shim/crac/oci"
+	"github.com/crac-shim/crac/runtime"
 	"github.com/crac-shim/crac/runtime/hook"
 )
 
@@ -61,18 +62,72 @@ func (s *service) checkpointWhenReady(c *container) {
 		map[string]any{"container_id": c.id, "reason": err.Error()})
 }
 
+// errNotAsked says that the workload could not be asked just now.
+var errNotAsked = errors.New("the workload was paused or checkpointed meanwhile")
+
+// probing keeps questions to a workload apart from what makes it stand still: what is frozen
+// answers nobody, and what asks must not be there when a dump is made.
+type probing struct {
+	token chan struct{} // held by a question, or by who keeps them away
+	stop  chan struct{} // taken by a question that is under way, which then ends
+}
+
+func newProbing() probing { return probing{make(chan struct{}, 1), make(chan struct{})} }
+
+// hold keeps questions away until release, and ends one that is under way.
+func (p probing) hold(ctx context.Context) (release func(), err error) {
+	for {
+		select {
+		case p.token <- struct{}{}:
+			return func() { <-p.token }, nil
+		case p.stop <- struct{}{}:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// ask asks, unless the workload stands still. If somebody ends it, that is errNotAsked.
+func (p probing) ask(ctx context.Context, stands func() bool, question func(context.Context) error) error {
+	release, err := hold(ctx, p.token)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if stands() {
+		return errNotAsked
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-p.stop:
+			cancel(errNotAsked)
+		case <-ctx.Done():
+		}
+	}()
+	err = question(ctx)
+	if err != nil && errors.Is(context.Cause(ctx), errNotAsked) {
+		return errNotAsked
+	}
+	return err
+}
+
 func (s *service) whenReady(ctx context.Context, c *container) error {
 	began := time.Now()
+	stands := func() bool { return c.rt.State() != runtime.Running }
 	once := func() error {
-		// What asks must not be there when somebody's dump is made.
-		release, err := hold(ctx, c.probing)
-		if err != nil {
-			return err
+		return c.probing.ask(ctx, stands, func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, c.options.HookTimeout)
+			defer cancel()
+			return c.ready.Ask(ctx, hookTarget{c})
+		})
+	}
+	later := func() {
+		select {
+		case <-time.After(probeInterval):
+		case <-ctx.Done():
 		}
-		defer release()
-		ctx, cancel := context.WithTimeout(ctx, c.options.HookTimeout)
-		defer cancel()
-		return c.ready.Ask(ctx, hookTarget{c})
 	}
 	for deadline := began.Add(readyTimeout); ; {
 		err := once()
@@ -82,14 +137,16 @@ func (s *service) whenReady(ctx context.Context, c *container) error {
 		if ctx.Err() != nil || time.Now().After(deadline) {
 			return fmt.Errorf("the workload is not ready after %s: %w", time.Since(began).Round(time.Second), err)
 		}
-		select {
-		case <-time.After(probeInterval):
-		case <-ctx.Done():
-		}
+		later()
 	}
 	log.G(s.ctx).WithFields(log.Fields{"id": c.id, "ms": time.Since(began).Milliseconds(), "warmup": c.options.CheckpointWarmup}).Info("ready for its checkpoint")
-	for i := range c.options.CheckpointWarmup {
-		if err := once(); err != nil {
+	for i := 0; i < c.options.CheckpointWarmup; {
+		switch err := once(); {
+		case err == nil:
+			i++
+		case errors.Is(err, errNotAsked) && ctx.Err() == nil:
+			later()
+		default:
 			return fmt.Errorf("warm-up request %d of %d: %w", i+1, c.options.CheckpointWarmup, err)
 		}
 	}

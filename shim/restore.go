@@ -372,8 +372,7 @@ func (s *service) beginRestore(ctx context.Context, c *container) error {
 			return nil
 		}
 		p.order.done()
-		var hook *runtime.HookError
-		if errors.As(err, &hook) || errors.Is(err, runtime.ErrNotUndone) || ctx.Err() != nil {
+		if final(err) || ctx.Err() != nil {
 			return err
 		}
 		err = c.restoreFailed(err)
@@ -384,6 +383,13 @@ func (s *service) beginRestore(ctx context.Context, c *container) error {
 		return err
 	}
 	return s.createInstead(ctx, c)
+}
+
+// final tells an error of a restore after which there is no cold start either: a hook would
+// fail again, or what there is of the clone stands in the way.
+func final(err error) bool {
+	var hook *runtime.HookError
+	return errors.As(err, &hook) || errors.Is(err, runtime.ErrNotUndone)
 }
 
 // restoreFailed is why there is no warm start when the runtime has failed to restore.

@@ -305,6 +305,10 @@ func (s *service) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi.
 		if err := c.delete(s.ctx); err != nil {
 			return nil, toGRPC(err)
 		}
+		if proc := p.running(); proc != nil {
+			<-proc.Done()
+			s.exited(c, p, proc.Exit())
+		}
 		s.mu.Lock()
 		delete(s.containers, r.ID)
 		s.mu.Unlock()
