@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
@@ -56,7 +57,7 @@ func TestApplications(tb *testing.T) {
 			sameCgroups(t, func(onlyOf func(...*box)) {
 				original := start(t, how{image: harness.ImageRef(a.name), cni: cni, flags: append(flags, option("checkpoint.image", image))})
 				state := a.prepare(original)
-				processes := original.commands()
+				processes := original.settled()
 				original.checkpoint("--exit")
 				original.wantStatus(containerd.Stopped)
 				original.remove()
@@ -104,6 +105,22 @@ func refusesForLackOfSysResource(t *harness.T) {
 		b.Errorf("after the refused dump the table has %s rows, want 20000", got)
 	}
 	b.remove()
+}
+
+// settled is what commands are when they have been the same for a while: servers start processes for a
+// moment, and one that has just begun or ended has no command line.
+func (b *box) settled() (lines []string) {
+	b.Helper()
+	since := time.Now()
+	b.Eventually("its processes stay as they are", func() bool {
+		now := b.commands()
+		passing := slices.ContainsFunc(now, func(line string) bool { return strings.HasPrefix(line, "[") })
+		if passing || !slices.Equal(now, lines) {
+			lines, since = now, time.Now()
+		}
+		return time.Since(since) > 300*time.Millisecond
+	})
+	return lines
 }
 
 // commands are the command lines of a container's processes, sorted.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -177,12 +178,12 @@ func TestNativeCheckpointsOfApplications(tb *testing.T) {
 					for range 2 {
 						original.countInside()
 					}
-					before, processes := original.countInside(), len(original.commands())
+					before, processes := original.countInside(), original.settled()
 					clone := cloneOf(original, app)
 					onlyOf(original, clone)
 					countsOn(t, clone.countInside, before)
-					if got := clone.commands(); len(got) != processes {
-						t.Errorf("the clone has the processes %q, the original has %d", got, processes)
+					if got := clone.settled(); !slices.Equal(got, processes) {
+						t.Errorf("the clone has the processes %q, the original %q", got, processes)
 					}
 					countsOn(t, original.countInside, before)
 				})
