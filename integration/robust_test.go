@@ -384,6 +384,8 @@ func TestRefusedBeforeAnybodyIsTold(tb *testing.T) {
 	if !told() {
 		t.Fatal("the hook does not tell that it was called")
 	}
+	sealed := ref(t)
+	t.CracctlOK("encrypt", parent, sealed, "--encrypt-to", "jwe:"+public)
 	before, err := t.Client.LeasesService().List(t.Ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -393,7 +395,7 @@ func TestRefusedBeforeAnybodyIsTold(tb *testing.T) {
 		flags   []string
 		want    string
 	}{
-		{func() {}, []string{"--parent", parent, "--encrypt-to", "jwe:" + public}, "encrypt it first"},
+		{func() {}, []string{"--parent", sealed}, "--encrypt-to"},
 		{func() { t.CtrOK("images", "delete", "--sync", base) }, nil, "no longer there"},
 	} {
 		tt.prepare()
