@@ -34,11 +34,14 @@ func FindCRIU() (path string, version int, err error) {
 	return path, version, nil
 }
 
+// CRIUEnv names the CRIU to use.
+const CRIUEnv = "CRAC_CRIU"
+
 // CRIUPath is the first half of FindCRIU.
 func CRIUPath() (string, error) {
-	if p := os.Getenv("CRAC_CRIU"); p != "" {
+	if p := os.Getenv(CRIUEnv); p != "" {
 		if _, err := exec.LookPath(p); err != nil {
-			return "", fmt.Errorf("%w: CRAC_CRIU names %s: %w; correct or unset it", ErrNoCRIU, p, err)
+			return "", fmt.Errorf("%w: %s names %s: %w; correct or unset it", ErrNoCRIU, CRIUEnv, p, err)
 		}
 		return p, nil
 	}

@@ -31,7 +31,7 @@ func DumpFiles(dir string) ([]oci.File, error) {
 	var files []oci.File
 	for _, e := range entries {
 		if e.Name() == parentLink {
-			return nil, fmt.Errorf("%w: %s continues an earlier dump (it has a link named parent); a checkpoint image holds whole dumps only", ErrNotDump, dir)
+			return nil, fmt.Errorf("%w: %s continues an earlier dump (it has a link named parent); its memory is not all there", ErrNotDump, dir)
 		}
 		if !isImage(e.Name()) && e.Name() != oci.WorkingSetName {
 			continue

@@ -99,6 +99,7 @@ func TestParseOptions(t *testing.T) {
 			o.CheckpointEncryptTo = []string{"jwe:/k.pem", "pgp:ops@example.org"}
 		})},
 		{name: "recipients of the image's choice", env: []string{"CRAC_CHECKPOINT_ENCRYPT_TO=jwe:/k.pem"}, want: defaults},
+		{name: "a recipient somewhere", annotations: map[string]string{p("checkpoint.encrypt-to"): "jwe:k.pem"}, wantErr: "absolute"},
 		{name: "no recipient", annotations: map[string]string{p("checkpoint.encrypt-to"): "jwe:/k.pem,"}, wantErr: "PUBLIC-KEY-FILE"},
 		{name: "nobody and somebody", annotations: map[string]string{p("checkpoint.encrypt-to"): "none,jwe:/k.pem"}, wantErr: "goes with no other"},
 		{name: "unknown compression", annotations: map[string]string{p("checkpoint.compression"): "lz4"}, wantErr: "zstd, gzip"},

@@ -2,6 +2,7 @@ package oci
 
 import (
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 )
@@ -31,11 +32,26 @@ func CheckRecipients(list []string) error {
 	return nil
 }
 
-// ParseRecipients reads a list of recipients, separated by commas.
+// NamesFile tells whether a recipient is a file's, and which.
+func NamesFile(recipient string) (scheme, file string, ok bool) {
+	scheme, file, _ = strings.Cut(recipient, ":")
+	return scheme, file, slices.Contains([]string{"jwe", "pkcs7", "pkcs11"}, scheme)
+}
+
+// ParseRecipients reads an option: recipients, separated by commas. Who writes it is in no
+// directory, so names of files must be absolute.
 func ParseRecipients(text string) ([]string, error) {
 	var list []string
 	for one := range strings.SplitSeq(text, ",") {
 		list = append(list, strings.TrimSpace(one))
 	}
-	return list, CheckRecipients(list)
+	if err := CheckRecipients(list); err != nil {
+		return nil, err
+	}
+	for _, one := range list {
+		if _, file, ok := NamesFile(one); ok && !path.IsAbs(file) {
+			return nil, fmt.Errorf("recipient %.200q: give the file by its absolute path", one)
+		}
+	}
+	return list, nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/oci"
 )
 
@@ -121,7 +122,7 @@ func readJar() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return readFirst(filepath.Join(filepath.Dir(exe), "..", "share", "crac", jarName), filepath.Join(filepath.Dir(exe), jarName))
+	return readFirst(images.JavaLibraryPaths(exe)...)
 }
 
 func readFirst(names ...string) ([]byte, error) {

@@ -18,7 +18,8 @@ func newCheck(t *target) *cobra.Command {
 		Short: "Tell what would stop a checkpoint of a container, and why",
 		Long: `Tell what would stop a checkpoint of a running container, or make its clones
 differ: which process holds what, why CRIU cannot carry it, and the way out. It
-asks the participants whether they could, and changes nothing.
+asks the participants whether they could, and changes nothing. CONTAINER is an id, or
+nerdctl's name for one.
 
 error: a checkpoint would fail. warning: a clone would differ, or needs something
 to start. info: good to know. What a container holds changes as it runs, and so

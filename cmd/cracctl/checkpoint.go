@@ -54,15 +54,22 @@ changed in its files, and its memory. Any runtime can run the image; under
 io.containerd.crac.v2 it continues where the container was. CONTAINER is an id, or
 nerdctl's name for one.
 
-The container runs on afterwards, unless --exit is given. It stands still only
-while its memory and its changes are taken, not while the image is packed.
+The container runs on afterwards, unless --exit or its option checkpoint.exit asks for
+its end. It stands still only while its memory and its changes are taken, not while
+the image is packed. What flags do not say, the container's options do.
 
 With --dry-run nothing is made: what the command asks for is checked, what the image
 would be made of, and the container as cracctl check does, with its exit statuses and
 in a --format.`,
 		Example: `  cracctl checkpoint --push web registry.example/shop/web:warm
   ctr run -d --runtime io.containerd.crac.v2 registry.example/shop/web:warm web-2`,
-		Args:              cobra.ExactArgs(2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			err := cobra.ExactArgs(2)(cmd, args)
+			if f.dryRun {
+				return notFound(err)
+			}
+			return err
+		},
 		ValidArgsFunction: completeContainers(t),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			err := checkpoint(cmd.Context(), t, f, args[0], args[1], cmd.OutOrStdout(), cmd.ErrOrStderr())
@@ -72,9 +79,15 @@ in a --format.`,
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint")
-	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name")
-	cmd.Flags().BoolVar(&f.index, "index", false, "put the image into an index, beside those that the container's image and REF have for other platforms")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		if f.dryRun {
+			return notFound(err)
+		}
+		return err
+	})
+	cmd.Flags().BoolVar(&f.exit, "exit", false, "stop the container after the checkpoint, as its option checkpoint.exit does")
+	cmd.Flags().BoolVar(&f.push, "push", false, "push the image to the registry in its name, with your credentials and hosts")
+	cmd.Flags().BoolVar(&f.index, "index", false, "put the image into an index, beside those that the container's image and REF have for other platforms, as its option checkpoint.index does")
 	compressionFlag(cmd, &f.compression, "of the new layers: zstd or gzip (default: the container's option, else zstd, for encrypted layers gzip)")
 	encryptToFlag(cmd, &f.encryptTo)
 	keyFlag(cmd, &f.keys, "of an encrypted parent, or of the image that the container came from")
@@ -218,7 +231,7 @@ func (s *session) dryRun(t *target, f checkpointFlags, id string, o oci.Checkpoi
 	if err != nil {
 		return nil, err
 	}
-	host := thisHost()
+	host := s.thisHost()
 	if host.CRIU == 0 {
 		return r, nil // it says that there is none
 	}

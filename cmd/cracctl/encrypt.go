@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
@@ -16,7 +15,7 @@ import (
 
 // encryptToFlag adds --encrypt-to to a command that makes layers.
 func encryptToFlag(cmd *cobra.Command, to *[]string) {
-	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: "+oci.RecipientForms+"; may be repeated; none: for nobody, though the container came from an encrypted image")
+	cmd.Flags().StringArrayVar(to, "encrypt-to", nil, "encrypt the layers that are the container's own for somebody: "+oci.RecipientForms+"; may be repeated; none: for nobody, though what it is made of was encrypted")
 }
 
 // keyFlag adds --key to a command that reads layers.
@@ -32,8 +31,8 @@ func recipients(list []string) ([]string, error) {
 	}
 	located := slices.Clone(list)
 	for i, one := range located {
-		scheme, file, _ := strings.Cut(one, ":")
-		if !slices.Contains([]string{"jwe", "pkcs7", "pkcs11"}, scheme) {
+		scheme, file, ok := oci.NamesFile(one)
+		if !ok {
 			continue
 		}
 		abs, err := filepath.Abs(file)

@@ -23,7 +23,7 @@ type event struct {
 	Namespace string    `json:"namespace"`
 	Topic     string    `json:"topic"`
 	Message   string    `json:"message"`
-	// Facts are those of the shim's own events: see docs.
+	// Facts are those of the shim's own events: see docs/events.md.
 	Facts map[string]any `json:"facts,omitempty"`
 }
 
@@ -32,8 +32,8 @@ func newEvents(t *target) *cobra.Command {
 		Use:   "events",
 		Short: "Show checkpoints, restores and their failures as they happen",
 		Long: `Show checkpoints, cold starts in place of restores, and what else the runtime tells,
-as it happens, in the namespace (--all-namespaces: in all). ctr events shows
-containerd's own events, too, but cannot show these.`,
+as it happens, in the namespace (--all-namespaces: in all). docs/events.md has the
+topics and what they carry. ctr events shows these among all of containerd's.`,
 		Example: `  cracctl events
   cracctl events --all-namespaces --format json | jq -r .message`,
 		Args: cobra.NoArgs,

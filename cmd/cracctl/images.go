@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/crac-shim/crac/cmd/cracctl/doctor"
 	"github.com/crac-shim/crac/images"
 	"github.com/crac-shim/crac/images/build"
 	"github.com/crac-shim/crac/images/inspect"
@@ -101,8 +102,16 @@ func reading(img *inspect.Image, errOut io.Writer) (progress func(n int64), stop
 	return o.Progress, stop
 }
 
+// asShim looks where shims look for what a node has: see doctor.AsShim.
+func (s *session) asShim() {
+	if server, err := s.IntrospectionService().Server(s.ctx); err == nil {
+		doctor.AsShim(int(server.Pid))
+	}
+}
+
 // thisHost is what the gate compares with.
-func thisHost() images.Host {
+func (s *session) thisHost() images.Host {
+	s.asShim()
 	// Without CRIU there is no version, and the gate says so.
 	_, version, _ := images.FindCRIU()
 	return images.ThisHost(version)
@@ -171,7 +180,7 @@ func (s *session) checkpoints() ([]checkpointImage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list images: %w", err)
 	}
-	host := thisHost()
+	host := s.thisHost()
 	var list []checkpointImage
 	for _, r := range records {
 		img, err := inspect.Open(s.ctx, s.ContentStore(), r.Name, r.Target, platforms.Default())

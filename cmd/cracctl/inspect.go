@@ -46,7 +46,7 @@ The contents of the memory, arguments and environment of processes are not shown
 		}
 		progress, done := reading(img, cmd.ErrOrStderr())
 		o.Progress = progress
-		r, err := inspect.Inspect(s.ctx, s.ContentStore(), img, thisHost(), o)
+		r, err := inspect.Inspect(s.ctx, s.ContentStore(), img, s.thisHost(), o)
 		done()
 		if err != nil {
 			return err

@@ -30,7 +30,8 @@ func newTrace(t *target) *cobra.Command {
 		Long: `Tell where the milliseconds of a container's start went: what the runtime did at
 Create and at Start, what CRIU did between the questions that it asks the runtime,
 and how the memory came behind. Times count from the call of Create. What is in
-between the two calls is the client's, which sets up the network there.
+between the two calls is the client's, which sets up the network there. CONTAINER is
+an id, or nerdctl's name for one.
 
 The pager's part of a lazy restore is there when all memory is. containerd's own
 part, before Create (it starts the shim) and around the calls, is not in it.`,

@@ -97,7 +97,7 @@ func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdi
 	}
 	v.Whole = v.Damage == ""
 	if len(chain) > 0 {
-		v.Here = inspect.FitOf(chain[0].Manifest, thisHost())
+		v.Here = inspect.FitOf(chain[0].Manifest, s.thisHost())
 	}
 	for _, l := range chain {
 		for _, f := range l.Found {
@@ -106,6 +106,7 @@ func (s *session) verify(ref string, keys *crypt.Keys, errOut io.Writer) (*verdi
 		}
 	}
 	v.OK = v.Whole && v.Here.OK
+	s.asShim()
 	policy, err := images.LoadPolicy(images.PolicyPath())
 	switch {
 	case err != nil:

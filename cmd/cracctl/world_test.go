@@ -13,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	coreimages "github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/introspection"
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
@@ -75,7 +77,15 @@ func (w *world) must(err error) {
 
 func (w *world) dial(context.Context, string) (*containerd.Client, error) {
 	return containerd.New("", containerd.WithServices(containerd.WithContentStore(w.db.ContentStore()),
-		containerd.WithImageStore(metadata.NewImageStore(w.db)), containerd.WithLeasesService(metadata.NewLeaseManager(w.db))))
+		containerd.WithImageStore(metadata.NewImageStore(w.db)), containerd.WithLeasesService(metadata.NewLeaseManager(w.db)),
+		containerd.WithIntrospectionService(daemon{})))
+}
+
+// daemon is this process in containerd's place.
+type daemon struct{ introspection.Service }
+
+func (daemon) Server(context.Context) (*introspectionapi.ServerResponse, error) {
+	return &introspectionapi.ServerResponse{Pid: uint64(os.Getpid())}, nil
 }
 
 func (w *world) client() *containerd.Client {

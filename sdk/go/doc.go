@@ -21,5 +21,8 @@
 // is the same in all clones, too.
 //
 // The package is a Go module of its own, so that a program that uses it takes over
-// none of the runtime's requirements.
+// none of the runtime's requirements. Where no version of it is published, take it from
+// a copy of the repository:
+//
+//	go mod edit -require=github.com/crac-shim/crac/sdk/go@v0.0.0 -replace=github.com/crac-shim/crac/sdk/go=DIRECTORY
 package crac

@@ -49,8 +49,8 @@ func Run(ctx context.Context, o Options) Report {
 	p := &prober{Options: o}
 	r := Report{OK: true}
 	for _, probe := range []func(context.Context) []Check{
-		p.privileges, p.kernel, p.criu, p.cgroups, p.overlay, p.userNamespaces,
-		p.security, p.userfault, p.runTmpfs, p.networkLock, p.containerd, p.shim,
+		p.privileges, p.kernel, p.containerd, p.shim, p.criu, p.cgroups, p.overlay, p.userNamespaces,
+		p.security, p.userfault, p.runTmpfs, p.networkLock,
 	} {
 		r.Checks = append(r.Checks, probe(ctx)...)
 	}

@@ -3,9 +3,14 @@ package doctor
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/crac-shim/crac/images"
+	"github.com/crac-shim/crac/oci"
 )
 
 func TestTable(t *testing.T) {
@@ -113,14 +118,46 @@ func TestShim(t *testing.T) {
 	}
 	put(shimName, "exit 0")
 	put("cracctl", "exit 0")
-	if got := status(); len(got) != 2 || got[0] != OK || got[1] != OK {
-		t.Errorf("shim and cracctl: %v", got)
+	if got := status(); !slices.Equal(got, []Status{OK, Warn, OK}) {
+		t.Errorf("shim and cracctl, and no Java library: %v", got)
+	}
+	put("crac.jar", "")
+	if got := status(); !slices.Equal(got, []Status{OK, OK, OK}) {
+		t.Errorf("all of it: %v", got)
 	}
 	if err := os.Remove(filepath.Join(dir, "cracctl")); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir)
-	if got := status(); len(got) != 2 || got[1] != Warn {
+	if got := status(); !slices.Equal(got, []Status{OK, OK, Warn}) {
 		t.Errorf("no cracctl: %v", got)
+	}
+}
+
+// What a shim has from containerd's environment counts where this process has nothing of its own.
+func TestAsShim(t *testing.T) {
+	t.Setenv("PATH", "/here")
+	t.Setenv(images.CRIUEnv, "/own/criu")
+	t.Setenv(oci.PolicyEnv, "")
+	daemon := exec.Command("/bin/sleep", "1000")
+	daemon.Env = []string{"PATH=/there", images.CRIUEnv + "=/its/criu", oci.PolicyEnv + "=/its/policy.json"}
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = daemon.Process.Kill()
+		_ = daemon.Wait()
+	})
+	AsShim(daemon.Process.Pid)
+	for name, want := range map[string]string{"PATH": "/here:/there", images.CRIUEnv: "/own/criu", oci.PolicyEnv: "/its/policy.json"} {
+		if got := os.Getenv(name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+	_ = daemon.Process.Kill()
+	_ = daemon.Wait()
+	AsShim(daemon.Process.Pid) // there is nothing to see
+	if got := os.Getenv("PATH"); got != "/here:/there" {
+		t.Errorf("PATH is %q", got)
 	}
 }

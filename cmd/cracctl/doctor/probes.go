@@ -355,6 +355,7 @@ func (p *prober) containerd(ctx context.Context) []Check {
 	}
 	if s, err := client.IntrospectionService().Server(ctx); err == nil {
 		p.daemon = int(s.Pid)
+		AsShim(p.daemon) // which the probes that follow are about
 	}
 	var major, minor int
 	found := fmt.Sprintf("%s at %s", v.Version, p.Address)
@@ -369,7 +370,7 @@ func (p *prober) shim(ctx context.Context) []Check {
 	const name = "shim"
 	search, whose, absent := os.Getenv("PATH"), "PATH", Warn
 	if p.daemon > 0 {
-		if path, ok := pathOf(p.daemon); ok {
+		if path, ok := variable(p.daemon, "PATH"); ok {
 			search, whose, absent = path, "containerd's PATH", Fail
 		}
 		if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.daemon)); err == nil {
@@ -395,6 +396,7 @@ func (p *prober) shim(ctx context.Context) []Check {
 		checks[0].Fix = "build it on this system, or install the libraries that it names"
 	}
 
+	checks = append(checks, javaLibrary(path))
 	builder := lookIn(filepath.Dir(path)+string(os.PathListSeparator)+search, "cracctl")
 	if builder == "" {
 		return append(checks, Check{
@@ -406,17 +408,18 @@ func (p *prober) shim(ctx context.Context) []Check {
 	return append(checks, Check{Name: "cracctl", Status: OK, Found: builder})
 }
 
-func pathOf(pid int) (string, bool) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-	if err != nil {
-		return "", false
-	}
-	for _, v := range strings.Split(string(data), "\x00") {
-		if path, ok := strings.CutPrefix(v, "PATH="); ok {
-			return path, true
+// javaLibrary looks where the shim does.
+func javaLibrary(shim string) Check {
+	for _, jar := range images.JavaLibraryPaths(shim) {
+		if _, err := os.Stat(jar); err == nil {
+			return Check{Name: "Java library", Status: OK, Found: jar}
 		}
 	}
-	return "", false
+	return Check{
+		Name: "Java library", Status: Warn,
+		Found: "is not there: containers with the option java=auto or java=env do not start",
+		Fix:   "install a JDK (Debian: default-jdk-headless), then make install",
+	}
 }
 
 func lookIn(list, name string) string {
