@@ -1,9 +1,12 @@
 package integration
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
@@ -146,6 +149,54 @@ func TestKillDuringCheckpoint(tb *testing.T) {
 			}
 			mustHaveImage(t, image, false)
 		})
+	}
+}
+
+// TestKillWhileCRIUIsInside: CRIU traces everybody then, and would wait for the init, which waits for
+// the others, who wait for CRIU.
+func TestKillWhileCRIUIsInside(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	dir, err := t.Path(newID(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range times(8) {
+		b := start(t, how{args: []string{"sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; echo ready; wait"}})
+		t.Eventually("it is ready", func() bool { return strings.Contains(b.log(), "ready") })
+		pid := int(b.task().Pid())
+		exited, err := b.task().Wait(t.Ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		images := filepath.Join(dir, b.id)
+		checkpoint := make(chan error, 1)
+		go func() {
+			_, err := b.Ctr(b.Ctx, "tasks", "checkpoint", "--image-path", images, b.id)
+			checkpoint <- err
+		}()
+		// What CRIU writes before it puts its code into the init, which takes some milliseconds.
+		for deadline := time.Now().Add(harness.WaitLimit); ; {
+			if _, err := os.Stat(filepath.Join(images, "core-1.img")); err == nil {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("there is no dump")
+			}
+		}
+		// As the kernel does for want of memory; a client's kill takes some milliseconds.
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-checkpoint; err == nil {
+			t.Log("the kill came too late")
+		} else if !strings.Contains(err.Error(), "ended while it was dumped") {
+			t.Errorf("the checkpoint of what was killed: %v", err)
+		}
+		if code := exitCode(t, exited); code != 137 {
+			t.Errorf("it ended with %d, want 137", code)
+		}
+		b.remove()
 	}
 }
 

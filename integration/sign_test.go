@@ -138,7 +138,10 @@ func TestSignedCheckpoint(tb *testing.T) {
 	}
 
 	refused("unsigned", image, "no signature is associated", "cracctl sign")
-	v, err := t.Cracctl(t.Ctx, "verify", image)
+	// Whoever asks before is told the same, though only containerd's environment names the policy.
+	verify := t.Command(t.Ctx, "cracctl", "verify", image)
+	verify.Env = slices.DeleteFunc(verify.Env, func(v string) bool { return strings.HasPrefix(v, "CRAC_POLICY=") })
+	v, err := harness.Run(t.Ctx, verify)
 	if err == nil || !strings.Contains(v, "the node's policy refuses it: no signature of "+image) {
 		t.Errorf("verify says %q, %v", v, err)
 	}
@@ -184,12 +187,6 @@ func TestSignedCheckpoint(tb *testing.T) {
 	allowed(image)
 	trusts(t, newSigner(t, "nobody"))
 	refused("another policy", image, "trusted certificate")
-	// Whoever asks before is told the same, though only containerd's environment names the policy.
-	verify := t.Command(t.Ctx, "cracctl", "verify", image)
-	verify.Env = slices.DeleteFunc(verify.Env, func(v string) bool { return strings.HasPrefix(v, "CRAC_POLICY=") })
-	if out, err := harness.Run(t.Ctx, verify); err == nil || !strings.Contains(out, "trusted certificate") {
-		t.Errorf("cracctl verify says %v: %s", err, out)
-	}
 	if err := os.Chmod(t.PolicyPath(), 0o666); err != nil { //nolint:gosec // what is tested
 		t.Fatal(err)
 	}

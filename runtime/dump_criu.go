@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
 
 	criurpc "github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/opencontainers/cgroups"
@@ -20,6 +23,12 @@ const dumpLog = "dump.log"
 // stageDump is the stage at which CRIU has found out about the kernel and the CPU,
 // and not yet looked at the workload.
 const stageDump = "pre-dump"
+
+// stageDumped is the stage at which all is written, and the workload not yet let go.
+const stageDumped = "post-dump"
+
+// watchEvery is how often it is looked whether the workload still lives.
+const watchEvery = 50 * time.Millisecond
 
 // criuDump is a dump of a container by CRIU. libcontainer has one of its own, which
 // needs the workload to stand still before it starts CRIU, twice; this one asks for
@@ -258,6 +267,56 @@ func (d *criuDump) stillSo() error {
 	return d.tmpfs.pack()
 }
 
+// endWithInit kills CRIU when the container's init ends while it is dumped, until stop is
+// called. Else neither would end: the init of a pid namespace waits for everybody in it, the
+// others, which CRIU traces, for CRIU to take notice of their end, and CRIU (compel's wait4)
+// for the init.
+func (d *criuDump) endWithInit(criu *swrk) (stop func()) {
+	if d.c.SharesPIDs() {
+		return func() {}
+	}
+	var wg sync.WaitGroup
+	stopped := make(chan struct{})
+	wg.Go(func() {
+		tick := time.NewTicker(watchEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-stopped:
+				return
+			case <-criu.ended:
+				return
+			case <-tick.C:
+			}
+			if isExiting(int(d.opts.GetPid())) {
+				_ = criu.cmd.Process.Kill()
+				return
+			}
+		}
+	})
+	return sync.OnceFunc(func() {
+		close(stopped)
+		wg.Wait()
+	})
+}
+
+// isExiting tells whether all of a process is on its way out, or gone.
+func isExiting(pid int) bool {
+	const exiting = 0x4 // PF_EXITING, include/linux/sched.h
+	tasks := fmt.Sprintf("/proc/%d/task", pid)
+	threads, _ := os.ReadDir(tasks)
+	for _, t := range threads {
+		fields := statOf(filepath.Join(tasks, t.Name(), "stat"))
+		if len(fields) < 7 {
+			continue
+		}
+		if flags, err := strconv.ParseUint(fields[6], 10, 64); err == nil && flags&exiting == 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // call has CRIU dump, or pre-dump.
 func (d *criuDump) call(what criurpc.CriuReqType) error {
 	var criu *swrk
@@ -269,10 +328,15 @@ func (d *criuDump) call(what criurpc.CriuReqType) error {
 		return err
 	}
 	defer criu.close()
+	stop := d.endWithInit(criu)
+	defer stop()
 	var begun bool
 	var refused error
 	err = criu.call(&criurpc.CriuReq{Type: what.Enum(), Opts: d.opts}, func(stage string, _ int, _ *os.File) error {
-		if stage == stageDump && d.begin != nil {
+		switch {
+		case stage == stageDumped:
+			stop() // what comes now is the end of the workload, if it is to end
+		case stage == stageDump && d.begin != nil:
 			begun = true
 			if refused = d.begin(); refused == nil {
 				refused = d.stillSo()
@@ -281,6 +345,8 @@ func (d *criuDump) call(what criurpc.CriuReqType) error {
 		return refused
 	})
 	switch {
+	case err != nil && isExiting(int(d.opts.GetPid())):
+		return fmt.Errorf("container %s ended while it was dumped: %w", d.c.cfg.ID, ErrNotRunning)
 	case refused != nil:
 		return refused
 	case err != nil:

@@ -146,11 +146,17 @@ func zombieChildren() []int {
 }
 
 func isZombie(pid int) bool {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields := statOf(fmt.Sprintf("/proc/%d/stat", pid))
+	return len(fields) > 0 && fields[0] == "Z"
+}
+
+// statOf reads what a process's or a thread's stat file has behind the command, which is in
+// parentheses and may hold anything: the state comes first (proc_pid_stat(5)). There is
+// nothing of what is no more.
+func statOf(path string) []string {
+	data, err := os.ReadFile(path)
 	if err != nil {
-		return false
+		return nil
 	}
-	// The command, in parentheses, may hold anything: the state is behind the last.
-	_, rest, ok := strings.Cut(string(data[max(0, strings.LastIndexByte(string(data), ')')):]), ") ")
-	return ok && strings.HasPrefix(rest, "Z")
+	return strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
 }
