@@ -300,17 +300,25 @@ func (d *criuDump) endWithInit(criu *swrk) (stop func()) {
 	})
 }
 
-// isExiting tells whether all of a process is on its way out, or gone.
+// isExiting tells whether all of a process is on its way out, or gone. What cannot be
+// found out is not.
 func isExiting(pid int) bool {
 	const exiting = 0x4 // PF_EXITING, include/linux/sched.h
+	gone := func(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) }
 	tasks := fmt.Sprintf("/proc/%d/task", pid)
-	threads, _ := os.ReadDir(tasks)
+	threads, err := os.ReadDir(tasks)
+	if err != nil {
+		return gone(err)
+	}
 	for _, t := range threads {
-		fields := statOf(filepath.Join(tasks, t.Name(), "stat"))
-		if len(fields) < 7 {
+		fields, err := statOf(filepath.Join(tasks, t.Name(), "stat"))
+		if err != nil {
+			if !gone(err) {
+				return false
+			}
 			continue
 		}
-		if flags, err := strconv.ParseUint(fields[6], 10, 64); err == nil && flags&exiting == 0 {
+		if flags, err := strconv.ParseUint(fields[6], 10, 64); err != nil || flags&exiting == 0 {
 			return false
 		}
 	}

@@ -146,17 +146,20 @@ func zombieChildren() []int {
 }
 
 func isZombie(pid int) bool {
-	fields := statOf(fmt.Sprintf("/proc/%d/stat", pid))
-	return len(fields) > 0 && fields[0] == "Z"
+	fields, err := statOf(fmt.Sprintf("/proc/%d/stat", pid))
+	return err == nil && fields[0] == "Z"
 }
 
 // statOf reads what a process's or a thread's stat file has behind the command, which is in
-// parentheses and may hold anything: the state comes first (proc_pid_stat(5)). There is
-// nothing of what is no more.
-func statOf(path string) []string {
+// parentheses and may hold anything: the state comes first, as proc_pid_stat(5) has it.
+func statOf(path string) ([]string, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	return strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	if len(fields) < 40 { // as many as there ever were
+		return nil, fmt.Errorf("%s: %q", path, data)
+	}
+	return fields, nil
 }
