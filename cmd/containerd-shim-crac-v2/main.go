@@ -22,6 +22,13 @@ import (
 // version is set at build time.
 var version = "dev"
 
+// The first thread is the one by which /proc shows the process. libcontainer moves threads that
+// it takes into a container's mount namespace and lets them end there, and this one, which
+// cannot end, would stay: with another working directory, which cracctl finds the bundle by,
+// and with a hold on the container's mounts. So it is main's alone. Only here: main itself may
+// have been moved to another thread as soon as it has waited for anything.
+func init() { goruntime.LockOSThread() }
+
 func main() {
 	shim.Version = version
 	if len(os.Args) == 2 && slices.Contains([]string{"-v", "-version", "--version"}, os.Args[1]) {
@@ -40,11 +47,6 @@ func main() {
 			return
 		}
 	}
-	// This thread is the one by which /proc shows the process. libcontainer moves threads that
-	// it takes into a container's mount namespace and lets them end there, and this one, which
-	// cannot end, would stay: with another working directory, which cracctl finds the bundle by,
-	// and with a hold on the container's mounts. So it is nobody else's.
-	goruntime.LockOSThread()
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
 		ID:       "task",
