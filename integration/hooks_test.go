@@ -678,6 +678,31 @@ func TestCheckpointWhenReady(tb *testing.T) {
 			clone.remove()
 		})
 	}
+	tb.Run("paused meanwhile", func(tb *testing.T) {
+		tb.Parallel()
+		t := setup(tb)
+		image := ref(t)
+		made := watch(t, "/crac/checkpoint-image")
+		b := start(t, how{
+			flags: []string{
+				option("checkpoint.when", "ready"), option("checkpoint.image", image), option("hook.timeout", "10m"),
+				option("checkpoint.probe", `["sh", "-c", "[ -e /go ] || { touch /asked; exec sleep 1000; }"]`),
+			},
+			args: []string{"sh", "-c", "while :; do sleep 0.1; done"},
+		})
+		asks := func() bool { return slices.Contains(b.commands(), "sleep 1000") }
+		t.Eventually("a question that nobody answers", asks)
+		t.CtrOK("tasks", "pause", b.id)
+		if asks() {
+			t.Errorf("what asks stands still with the workload: %q", b.commands())
+		}
+		t.CtrOK("tasks", "resume", b.id)
+		b.exec("touch", "/go")
+		if f := made.of(b.id); f["image"] != image {
+			t.Errorf("the event says: %v", f)
+		}
+		b.remove()
+	})
 	tb.Run("never", func(tb *testing.T) {
 		tb.Parallel()
 		t := setup(tb)
