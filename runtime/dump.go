@@ -20,9 +20,6 @@ type DumpOptions struct {
 	// goes wrong, the dump is a whole one, without that link, and the pre-dump is
 	// removed.
 	PreDump string
-	// BeforeFreeze, unless nil, runs before a workload is frozen that runs, beside what CRIU
-	// does to get ready. It must not call the Container.
-	BeforeFreeze func() error
 	// BeforeDump, unless nil, runs when the workload is frozen and before it is
 	// dumped, with the ids of its processes. It must not call the Container.
 	BeforeDump func(pids []int) error
@@ -93,11 +90,6 @@ func (c *Container) Dump(dir string, o CRIUOptions, d DumpOptions) (err error) {
 		// Freeze it ourselves: CRIU leaves frozen what it found frozen, and so
 		// nothing runs between the dump and WhileFrozen.
 		if !frozen {
-			if d.BeforeFreeze != nil {
-				if err := d.BeforeFreeze(); err != nil {
-					return err
-				}
-			}
 			if err := c.freeze(); err != nil {
 				return fmt.Errorf("freeze container %s: %w", c.cfg.ID, err)
 			}

@@ -195,6 +195,13 @@ func (s *service) makeCheckpoint(ctx context.Context, c *container, r *checkpoin
 			build.abort()
 		}
 	}()
+	// Of a container that a client has paused the answer is waited for when it runs, or is
+	// dumped: it stands still already.
+	if c.rt.State() != runtime.Paused {
+		if err := build.ready(ctx); err != nil {
+			return fmt.Errorf("build image %s: %w", r.ref, err)
+		}
+	}
 	// Before the workload is told: what it closes for the checkpoint stays so until
 	// that is over.
 	if r.preDumped, err = c.preDump(ctx, r); err != nil {
@@ -307,11 +314,10 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			c.hooks.afterResume(ctx, resumedMessage(r.id, nil))
 		}
 	}()
-	if c.hooks.anybody() {
-		// Before they are told. Where there is nobody, it is asked for when the workload is to
-		// stand still, and where it stands still already, when it is dumped.
-		if err := r.ready(ctx, build); err != nil {
-			return 0, nil, err
+	if thawed {
+		// Before anybody is told.
+		if err := build.ready(ctx); err != nil {
+			return 0, nil, fmt.Errorf("build image %s: %w", r.ref, err)
 		}
 	}
 	told = true
@@ -322,10 +328,9 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 	manifest := c.manifest(version, r)
 	var began time.Time // the freeze
 	err = c.rt.Dump(r.dir, r.criu, runtime.DumpOptions{
-		Exit:         r.exit,
-		Pause:        paused,
-		PreDump:      r.preDumped,
-		BeforeFreeze: func() error { return r.ready(ctx, build) },
+		Exit:    r.exit,
+		Pause:   paused,
+		PreDump: r.preDumped,
 		BeforeDump: func(pids []int) error {
 			began = time.Now()
 			return c.enforceFDPolicy(policy, pids)
@@ -347,8 +352,8 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			defer context.AfterFunc(ctx, build.kill)()
 			alive := killedWith(c.init.running(), build)
 			defer alive()
-			if err := r.ready(ctx, build); err != nil {
-				return cmp.Or(c.gone(), err)
+			if err := build.ready(ctx); err != nil {
+				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(c.gone(), err))
 			}
 			if err := build.ask(images.BuildDump{DumpDir: r.dir, PreDumpDir: r.preDumped, Manifest: *manifest, Frozen: began}); err != nil {
 				return err
@@ -367,14 +372,6 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		},
 	})
 	return time.Since(began), manifest, err
-}
-
-// ready waits for what stands in the way of the image, if one is to be made.
-func (r *checkpointRequest) ready(ctx context.Context, build *imageBuild) error {
-	if err := build.ready(ctx); err != nil {
-		return fmt.Errorf("build image %s: %w", r.ref, err)
-	}
-	return nil
 }
 
 // gone is an error if the workload was killed, or has ended otherwise: there is nobody to
