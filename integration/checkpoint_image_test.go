@@ -771,23 +771,7 @@ func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 		if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
 			t.Fatal(err)
 		}
-		answers := bufio.NewReader(conn)
-		ask := func() int {
-			t.Helper()
-			if _, err := fmt.Fprintf(conn, "GET /count HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-				t.Fatal(err)
-			}
-			resp, err := http.ReadResponse(answers, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = resp.Body.Close() }()
-			body, err := io.ReadAll(resp.Body)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return countIn(t, string(body))
-		}
+		ask := countsBy(t, conn)
 		if got := ask(); got != 2 {
 			t.Errorf("the server counts %d, want 2", got)
 		}
@@ -851,6 +835,84 @@ func imageNames(t *harness.T) []string {
 	names := strings.Fields(t.CtrOK("images", "ls", "-q"))
 	slices.Sort(names)
 	return names
+}
+
+// countsBy gives what asks a server that counts by one connection, which stays open.
+func countsBy(t *harness.T, conn net.Conn) (ask func() int) {
+	answers := bufio.NewReader(conn)
+	return func() int {
+		t.Helper()
+		if _, err := fmt.Fprintf(conn, "GET /count HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(answers, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return countIn(t, string(body))
+	}
+}
+
+// With tcp=established a clone that takes over the original's address goes on with its connections, which
+// their other ends do not notice. The original goes on with them meanwhile, or is ended.
+func TestCheckpointKeepsConnections(tb *testing.T) {
+	onlyCrac(tb)
+	t := setup(tb)
+	needImage(t, "goserver")
+	network, err := t.Network()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := newID(t)
+	netns, err := t.NetNS(t.Ctx, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := errors.Join(network.Detach(context.Background(), name, netns), t.DeleteNetNS(context.Background(), name)); err != nil {
+			t.Error(err)
+		}
+	})
+	address, err := network.Attach(t.Ctx, name, netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := ref(t)
+	flags := []string{noMPTCP, "--with-ns", "network:" + netns, option("tcp", "established"), option("checkpoint.image", image)}
+	b := start(t, how{image: harness.ImageRef("goserver"), flags: flags})
+	if _, _, err := harness.WaitHTTP(t.Ctx, "http://"+address+":8080/count"); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("tcp", address+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
+		t.Fatal(err)
+	}
+	ask := countsBy(t, conn)
+	want := ask()
+	next := func(who string) {
+		t.Helper()
+		if want++; ask() != want {
+			t.Errorf("%s does not count on from %d", who, want-1)
+		}
+	}
+	t.CracctlOK("checkpoint", b.id, image+"-before")
+	next("the original")
+	b.checkpoint("--exit")
+	b.wantStatus(containerd.Stopped)
+	b.remove()
+	clone := start(t, how{image: image, flags: append(flags, option("restore", "require"))})
+	next("the clone")
+	next("the clone")
+	clone.remove()
 }
 
 // By default, which is tcp=close, a clone has no connections of the original.

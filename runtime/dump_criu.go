@@ -27,8 +27,13 @@ const stageDump = "pre-dump"
 // stageDumped is the stage at which all is written, and the workload not yet let go.
 const stageDumped = "post-dump"
 
-// watchEvery is how often it is looked whether the workload still lives.
-const watchEvery = 50 * time.Millisecond
+const (
+	// watchEvery is how often it is looked whether the workload still lives, and patience how
+	// long CRIU has to notice by itself that it does not: then it undoes what it has done to
+	// the network.
+	watchEvery = 50 * time.Millisecond
+	patience   = time.Second
+)
 
 // criuDump is a dump of a container by CRIU. libcontainer has one of its own, which
 // needs the workload to stand still before it starts CRIU, twice; this one asks for
@@ -216,7 +221,7 @@ func (d *criuDump) since(preDump string) error {
 	}
 	d.opts.ParentImg, d.opts.TrackMem = proto.String(link), proto.Bool(true) // as CRIU sees it from its images
 	since := d.dump()
-	if since == nil || d.c.stopped() || d.c.killed.Load() {
+	if since == nil || errors.Is(since, ErrNotRunning) || d.c.stopped() || d.c.killed.Load() {
 		return since
 	}
 	// It was to be faster, and must not be the reason that there is no checkpoint:
@@ -280,6 +285,7 @@ func (d *criuDump) endWithInit(criu *swrk) (stop func()) {
 	wg.Go(func() {
 		tick := time.NewTicker(watchEvery)
 		defer tick.Stop()
+		var since time.Time // it has been ending
 		for {
 			select {
 			case <-stopped:
@@ -288,7 +294,11 @@ func (d *criuDump) endWithInit(criu *swrk) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			if isExiting(int(d.opts.GetPid())) {
+			switch {
+			case !isExiting(int(d.opts.GetPid())):
+			case since.IsZero():
+				since = time.Now()
+			case time.Since(since) > patience:
 				_ = criu.cmd.Process.Kill()
 				return
 			}

@@ -296,10 +296,15 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		}
 		c.hooks.clientResumed(ctx) // of an earlier checkpoint, if that waits still
 	}
+	// CRIU itself ends what nobody else may answer for.
+	ends, gone := r.exit && r.criu.TCP == runtime.TCPEstablished, c.gone
+	if ends {
+		gone = c.rt.Untouched
+	}
 	told := false
 	defer func() {
 		switch {
-		case err != nil && c.gone() != nil: // nobody is there any more
+		case err != nil && gone() != nil: // nobody is there any more
 		case err != nil && (thawed || !paused):
 			if told {
 				c.hooks.afterResume(ctx, resumedMessage(r.id, err))
@@ -350,18 +355,21 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 			ctx, cancel := context.WithTimeout(ctx, diffTimeout)
 			defer cancel()
 			defer context.AfterFunc(ctx, build.kill)()
-			alive := killedWith(c.init.running(), build)
+			alive := func() {}
+			if !ends {
+				alive = killedWith(c.init.running(), build)
+			}
 			defer alive()
 			if err := build.ready(ctx); err != nil {
-				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(c.gone(), err))
+				return fmt.Errorf("build image %s: %w", r.ref, cmp.Or(gone(), err))
 			}
 			if err := build.ask(images.BuildDump{DumpDir: r.dir, PreDumpDir: r.preDumped, Manifest: *manifest, Frozen: began}); err != nil {
 				return err
 			}
 			if err := build.untilDiffed(); err != nil {
-				return cmp.Or(c.gone(), err)
+				return cmp.Or(gone(), err)
 			}
-			if err := c.gone(); err != nil || !r.exit {
+			if err := gone(); err != nil || !r.exit {
 				return err
 			}
 			alive() // what ends now, is in the image

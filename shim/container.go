@@ -184,7 +184,9 @@ func (c *container) delete(ctx context.Context) error {
 		c.begun = nil
 	}
 	if c.init.running() == nil {
-		c.init.abandon(0) // else its end is told like every other
+		c.init.abandon(0)
+	} else if io := c.init.stdio(); io != nil {
+		io.hangUp() // and its end is told like every other, next
 	}
 	c.init.closeIO()
 	for _, p := range c.takeExecs() {

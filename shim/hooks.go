@@ -538,7 +538,7 @@ func (h *hooks) Checkpoint(context.Context) (string, error) {
 	go func() {
 		defer h.c.checkpointing.Unlock()
 		if err := h.s.makeCheckpoint(h.s.ctx, h.c, r); err != nil {
-			log.G(h.s.ctx).WithError(err).WithField("id", h.c.id).Warn("the checkpoint that the workload asked for failed")
+			h.s.notCheckpointed(h.c, err)
 		}
 	}()
 	return r.id, nil

@@ -57,6 +57,11 @@ func (s *service) checkpointWhenReady(c *container) {
 	if _, ended := c.init.ended(); ended {
 		err = errors.New("the workload ended before its checkpoint")
 	}
+	s.notCheckpointed(c, err)
+}
+
+// notCheckpointed tells why there is no checkpoint that no client's call asked for.
+func (s *service) notCheckpointed(c *container, err error) {
 	log.G(s.ctx).WithError(err).WithField("id", c.id).Warn("no checkpoint was made")
 	s.events.sendFacts(CheckpointFailedTopic, fmt.Sprintf("container %s was not checkpointed: %s", c.id, err),
 		map[string]any{"container_id": c.id, "reason": err.Error()})

@@ -410,6 +410,9 @@ func (p *prober) shim(ctx context.Context) []Check {
 
 // javaLibrary looks where the shim does.
 func javaLibrary(shim string) Check {
+	if itself, err := filepath.EvalSymlinks(shim); err == nil {
+		shim = itself
+	}
 	for _, jar := range images.JavaLibraryPaths(shim) {
 		if _, err := os.Stat(jar); err == nil {
 			return Check{Name: "Java library", Status: OK, Found: jar}
