@@ -763,15 +763,8 @@ func TestFailedDumpLeavesTheContainerRunning(tb *testing.T) {
 		image := ref(t)
 		b := start(t, how{image: harness.ImageRef("goserver"), cni: true, flags: []string{noMPTCP, option("checkpoint.image", image), option("tcp", "error")}})
 		count(t, b)
-		conn, err := net.Dial("tcp", b.address()+":8080")
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn, ask := countsBy(t, b.address())
 		defer func() { _ = conn.Close() }()
-		if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
-			t.Fatal(err)
-		}
-		ask := countsBy(t, conn)
 		if got := ask(); got != 2 {
 			t.Errorf("the server counts %d, want 2", got)
 		}
@@ -837,10 +830,18 @@ func imageNames(t *harness.T) []string {
 	return names
 }
 
-// countsBy gives what asks a server that counts by one connection, which stays open.
-func countsBy(t *harness.T, conn net.Conn) (ask func() int) {
+// countsBy connects to a server that counts, and gives what asks it by that connection, which stays open.
+func countsBy(t *harness.T, address string) (conn net.Conn, ask func() int) {
+	t.Helper()
+	conn, err := net.Dial("tcp", address+":8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
+		t.Fatal(err)
+	}
 	answers := bufio.NewReader(conn)
-	return func() int {
+	return conn, func() int {
 		t.Helper()
 		if _, err := fmt.Fprintf(conn, "GET /count HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 			t.Fatal(err)
@@ -888,15 +889,8 @@ func TestCheckpointKeepsConnections(tb *testing.T) {
 	if _, _, err := harness.WaitHTTP(t.Ctx, "http://"+address+":8080/count"); err != nil {
 		t.Fatal(err)
 	}
-	conn, err := net.Dial("tcp", address+":8080")
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn, ask := countsBy(t, address)
 	defer func() { _ = conn.Close() }()
-	if err := conn.SetDeadline(time.Now().Add(harness.TestLimit)); err != nil {
-		t.Fatal(err)
-	}
-	ask := countsBy(t, conn)
 	want := ask()
 	next := func(who string) {
 		t.Helper()

@@ -102,16 +102,12 @@ func reading(img *inspect.Image, errOut io.Writer) (progress func(n int64), stop
 	return o.Progress, stop
 }
 
-// asShim looks where shims look for what a node has: see doctor.AsShim.
-func (s *session) asShim() {
+// thisHost is what the gate compares with. From then on this process looks for what a node
+// has, its policy too, where shims look: see doctor.AsShim.
+func (s *session) thisHost() images.Host {
 	if server, err := s.IntrospectionService().Server(s.ctx); err == nil {
 		doctor.AsShim(int(server.Pid))
 	}
-}
-
-// thisHost is what the gate compares with.
-func (s *session) thisHost() images.Host {
-	s.asShim()
 	// Without CRIU there is no version, and the gate says so.
 	_, version, _ := images.FindCRIU()
 	return images.ThisHost(version)
