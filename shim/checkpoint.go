@@ -278,15 +278,16 @@ func (s *service) dump(ctx context.Context, c *container, r *checkpointRequest, 
 		return 0, nil, err
 	}
 	defer end()
-	for _, wait := range []func() (func(), error){
-		func() (func(), error) { return hold(ctx, c.dumping) }, func() (func(), error) { return c.probing.hold(ctx) },
-	} {
-		release, err := wait()
-		if err != nil {
-			return 0, nil, err
-		}
-		defer release()
+	dumped, err := hold(ctx, c.dumping)
+	if err != nil {
+		return 0, nil, err
 	}
+	defer dumped()
+	released, err := c.probing.hold(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer released()
 	// Clients pause the workload before they ask; what is frozen answers nobody.
 	paused := c.rt.State() == runtime.Paused
 	thawed := paused && c.hooks.anybody()
